@@ -1,0 +1,76 @@
+"""The contract of the feature store. `redis_store` is the real one, `memory_store` its twin.
+
+One suite (`tests/features/test_store.py`) runs on both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+
+class StoreUnavailable(ConnectionError):
+    """The store did not answer in time, or its breaker is open. Nothing is known of the write:
+    repeating the same append is safe, because the fence makes it count once."""
+
+
+class Append(NamedTuple):
+    """One accepted click on its way into its user's sequence, with its place in the log."""
+
+    user_id: int
+    item_id: int
+    category_id: int
+    behavior: int  # position in topics.messages.BEHAVIORS
+    timestamp: int  # Unix seconds
+    epoch: int  # u32 made from the topic's id: a recreated topic starts its offsets anew
+    partition: int
+    offset: int
+
+
+class Appended(NamedTuple):
+    """The user's packed sequence just after one append. `applied` is False where the fence had
+    already seen that offset: the sequence is then as it stands now, and nothing changed."""
+
+    applied: bool
+    sequence: bytes
+
+
+class Neighbours(NamedTuple):
+    """Items with a weight each, heaviest first: ids int64 [n], weights float32 [n]."""
+
+    items: npt.NDArray[np.int64]
+    weights: npt.NDArray[np.float32]
+
+
+class FeatureStore(Protocol):
+    """Sequences and item statistics. Every call is one round trip, whatever the batch size."""
+
+    async def append(
+        self, appends: Sequence[Append], *, neighbours: Sequence[str] = (), limit: int = 50
+    ) -> tuple[list[Appended], list[Neighbours]]:
+        """Apply in the order given; each answer is the sequence just after its own append.
+
+        `neighbours` are statistics (named by `features.keys`) read in the same round trip.
+        """
+        ...
+
+    async def read(self, user_ids: Sequence[int]) -> list[bytes | None]:
+        """The packed sequences of users; None for a user without history."""
+        ...
+
+    async def neighbours(self, names: Sequence[str], limit: int) -> list[Neighbours]:
+        """The heaviest members of several statistics, by name (`features.keys`)."""
+        ...
+
+    async def increment(self, increments: Mapping[str, Mapping[int, float]]) -> None:
+        """Add weights to members of statistics, each bounded in size, in one round trip."""
+        ...
+
+    async def ping(self) -> None:
+        """Raise `StoreUnavailable` unless the store answers."""
+        ...
+
+    async def close(self) -> None: ...
