@@ -1,0 +1,1 @@
+"""The subcommands of `tailrace`, imported by `infra.cli` when asked for."""

@@ -1,0 +1,164 @@
+"""A server process of ours, found again by a later process through the file it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+HOST = "127.0.0.1"
+
+
+class ServerFailed(RuntimeError):
+    """A local server did not start or did not stop; the message ends with the tail of its log."""
+
+
+def free_port() -> int:
+    """A port nobody listened on a moment ago."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen here now, on this machine's loopback and on all addresses."""
+    for host in (HOST, ""):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except OSError:
+                return False
+    return True
+
+
+class LocalServer(ABC):
+    """Start, stop and break one server whose data live in `data_dir`.
+
+    The process outlives the one that started it: `stop` it, or use it as a context manager. A new
+    object on the same folder finds the running process. Restarting keeps the port and the data.
+    """
+
+    name: str
+
+    def __init__(self, data_dir: Path, *, port: int | None = None) -> None:
+        self.data_dir = data_dir.resolve()
+        self.log_path = self.data_dir / f"{self.name}.log"
+        self._run_file = self.data_dir / "run.json"
+        self._child: subprocess.Popen[bytes] | None = None
+        self.port = port or self._recorded_port() or free_port()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def address(self) -> str:
+        return f"{HOST}:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        """The running process, None where there is none."""
+        process = self._process()
+        return process.pid if process else None
+
+    def start(self, *, timeout_s: float = 60.0) -> Self:
+        """Return once it answers its protocol. Does nothing where it already runs."""
+        if self._process():
+            return self
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        argv = self._command()
+        with self.log_path.open("ab") as log:
+            self._child = subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            )
+        process = psutil.Process(self._child.pid)
+        record = {"pid": process.pid, "created_s": process.create_time(), "port": self.port}
+        self._run_file.write_text(json.dumps(record))
+        deadline_s = time.monotonic() + timeout_s
+        while not self._answers():
+            if self._child.poll() is not None:
+                raise ServerFailed(f"{self.name} ended with {self._child.returncode}{self._log_tail()}")
+            if time.monotonic() > deadline_s:
+                self.kill()
+                raise ServerFailed(f"{self.name} did not answer in {timeout_s:.0f} s{self._log_tail()}")
+            time.sleep(0.05)
+        return self
+
+    def stop(self, *, timeout_s: float = 30.0) -> None:
+        """SIGTERM and wait; SIGKILL past the timeout. The data stay. Does nothing where none runs."""
+        self._signal(signal.SIGCONT)
+        self._signal(signal.SIGTERM)
+        if not self._gone(timeout_s):
+            self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash does it."""
+        self._signal(signal.SIGKILL)
+        if not self._gone(10.0):
+            raise ServerFailed(f"{self.name} (process {self.pid}) survives SIGKILL")
+
+    def pause(self) -> None:
+        """SIGSTOP: connections stay open and nothing answers."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Undo `pause`."""
+        self._signal(signal.SIGCONT)
+
+    @abstractmethod
+    def _command(self) -> list[str]:
+        """Prepare the folder and give the command line."""
+
+    @abstractmethod
+    def _answers(self) -> bool:
+        """One quick attempt at the protocol."""
+
+    def _process(self) -> psutil.Process | None:
+        """The process that the run file names, if it is still that one: pids are used again."""
+        try:
+            record = json.loads(self._run_file.read_text())
+            process = psutil.Process(record["pid"])
+            same = abs(process.create_time() - record["created_s"]) < 1.0
+            return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+        except (FileNotFoundError, psutil.NoSuchProcess):
+            return None
+
+    def _recorded_port(self) -> int | None:
+        if not self._run_file.is_file():
+            return None
+        port: int = json.loads(self._run_file.read_text())["port"]
+        return port
+
+    def _signal(self, number: signal.Signals) -> None:
+        process = self._process()
+        if process:
+            process.send_signal(number)
+
+    def _gone(self, timeout_s: float) -> bool:
+        process = self._process()
+        if process:
+            try:
+                process.wait(timeout_s)
+            except psutil.TimeoutExpired:
+                return False
+        if self._child:
+            self._child.wait()
+            self._child = None
+        return True
+
+    def _log_tail(self, lines: int = 12) -> str:
+        if not self.log_path.is_file():
+            return ""
+        tail = self.log_path.read_text(errors="replace").splitlines()[-lines:]
+        return "".join(f"\n  {line}" for line in tail)

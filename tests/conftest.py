@@ -1,0 +1,119 @@
+"""Servers for integration tests: real ones of our own, or the same in containers.
+
+pytest                        processes of this machine (`infra.local`)
+pytest --brokers=containers   testcontainers, images as in docker-compose.yml
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import redis
+
+from infra.local.kafka import LocalKafka
+from infra.local.redis import LocalRedis
+from tests.support import unique
+from topics.admin import ensure_topics
+from topics.catalog import TOPICS, Topic
+
+if TYPE_CHECKING:
+    from tests.containers.servers import ContainerKafka, ContainerRedis
+
+ROOT = Path(__file__).resolve().parent.parent
+TestTopics = Callable[..., dict[str, Topic]]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--brokers",
+        choices=["local", "containers"],
+        default="local",
+        help="where the broker and the Redis of integration tests come from",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A test that asks for a server is an integration test, marked or not."""
+    for item in items:
+        if {"kafka", "redis_server"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.integration)
+
+
+@pytest.fixture(scope="session")
+def kafka(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalKafka | ContainerKafka]:
+    """One broker for the whole run; `.bootstrap`, and `.stop()`, `.start()`, `.kill()`, `.pause()`."""
+    if request.config.getoption("--brokers") == "containers":
+        from tests.containers.servers import ContainerKafka
+
+        with ContainerKafka() as broker:
+            yield broker
+    else:
+        with LocalKafka(tmp_path_factory.mktemp("kafka")) as broker:
+            yield broker
+
+
+@pytest.fixture(scope="session")
+def redis_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalRedis | ContainerRedis]:
+    """One Redis for the whole run; tests take `redis_url`, fault tests break this."""
+    if request.config.getoption("--brokers") == "containers":
+        from tests.containers.servers import ContainerRedis
+
+        with ContainerRedis() as server:
+            yield server
+    else:
+        with LocalRedis(tmp_path_factory.mktemp("redis")) as server:
+            yield server
+
+
+@pytest.fixture
+def bootstrap(kafka: LocalKafka | ContainerKafka) -> str:
+    """The broker's address, whatever an earlier test did to the broker."""
+    return kafka.start().bootstrap
+
+
+@pytest.fixture
+def redis_url(redis_server: LocalRedis | ContainerRedis) -> str:
+    """An empty Redis, whatever an earlier test did to it."""
+    url = redis_server.start().url
+    with redis.Redis.from_url(url) as client:
+        client.flushall()
+        client.config_resetstat()
+    return url
+
+
+@pytest.fixture
+def test_topics(bootstrap: str) -> TestTopics:
+    """Makes the catalogue's topics under names of this test's own: `test_topics(partitions=4)["clicks"]`."""
+
+    def make(partitions: int | None = None) -> dict[str, Topic]:
+        suffix = unique("")
+        topics = {
+            topic.name: dataclasses.replace(
+                topic,
+                name=topic.name + suffix,
+                partitions=partitions if partitions and topic.partitions > 1 else topic.partitions,
+            )
+            for topic in TOPICS
+        }
+        ensure_topics(bootstrap, list(topics.values()))
+        return topics
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """The public click logs, where this machine has them: $TAILRACE_DATA or ../shared/data."""
+    path = Path(os.environ.get("TAILRACE_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no public click logs at {path}; TAILRACE_DATA names their folder")
+    return path
