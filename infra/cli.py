@@ -1,0 +1,74 @@
+"""The `tailrace` command. A subcommand's module is imported when that subcommand is asked for."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+# name -> (module, one line for `tailrace --help`). The module holds a click command of that name.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "up": ("infra.commands.local", "Start a real Kafka broker and Redis on this machine."),
+    "down": ("infra.commands.local", "Stop what `up` started."),
+    "status": ("infra.commands.local", "What runs here, and where."),
+    "doctor": ("infra.commands.doctor", "What is missing on this machine, and how to get it."),
+    "engines": ("infra.commands.engines", "Which engines are usable here, and why not."),
+    "worker": ("infra.commands.streaming", "The stream worker: clicks in, ranked lists out."),
+    "replay": ("infra.commands.streaming", "A Taobao-format log as a stream of clicks."),
+    "watch": ("infra.commands.streaming", "Follow the ranked lists."),
+    "recommend": ("infra.commands.streaming", "Ask for one user's list, once."),
+    "dead-letters": ("infra.commands.streaming", "Clicks that could not be read: list, replay."),
+    "synth": ("infra.commands.training", "A Taobao-format log with learnable structure."),
+    "retrain": ("infra.commands.training", "Train, evaluate, export and publish a model."),
+    "evaluate": ("infra.commands.training", "A model's accuracy on a log."),
+    "bench": ("infra.bench.cli", "Measure; each prints a table."),
+}
+
+
+class LazyGroup(click.Group):
+    """Knows its commands by name and line; imports the one that runs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(COMMANDS[cmd_name][0])
+        return next(
+            value
+            for value in vars(module).values()
+            if isinstance(value, click.Command) and value.name == cmd_name
+        )
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConnectionError as error:
+            # A server that is not there is the machine's matter: a sentence, not a traceback.
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="tailrace")
+def main() -> None:
+    """Clicks in, ranked lists out, before the next click.
+
+    \b
+    tailrace doctor                        is everything here?
+    tailrace up                            a Kafka broker and a Redis
+    tailrace synth clicks.csv              a log to learn from
+    tailrace retrain --log clicks.csv      a model
+    tailrace worker                        the service
+    tailrace replay clicks.csv --rate 200  clicks
+    tailrace watch                         ranked lists
+    """
+
+
+if __name__ == "__main__":
+    main()
