@@ -1,0 +1,1 @@
+"""The agents: each a loop around a function that has never heard of Faust."""

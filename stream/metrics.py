@@ -1,0 +1,41 @@
+"""Prometheus metrics of the worker. No user or item ids in labels."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+
+class StreamMetrics:
+    """One set per worker; `registry` is what /metrics prints."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        r = self.registry
+        self.clicks = Counter("tailrace_clicks", "Clicks accepted", registry=r)
+        self.requests = Counter("tailrace_requests", "Requests accepted", registry=r)
+        self.lists = Counter("tailrace_lists", "Ranked lists delivered", ["degraded"], registry=r)
+        self.dead_letters = Counter("tailrace_dead_letters", "Records refused", ["reason"], registry=r)
+        self.click_to_result_s = Histogram(
+            "tailrace_click_to_result_seconds",
+            "From the click's record timestamp to its list acknowledged by the broker",
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.store_s = Histogram(
+            "tailrace_store_seconds", "Appending one unit to sequences", buckets=_SECONDS, registry=r
+        )
+        self.rank_s = Histogram(
+            "tailrace_rank_seconds", "Ranking one unit, waiting included", buckets=_SECONDS, registry=r
+        )
+        self.store_failures = Counter(
+            "tailrace_store_failures", "Appends that Redis did not take", registry=r
+        )
+        self.unanswered_units = Counter(
+            "tailrace_unanswered_units", "Units that failed unexpectedly and will be read again", registry=r
+        )
+        self.in_flight = Gauge("tailrace_in_flight", "Records in hand", registry=r)
+        self.lag = Gauge("tailrace_lag", "Records waiting in Kafka", ["topic", "partition"], registry=r)
+        self.rebalances = Counter("tailrace_rebalances", "Assignments received", registry=r)
+        self.model = Gauge("tailrace_model_info", "The serving model", ["version", "engine"], registry=r)

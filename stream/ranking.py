@@ -1,0 +1,103 @@
+"""The serving model of a worker: lists while there is one, and the next version without a gap.
+
+A version is loaded, verified and warmed beside the one that serves; then one assignment switches
+requests over, and the old one finishes what it has accepted before it is freed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from inference.ranker import Ranker
+
+from compression.registry import ArtefactInvalid, Registry
+from features.statistics import ItemStatistics
+from inference.batcher import Batcher, BatcherLimits
+from inference.errors import InferenceError, ModelUnavailable
+from inference.settings import InferenceSettings
+from inference.types import RankedList, RankRequest
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Serving:
+    ranker: Ranker
+    batcher: Batcher[RankRequest, RankedList]
+
+
+class ServingModel:
+    """What `stream.recommend` ranks with. Without a model every answer is `ModelUnavailable`, which the
+    request path turns into what is popular: a new shop has lists before its first training."""
+
+    def __init__(
+        self, registry: Path, alias: str, statistics: ItemStatistics, settings: InferenceSettings
+    ) -> None:
+        self._registry = registry
+        self._alias = alias
+        self._statistics = statistics
+        self._settings = settings
+        self._serving: _Serving | None = None
+        self._loading = asyncio.Lock()
+        self._retiring: set[asyncio.Task[None]] = set()
+
+    @property
+    def version(self) -> str | None:
+        return self._serving.ranker.version if self._serving else None
+
+    @property
+    def engine(self) -> str | None:
+        return self._serving.ranker.engine_name if self._serving else None
+
+    async def rank(self, requests: Sequence[RankRequest]) -> list[RankedList | InferenceError]:
+        serving = self._serving
+        if serving is None:
+            return [ModelUnavailable("no model has been released yet")] * len(requests)
+        return await serving.batcher.submit(requests)
+
+    async def load(self, wanted: str | None = None) -> bool:
+        """Serve a version (or what the alias names now). False where it serves already or cannot:
+        the version before it goes on serving, and the log says why."""
+        async with self._loading:
+            try:
+                version = await asyncio.to_thread(Registry(self._registry).resolve, wanted or self._alias)
+                if version == self.version:
+                    return False
+                ranker = await asyncio.to_thread(self._open, version)
+            except (ArtefactInvalid, InferenceError, FileNotFoundError, KeyError) as error:
+                log.warning("%s is not served: %s", wanted or f"alias {self._alias!r}", error)
+                return False
+            limits = BatcherLimits(
+                max_batch=self._settings.max_batch,
+                max_queue=self._settings.max_queue,
+                wait_ms=self._settings.wait_ms,
+            )
+            batcher: Batcher[RankRequest, RankedList] = Batcher([ranker.rank], limits)
+            before, self._serving = self._serving, _Serving(ranker, batcher)
+            log.info("Serving %s on %s", ranker.version, ranker.engine_name)
+        if before is not None:
+            task = asyncio.create_task(_retire(before))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        return True
+
+    def _open(self, version: str) -> Ranker:
+        return Ranker.open(self._registry, version, self._statistics, self._settings)
+
+    async def close(self) -> None:
+        if self._serving is not None:
+            serving, self._serving = self._serving, None
+            await _retire(serving)
+        if self._retiring:
+            await asyncio.wait(self._retiring)
+
+
+async def _retire(serving: _Serving) -> None:
+    await serving.batcher.drain(DRAIN_S)
+    await asyncio.to_thread(serving.ranker.close)

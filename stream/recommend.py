@@ -1,0 +1,358 @@
+"""The request path, without Faust: records in, ranked lists out.
+
+`clicks` is the page to read: decode → append → rank → reply → release. Reading and appending happen
+in arrival order; ranking and replying overlap with the units that follow. No exception leaves it:
+what cannot be read becomes a dead letter, what cannot be ranked in time becomes a degraded list.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from features.statistics import ItemStatistics
+from features.store import Append, Appended, FeatureStore, StoreUnavailable
+from inference.errors import InferenceError
+from inference.types import RankedList, RankRequest
+from stream.delivery import Record, Undeliverable
+from stream.fallback import Fallback
+from stream.metrics import StreamMetrics
+from stream.replies import Answer, dead_letter, recommendation_id, reply
+from stream.settings import StreamSettings
+from stream.work import LogRecord, Unit
+from topics.codec import DecodeError, decode_click, decode_request
+from topics.messages import BEHAVIORS, AnsweredClick, BehaviorEvent, RecommendRequest
+
+log = logging.getLogger(__name__)
+
+BEHAVIOR_CODES = {name: code for code, name in enumerate(BEHAVIORS)}
+
+
+class Ranking(Protocol):
+    """What the request path asks of `inference`: lists for a group, an error in the place of one."""
+
+    async def rank(self, requests: Sequence[RankRequest]) -> list[RankedList | InferenceError]: ...
+
+
+class Sender(Protocol):
+    """What it asks of `stream.delivery`: return when delivered."""
+
+    async def send(self, topic: str, records: Sequence[Record]) -> None: ...
+
+
+class Click(NamedTuple):
+    record: LogRecord
+    event: BehaviorEvent
+
+
+class Ask(NamedTuple):
+    record: LogRecord
+    request: RecommendRequest
+
+
+class RequestPath:
+    """Everything between a unit of records and its release. One per worker."""
+
+    def __init__(
+        self,
+        *,
+        store: FeatureStore,
+        statistics: ItemStatistics,
+        ranking: Ranking,
+        results: Sender,
+        dead_letters: Sender,
+        settings: StreamSettings,
+        metrics: StreamMetrics,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._statistics = statistics
+        self._ranking = ranking
+        self._results = results
+        self._dead_letters = dead_letters
+        self._settings = settings
+        self._topics = settings.topics
+        self._metrics = metrics
+        self._clock = clock
+        self._fallback = Fallback(statistics, settings.remembered_lists)
+        self._answering: set[asyncio.Task[None]] = set()
+
+    async def clicks(self, unit: Unit) -> None:
+        """A unit of clicks. Returns when they are in their users' sequences; the lists follow."""
+        clicks, refused = self._read_clicks(unit)
+        started_s = _now()
+        appended = await self._append(unit, clicks)
+        self._metrics.store_s.observe(_now() - started_s)
+        self._spawn(self._answer_clicks(unit, clicks, appended, refused))
+
+    async def requests(self, unit: Unit) -> None:
+        """A unit of requests. Returns when their users' sequences are read; the lists follow."""
+        asks, refused = self._read_requests(unit)
+        try:
+            sequences: Sequence[bytes | None] | None = await self._store.read(
+                [ask.request.user_id for ask in asks]
+            )
+        except StoreUnavailable as error:
+            log.warning("Answering %d requests without history: %s", len(asks), error)
+            sequences = None
+        self._spawn(self._answer_requests(unit, asks, sequences, refused))
+
+    async def drain(self, timeout_s: float) -> int:
+        """Wait for the lists in hand; how many units were left unanswered at `timeout_s`."""
+        if self._answering:
+            await asyncio.wait(self._answering, timeout=timeout_s)
+        left = len(self._answering)
+        for task in list(self._answering):
+            task.cancel()
+        return left
+
+    # Reading -----------------------------------------------------------------------------------
+
+    def _read_clicks(self, unit: Unit) -> tuple[list[Click], list[Record]]:
+        now_s = self._clock()
+        clicks: list[Click] = []
+        refused: list[Record] = []
+        for record in unit.records:
+            try:
+                event = decode_click(
+                    record.key,
+                    record.value,
+                    record.headers,
+                    now_s=now_s,
+                    max_bytes=self._settings.max_value_bytes,
+                )
+            except DecodeError as error:
+                refused.append(self._refuse(record, error))
+            else:
+                clicks.append(Click(record, event))
+        self._metrics.clicks.inc(len(clicks))
+        return clicks, refused
+
+    def _read_requests(self, unit: Unit) -> tuple[list[Ask], list[Record]]:
+        asks: list[Ask] = []
+        refused: list[Record] = []
+        for record in unit.records:
+            try:
+                request = decode_request(
+                    record.key, record.value, record.headers, max_bytes=self._settings.max_value_bytes
+                )
+            except DecodeError as error:
+                refused.append(self._refuse(record, error))
+            else:
+                asks.append(Ask(record, request))
+        self._metrics.requests.inc(len(asks))
+        return asks, refused
+
+    def _refuse(self, record: LogRecord, error: DecodeError) -> Record:
+        self._metrics.dead_letters.labels(reason=error.reason).inc()
+        return dead_letter(record, reason=error.reason, detail=str(error))
+
+    # Sequences ---------------------------------------------------------------------------------
+
+    async def _append(self, unit: Unit, clicks: Sequence[Click]) -> list[Appended]:
+        """Append until the store has taken it: a click may wait for Redis, it may not miss its
+        sequence. While the store is away its users get degraded lists at once."""
+        if not clicks:
+            return []
+        appends = [
+            Append(
+                event.user_id,
+                event.item_id,
+                event.category_id,
+                BEHAVIOR_CODES[event.behavior],
+                event.timestamp,
+                unit.epoch,
+                record.partition,
+                record.offset,
+            )
+            for record, event in clicks
+        ]
+        names = self._statistics.needed(appends)
+        retry_s = self._settings.retry_min_ms / 1000
+        degraded_sent = False
+        while True:
+            try:
+                appended, neighbours = await self._store.append(
+                    appends, neighbours=names, limit=self._statistics.limit
+                )
+            except StoreUnavailable as error:
+                self._metrics.store_failures.inc()
+                if not degraded_sent:
+                    log.warning("Sequences cannot be written, clicks wait and answers degrade: %s", error)
+                    self._spawn(self._send_degraded(unit, clicks))
+                    degraded_sent = True
+                await asyncio.sleep(retry_s)
+                retry_s = min(2 * retry_s, self._settings.retry_max_ms / 1000)
+            else:
+                self._statistics.absorb(names, neighbours)
+                self._statistics.observe(appends, appended)
+                return appended
+
+    async def _send_degraded(self, unit: Unit, clicks: Sequence[Click]) -> None:
+        """Lists for clicks whose sequence cannot be written now. The full list follows later under
+        the same id."""
+        answers = [self._degrade(self._click_answer(unit, [click])) for click in clicks]
+        await self._deliver(answers, [])
+
+    # Answering ---------------------------------------------------------------------------------
+
+    async def _answer_clicks(
+        self, unit: Unit, clicks: Sequence[Click], appended: Sequence[Appended], refused: Sequence[Record]
+    ) -> None:
+        answered = _by_user(clicks) if self._settings.trigger == "user" else [[c] for c in range(len(clicks))]
+        deadline_s = unit.received_s + self._settings.click_deadline_ms / 1000
+        answers = [self._click_answer(unit, [clicks[c] for c in group]) for group in answered]
+        asked = [
+            RankRequest(
+                user_id=clicks[group[-1]].event.user_id,
+                sequence=appended[group[-1]].sequence,
+                k=self._settings.k,
+                deadline_s=deadline_s,
+            )
+            for group in answered
+        ]
+        await self._rank_and_deliver(unit, answers, asked, refused)
+
+    async def _answer_requests(
+        self,
+        unit: Unit,
+        asks: Sequence[Ask],
+        sequences: Sequence[bytes | None] | None,
+        refused: Sequence[Record],
+    ) -> None:
+        answers = [self._request_answer(unit, ask) for ask in asks]
+        if sequences is None:
+            await self._deliver([self._degrade(answer) for answer in answers], refused)
+            unit.release()
+            return
+        default_ms = self._settings.click_deadline_ms
+        asked = [
+            RankRequest(
+                user_id=ask.request.user_id,
+                sequence=sequence,
+                k=ask.request.k,
+                candidates=None if ask.request.candidates is None else tuple(ask.request.candidates),
+                exclude=tuple(ask.request.exclude),
+                priority=ask.request.priority,
+                deadline_s=unit.received_s + (ask.request.deadline_ms or default_ms) / 1000,
+            )
+            for ask, sequence in zip(asks, sequences, strict=True)
+        ]
+        await self._rank_and_deliver(unit, answers, asked, refused)
+
+    async def _rank_and_deliver(
+        self, unit: Unit, answers: list[Answer], asked: list[RankRequest], refused: Sequence[Record]
+    ) -> None:
+        wait_ms = (_now() - unit.received_s) * 1000
+        outcomes = await self._rank(asked)
+        finished = [
+            self._finish(answer, outcome, wait_ms) for answer, outcome in zip(answers, outcomes, strict=True)
+        ]
+        await self._deliver(finished, refused)
+        unit.release()
+
+    async def _rank(self, asked: Sequence[RankRequest]) -> Sequence[RankedList | InferenceError]:
+        if not asked:
+            return []
+        started_s = _now()
+        try:
+            return await self._ranking.rank(asked)
+        except InferenceError as error:
+            return [error] * len(asked)
+        finally:
+            self._metrics.rank_s.observe(_now() - started_s)
+
+    async def _deliver(self, answers: Sequence[Answer], refused: Sequence[Record]) -> None:
+        """Lists and dead letters into Kafka; returns when the broker has them."""
+        sends: list[Awaitable[None]] = []
+        if answers:
+            now_s = self._clock()
+            sends.append(self._results.send(self._topics.recommendations, [reply(a, now_s) for a in answers]))
+        if refused:
+            sends.append(self._bury(refused))
+        await asyncio.gather(*sends)
+        now_s = self._clock()
+        for answer in answers:
+            self._metrics.lists.labels(degraded=answer.degraded or "no").inc()
+            self._metrics.click_to_result_s.observe(max(0.0, now_s - answer.asked_at_s))
+
+    async def _bury(self, refused: Sequence[Record]) -> None:
+        try:
+            await self._dead_letters.send(self._topics.dead_letters, refused)
+        except Undeliverable as error:
+            log.error("A dead letter keeps its headers but not its bytes: %s", error)
+            trimmed = [r._replace(value=None, headers=[*r.headers, ("value-dropped", b"1")]) for r in refused]
+            await self._dead_letters.send(self._topics.dead_letters, trimmed)
+
+    # Answers -----------------------------------------------------------------------------------
+
+    def _click_answer(self, unit: Unit, clicks: Sequence[Click]) -> Answer:
+        newest = clicks[-1]
+        return Answer(
+            recommendation_id=recommendation_id(
+                unit.topic, unit.epoch, newest.record.partition, newest.record.offset
+            ),
+            user_id=newest.event.user_id,
+            k=self._settings.k,
+            asked_at_s=newest.record.timestamp / 1000,
+            clicks=tuple(
+                AnsweredClick(
+                    event_id=event.event_id,
+                    item_id=event.item_id,
+                    topic=unit.topic,
+                    partition=record.partition,
+                    offset=record.offset,
+                )
+                for record, event in clicks
+            ),
+        )
+
+    def _request_answer(self, unit: Unit, ask: Ask) -> Answer:
+        return Answer(
+            recommendation_id=recommendation_id(
+                unit.topic, unit.epoch, ask.record.partition, ask.record.offset
+            ),
+            user_id=ask.request.user_id,
+            k=ask.request.k,
+            asked_at_s=ask.record.timestamp / 1000,
+            request_id=ask.request.request_id,
+            exclude=frozenset(ask.request.exclude),
+            candidates=None if ask.request.candidates is None else tuple(ask.request.candidates),
+        )
+
+    def _finish(self, answer: Answer, outcome: RankedList | InferenceError, wait_ms: float) -> Answer:
+        if isinstance(outcome, InferenceError):
+            return self._degrade(answer)
+        ranked = answer.ranked(outcome, wait_ms)
+        self._fallback.remember(ranked)
+        return ranked
+
+    def _degrade(self, answer: Answer) -> Answer:
+        return self._fallback.answer(answer)
+
+    def _spawn(self, answering: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(answering)
+        self._answering.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._answering.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The unit stays unreleased: its offsets are not committed, and /healthz turns red.
+            self._metrics.unanswered_units.inc()
+            log.error("A unit could not be answered and will be read again", exc_info=error)
+
+
+def _by_user(clicks: Sequence[Click]) -> list[list[int]]:
+    """Positions of clicks grouped by user, in order of each user's first click."""
+    groups: dict[int, list[int]] = {}
+    for position, click in enumerate(clicks):
+        groups.setdefault(click.event.user_id, []).append(position)
+    return list(groups.values())
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

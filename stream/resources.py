@@ -1,0 +1,165 @@
+"""Everything a worker holds open, opened and closed in order."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from features.redis_store import RedisStore
+from features.settings import FeatureSettings
+from features.statistics import ItemStatistics
+from features.store import StoreUnavailable
+from inference.settings import InferenceSettings
+from stream.delivery import Backoff, Delivery
+from stream.feeder import Feeder, HandOver
+from stream.metrics import StreamMetrics
+from stream.ranking import ServingModel
+from stream.recommend import RequestPath
+from stream.settings import StreamSettings
+from stream.web import serve
+from topics.admin import topic_epoch
+
+log = logging.getLogger(__name__)
+
+REFRESH_INTERVAL_S = 2.0
+
+
+class Resources:
+    """Store, model, producers, feeder and probes of one worker.
+
+    Opening order is dependency order; closing is the reverse, after the work in hand is drained.
+    """
+
+    def __init__(
+        self, stream: StreamSettings, features: FeatureSettings, inference: InferenceSettings
+    ) -> None:
+        self.settings = stream
+        self.metrics = StreamMetrics()
+        self.store = RedisStore(stream.redis_url, settings=features)
+        self.statistics = ItemStatistics(self.store, settings=features)
+        self.model = ServingModel(Path(stream.registry), stream.alias, self.statistics, inference)
+        backoff = Backoff(stream.retry_min_ms / 1000, stream.retry_max_ms / 1000)
+        self.results = Delivery(stream.bootstrap, backoff)
+        self.dead_letters = Delivery(stream.bootstrap, backoff, idempotent=False)
+        self.path = RequestPath(
+            store=self.store,
+            statistics=self.statistics,
+            ranking=self.model,
+            results=self.results,
+            dead_letters=self.dead_letters,
+            settings=stream,
+            metrics=self.metrics,
+        )
+        self.hand_over: dict[str, HandOver] = {}
+        self.feeder: Feeder | None = None
+        self.http_port = 0
+        self._runner: web.AppRunner | None = None
+        self._loaded = False
+
+    async def open(self) -> None:
+        """Open everything but the tap; `tasks` starts consuming into `hand_over`."""
+        self._runner, self.http_port = await serve(
+            self, self.metrics.registry, self.settings.http_host, self.settings.http_port
+        )
+        log.info("Probes and metrics on http://%s:%d", self.settings.http_host, self.http_port)
+        await self.results.start()
+        await self.dead_letters.start()
+        await self.load_model()
+        self._loaded = True
+        await self._maintain_statistics_once()
+        epochs = {
+            name: await asyncio.to_thread(topic_epoch, self.settings.bootstrap, name)
+            for name in self.hand_over
+        }
+        self.feeder = Feeder(
+            settings=self.settings, epochs=epochs, hand_over=self.hand_over, metrics=self.metrics
+        )
+        await self.feeder.start()
+
+    def tasks(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs as long as the worker does. If one ends with an error, so does the worker."""
+        assert self.feeder is not None
+        return [self.feeder.run(), self.feeder.commit_periodically(), self._maintain_statistics()]
+
+    async def load_model(self, wanted: str | None = None) -> None:
+        """Serve a version, or what the alias names now."""
+        if await self.model.load(wanted):
+            self.metrics.model.clear()
+            self.metrics.model.labels(version=self.model.version, engine=self.model.engine).set(1)
+
+    async def _maintain_statistics(self) -> None:
+        """Write what was observed, read what is popular; a Redis that is away is tried again."""
+        flush_s = self.settings.flush_interval_ms / 1000
+        elapsed_s = 0.0
+        while True:
+            await asyncio.sleep(flush_s)
+            elapsed_s += flush_s
+            try:
+                await self.statistics.flush()
+                if elapsed_s >= REFRESH_INTERVAL_S:
+                    await self.statistics.refresh()
+                    elapsed_s = 0.0
+            except StoreUnavailable as error:
+                log.info("Item statistics wait for Redis: %s", error)
+
+    async def _maintain_statistics_once(self) -> None:
+        try:
+            await self.statistics.refresh()
+        except StoreUnavailable as error:
+            log.warning("Starting without item statistics: %s", error)
+
+    async def drain(self) -> None:
+        """Stop reading, answer and commit what is in hand, within the drain timeout."""
+        if self.feeder is not None:
+            await self.feeder.drain()
+        left = await self.path.drain(0.0)
+        if left:
+            log.warning("%d units were not answered in time; they will be read again", left)
+
+    async def close(self) -> None:
+        if self.feeder is not None:
+            await self.feeder.stop()
+        await self.results.stop()
+        await self.dead_letters.stop()
+        await self.model.close()
+        try:
+            await self.statistics.flush()
+        except StoreUnavailable as error:
+            log.info("The last item statistics were not written: %s", error)
+        await self.store.close()
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # Probes ------------------------------------------------------------------------------------
+
+    def health(self) -> dict[str, object]:
+        stalled_s = self.feeder.stalled_s() if self.feeder else 0.0
+        return {
+            "healthy": stalled_s * 1000 < self.settings.stall_ms,
+            "stalled_s": round(stalled_s, 3),
+            "in_flight": self.feeder.in_flight if self.feeder else 0,
+            "lag": self.feeder.lag if self.feeder else 0,
+        }
+
+    async def readiness(self) -> dict[str, object]:
+        """Ready means: the model (if one is released) is warmed, the group has assigned partitions,
+        Redis answers."""
+        redis = True
+        try:
+            await self.store.ping()
+        except StoreUnavailable:
+            redis = False
+        assigned = self.feeder is not None and self.feeder.assigned.is_set()
+        return {
+            "ready": self._loaded and assigned and redis,
+            "model": self.model.version or "none",
+            "engine": self.model.engine or "none",
+            "assigned": assigned,
+            "redis": redis,
+            "instance": self.settings.instance_id,
+        }
