@@ -18,6 +18,7 @@ earlier point changes nothing.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -36,6 +37,11 @@ WIDE_EVENT: Final = np.dtype(
 )
 MAX_NARROW_ITEM: Final = 2**32 - 1
 MAX_NARROW_CATEGORY: Final = 2**30 - 1
+MAX_FENCES: Final = 255
+
+_FENCE: Final = struct.Struct("<IId")
+_NARROW: Final = struct.Struct("<III")
+_WIDE: Final = struct.Struct("<QQII")
 
 Int64 = npt.NDArray[np.int64]
 
@@ -56,6 +62,17 @@ class SequenceBatch:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+
+pack_fence = _FENCE.pack
+"""A fence of 16 bytes from topic epoch, partition and offset."""
+
+
+def pack_event(item_id: int, category_id: int, behavior: int, timestamp: int) -> bytes:
+    """One event in the narrow format where it fits, else in the wide one; the length tells which."""
+    if item_id <= MAX_NARROW_ITEM and category_id <= MAX_NARROW_CATEGORY:
+        return _NARROW.pack(item_id, timestamp, behavior << 30 | category_id)
+    return _WIDE.pack(item_id, category_id, timestamp, behavior)
 
 
 def unpack(values: Sequence[bytes | None], *, last: int = MAX_EVENTS) -> SequenceBatch:
@@ -82,8 +99,7 @@ def unpack(values: Sequence[bytes | None], *, last: int = MAX_EVENTS) -> Sequenc
     parts = [
         _columns(np.frombuffer(body, dtype), np.array([len(body) // dtype.itemsize]))
         for body, dtype in (
-            (body, WIDE_EVENT if position in wide else NARROW_EVENT)
-            for position, body in enumerate(bodies)
+            (body, WIDE_EVENT if position in wide else NARROW_EVENT) for position, body in enumerate(bodies)
         )
     ]
     return SequenceBatch(

@@ -5,6 +5,7 @@ One suite (`tests/features/test_store.py`) runs on both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -39,10 +40,20 @@ class Appended(NamedTuple):
 
 
 class Neighbours(NamedTuple):
-    """Items with a weight each, heaviest first: ids int64 [n], weights float32 [n]."""
+    """Items with a weight each, heaviest first: ids int64 [n], log2_weights float64 [n].
+
+    The store keeps logarithms, so that a weight which decays with time needs no rescaling however
+    far event time moves (`features.statistics` says how).
+    """
 
     items: npt.NDArray[np.int64]
-    weights: npt.NDArray[np.float32]
+    log2_weights: npt.NDArray[np.float64]
+
+
+def log2_add(a: float, b: float) -> float:
+    """log2(2ᵃ + 2ᵇ), however large a and b are."""
+    high, low = (a, b) if a >= b else (b, a)
+    return high + math.log2(1.0 + 2.0 ** (low - high))
 
 
 class FeatureStore(Protocol):
@@ -54,6 +65,9 @@ class FeatureStore(Protocol):
         """Apply in the order given; each answer is the sequence just after its own append.
 
         `neighbours` are statistics (named by `features.keys`) read in the same round trip.
+        `StoreUnavailable` may leave some users' events applied and others not, never a later event
+        of a user without the earlier ones: repeat the same batch until it succeeds, and go no
+        further in those partitions meanwhile.
         """
         ...
 
@@ -66,7 +80,10 @@ class FeatureStore(Protocol):
         ...
 
     async def increment(self, increments: Mapping[str, Mapping[int, float]]) -> None:
-        """Add weights to members of statistics, each bounded in size, in one round trip."""
+        """Add to the weights of members of statistics, each bounded in size, in one round trip.
+
+        An increment is log2 of what is added. Not safe to repeat: a repeated one counts twice.
+        """
         ...
 
     async def ping(self) -> None:

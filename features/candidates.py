@@ -1,0 +1,306 @@
+"""Candidates for a batch of users: the union of the sources, screened down to what the ranker takes.
+
+The screening score of an item is the sum over its sources of
+
+    retrieval   4.0 × the model's score, scaled to 0–1 within the user's list
+    transition  6.0 × the share of users who went there × 0.8 per event back
+    recent      2.0 × 0.93 per event back, so a revisited item adds up
+    category    1.0 × popularity within the category × 0.7 per category back
+    popular     0.3 × popularity
+
+and its source is the one that gave most. An item that must not appear gets minus infinity from a
+"source" of its own. Everything is one flat list of (user, item, source, score) rows, sorted once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from features.sequence import SequenceBatch
+from features.settings import FeatureSettings
+from features.statistics import ItemStatistics, ItemWeights
+from topics.messages import BEHAVIORS, Source
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+SOURCES: Final[tuple[Source, ...]] = get_args(Source)
+"""Names of source codes."""
+RETRIEVAL, TRANSITION, RECENT, CATEGORY, POPULAR, REQUEST = range(6)
+_VETO: Final = 255
+_BUY: Final = BEHAVIORS.index("buy")
+
+_WEIGHT: Final = np.array([4.0, 6.0, 2.0, 1.0, 0.3], np.float32)
+_RECENT_BACK: Final = np.power(0.93, np.arange(100), dtype=np.float32)
+_TRANSITION_BACK: Final = np.power(0.8, np.arange(100), dtype=np.float32)
+_CATEGORY_FACTORS: Final = [1.0 * 0.7**back for back in range(100)]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """Per user at most `limit` items, best screening score first; rows are padded at the end.
+
+    items int64 [users, width] (padding 0), sources uint8 [users, width] (`SOURCES`), counts int64
+    [users]. The width is that of the longest row.
+    """
+
+    items: Int64
+    sources: npt.NDArray[np.uint8]
+    counts: Int64
+
+
+def find_candidates(
+    histories: SequenceBatch,
+    statistics: ItemStatistics,
+    *,
+    retrieved: tuple[Int64, Float32] | None = None,
+    exclude: Sequence[Sequence[int]] = (),
+    explicit: Sequence[Sequence[int] | None] = (),
+    category_of: Callable[[Int64], npt.NDArray[np.integer]] | None = None,
+    settings: FeatureSettings,
+) -> Candidates:
+    """Candidates of every user of the batch.
+
+    `retrieved` is what the model found: ids and scores [users, n], a negative id is none. `exclude`
+    and `explicit` are per user, or empty. A user with `explicit` candidates gets those (each once,
+    in the order given, less `exclude`) and nothing else: no limit, no cap, no seen filter.
+    `category_of` maps ids to categories for the cap; a negative category is unknown and not capped.
+    A user without history gets what is popular.
+    """
+    users = len(histories)
+    asked = [user for user, given in enumerate(explicit) if given is not None]
+    rows = _Rows()
+    _add_sources(rows, histories, statistics, retrieved, settings)
+    _add_vetoes(rows, histories, exclude, asked, settings)
+    found = _screen(_union(rows, users), users, category_of, settings)
+    return _place_explicit(found, asked, explicit, exclude) if asked else found
+
+
+Columns = tuple[Int64, Int64, npt.NDArray[np.uint8], Float32]
+"""User, item, source and score of each row."""
+
+
+class _Rows:
+    """Columns in the making: user, item, source, score."""
+
+    def __init__(self) -> None:
+        self.users: list[Int64] = []
+        self.items: list[Int64] = []
+        self.sources: list[npt.NDArray[np.uint8]] = []
+        self.scores: list[Float32] = []
+
+    def add(self, users: Int64, items: Int64, source: int, scores: Float32) -> None:
+        self.users.append(users)
+        self.items.append(items)
+        self.sources.append(np.full(len(items), source, np.uint8))
+        self.scores.append(scores)
+
+    def add_lists(
+        self, users: npt.ArrayLike, lists: Sequence[ItemWeights], source: int, factors: npt.ArrayLike
+    ) -> None:
+        """One list per entry of `users`, its weights times its factor."""
+        if not lists:
+            return
+        lengths = [len(one.items) for one in lists]
+        weights = np.concatenate([one.weights for one in lists])
+        self.add(
+            np.repeat(np.asarray(users, np.int64), lengths),
+            np.concatenate([one.items for one in lists]),
+            source,
+            weights * np.repeat(np.asarray(factors, np.float32), lengths),
+        )
+
+
+def _add_sources(
+    rows: _Rows,
+    histories: SequenceBatch,
+    statistics: ItemStatistics,
+    retrieved: tuple[Int64, Float32] | None,
+    settings: FeatureSettings,
+) -> None:
+    users = len(histories)
+    lengths = histories.lengths
+    user = np.repeat(np.arange(users), lengths)
+    back = np.repeat(np.cumsum(lengths), lengths) - 1 - np.arange(len(user))
+
+    recent = back < settings.recent_events
+    rows.add(
+        user[recent],
+        histories.items[recent],
+        RECENT,
+        _WEIGHT[RECENT] * _RECENT_BACK[back[recent]],
+    )
+
+    start = back < settings.transition_events
+    rows.add_lists(
+        user[start],
+        statistics.transitions(histories.items[start].tolist()),
+        TRANSITION,
+        _WEIGHT[TRANSITION] * _TRANSITION_BACK[back[start]],
+    )
+
+    category_users, categories, factors = _recent_categories(
+        histories, settings.recent_categories, settings.transition_events
+    )
+    rows.add_lists(category_users, statistics.categories(categories), CATEGORY, factors)
+
+    popular = statistics.popular()
+    count = len(popular.items)
+    rows.add(
+        np.repeat(np.arange(users), count),
+        np.tile(popular.items, users),
+        POPULAR,
+        np.tile(_WEIGHT[POPULAR] * popular.weights, users),
+    )
+
+    if retrieved is not None and retrieved[0].size:
+        ids, scores = retrieved
+        valid = (ids >= 0) & np.isfinite(scores)
+        low = np.where(valid, scores, np.inf).min(axis=1, keepdims=True)
+        high = np.where(valid, scores, -np.inf).max(axis=1, keepdims=True)
+        # Without history the model knows nothing that popularity does not, unless there is none.
+        found = valid & ((lengths > 0)[:, None] | (count == 0))
+        with np.errstate(invalid="ignore"):
+            scaled = (scores - low) / np.maximum(high - low, 1e-6)
+        rows.add(
+            np.repeat(np.arange(users), ids.shape[1])[found.ravel()],
+            ids[found],
+            RETRIEVAL,
+            (_WEIGHT[RETRIEVAL] * scaled[found]).astype(np.float32),
+        )
+
+
+def _recent_categories(
+    histories: SequenceBatch, most: int, events: int
+) -> tuple[list[int], list[int], list[float]]:
+    """The last distinct categories of each user's newest events, with the factor of each."""
+    users: list[int] = []
+    categories: list[int] = []
+    factors: list[float] = []
+    flat = histories.categories
+    end = 0
+    for user, length in enumerate(histories.lengths.tolist()):
+        end += length
+        newest = flat[end - min(length, events) : end][::-1].tolist()
+        distinct = list(dict.fromkeys(newest))[:most]
+        users += [user] * len(distinct)
+        categories += distinct
+        factors += _CATEGORY_FACTORS[: len(distinct)]
+    return users, categories, factors
+
+
+def _add_vetoes(
+    rows: _Rows,
+    histories: SequenceBatch,
+    exclude: Sequence[Sequence[int]],
+    asked: Sequence[int],
+    settings: FeatureSettings,
+) -> None:
+    user = np.repeat(np.arange(len(histories)), histories.lengths)
+    if settings.seen_filter != "none":
+        seen = slice(None) if settings.seen_filter == "seen" else histories.behaviors == _BUY
+        _veto(rows, user[seen], histories.items[seen])
+    skip = set(asked)
+    unwanted = [(user, item) for user, given in enumerate(exclude) if user not in skip for item in given]
+    if unwanted:
+        of, items = np.array(unwanted, np.int64).T
+        _veto(rows, of, items)
+
+
+def _veto(rows: _Rows, users: Int64, items: Int64) -> None:
+    rows.add(users, items, _VETO, np.full(len(items), -np.inf, np.float32))
+
+
+def _union(rows: _Rows, users: int) -> Columns:
+    """Each (user, item) once, users in order, then items: its score and its best source."""
+    user, item = np.concatenate(rows.users), np.concatenate(rows.items)
+    source, score = np.concatenate(rows.sources), np.concatenate(rows.scores)
+    if not len(item):
+        return user, item, source, score
+    span = int(item.max()) + 1
+    if span * users < 2**63:
+        key = user * span + item
+    else:
+        # Ids too large to share 63 bits with the user: number them first.
+        numbers, numbered = np.unique(item, return_inverse=True)
+        key = user * len(numbers) + numbered
+    order = np.argsort(key)
+    key, score = key[order], score[order]
+    first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
+    total = np.add.reduceat(score, first)
+    most = np.maximum.reduceat(score, first)
+    sizes = np.diff(np.append(first, len(key)))
+    # The row that gave most: the first of its group where several gave the same.
+    best = np.flatnonzero(score == np.repeat(most, sizes))
+    group = np.repeat(np.arange(len(first)), sizes)[best]
+    best = best[np.concatenate(([True], group[1:] != group[:-1]))]
+    chosen = order[best]
+    kept = np.isfinite(total)
+    chosen = chosen[kept]
+    return user[chosen], item[chosen], source[chosen], total[kept]
+
+
+def _screen(
+    columns: Columns,
+    users: int,
+    category_of: Callable[[Int64], npt.NDArray[np.integer]] | None,
+    settings: FeatureSettings,
+) -> Candidates:
+    """Best first within each user, at most `category_cap` of a category, at most `limit`."""
+    user, item, source, score = columns
+    order = np.lexsort((-score, user))
+    user, item, source = user[order], item[order], source[order]
+    if category_of is not None and len(item):
+        allowed = _within_cap(user, category_of(item).astype(np.int64), settings.category_cap)
+        user, item, source = user[allowed], item[allowed], source[allowed]
+    place = np.arange(len(user)) - np.searchsorted(user, user)
+    kept = place < settings.candidate_limit
+    user, place = user[kept], place[kept]
+    counts = np.bincount(user, minlength=users).astype(np.int64)
+    width = int(counts.max(initial=0))
+    items = np.zeros((users, width), np.int64)
+    sources = np.zeros((users, width), np.uint8)
+    items[user, place] = item[kept]
+    sources[user, place] = source[kept]
+    return Candidates(items, sources, counts)
+
+
+def _within_cap(user: Int64, category: Int64, cap: int) -> npt.NDArray[np.bool_]:
+    """Which rows, best first within a user, are among the first `cap` of their category."""
+    order = np.lexsort((category, user))
+    same = (user[order][1:] == user[order][:-1]) & (category[order][1:] == category[order][:-1])
+    at = np.arange(len(order))
+    started = np.maximum.accumulate(np.where(np.concatenate(([False], same)), 0, at))
+    allowed = np.empty(len(order), bool)
+    allowed[order] = at - started < cap
+    return allowed | (category < 0)
+
+
+def _place_explicit(
+    found: Candidates,
+    asked: Sequence[int],
+    explicit: Sequence[Sequence[int] | None],
+    exclude: Sequence[Sequence[int]],
+) -> Candidates:
+    """What was found for the others beside what was asked for by name."""
+    chosen: dict[int, list[int]] = {}
+    for user in asked:
+        unwanted = set(exclude[user]) if exclude else set()
+        chosen[user] = [item for item in dict.fromkeys(explicit[user] or ()) if item not in unwanted]
+    counts = found.counts.copy()
+    counts[list(asked)] = list(map(len, chosen.values()))
+    width = int(counts.max(initial=0))
+    items = np.zeros((len(counts), width), np.int64)
+    sources = np.zeros((len(counts), width), np.uint8)
+    common = min(width, found.items.shape[1])
+    items[:, :common] = found.items[:, :common]
+    sources[:, :common] = found.sources[:, :common]
+    for user, given in chosen.items():
+        items[user] = given + [0] * (width - len(given))
+        sources[user] = [REQUEST] * len(given) + [0] * (width - len(given))
+    return Candidates(items, sources, counts)

@@ -1,0 +1,62 @@
+"""Every Redis key: its name, its bound and its lifetime. Names are made here and nowhere else.
+
+Each key carries one hash tag, so a script touches one slot of a Redis Cluster. Names are short
+because a user's whole sequence has 1.5 KiB to live in, key included.
+
+    s:{user}       string      the packed behaviour sequence (`features.sequence`)
+    t:{item}       sorted set  what users did right after this item: item to log2 weight
+    c:{category}   sorted set  the popular items of a category: item to log2 weight
+    p:{all}        sorted set  the popular items of all: item to log2 weight
+
+Members of the sorted sets are item ids of 8 bytes, little-endian (shorter than digits, and exact
+past 2⁵³).
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+DAY_S: Final = 24 * 3600
+
+SEQUENCE_TTL_S: Final = 30 * DAY_S
+SEQUENCE_MAX_AGE_S: Final = 30 * DAY_S
+
+
+class Bound(NamedTuple):
+    """A statistic keeps its `members` heaviest and disappears `ttl_s` after its last increment."""
+
+    members: int
+    ttl_s: int
+
+
+_TRANSITIONS: Final = Bound(members=64, ttl_s=30 * DAY_S)
+_CATEGORY: Final = Bound(members=256, ttl_s=30 * DAY_S)
+_POPULAR: Final = Bound(members=4096, ttl_s=30 * DAY_S)
+
+POPULAR: Final = "p:{all}"
+
+
+def sequence(user_id: int) -> str:
+    """The behaviour sequence of a user."""
+    return f"s:{{{user_id}}}"
+
+
+def transitions(item_id: int) -> str:
+    """The statistic of what follows an item."""
+    return f"t:{{{item_id}}}"
+
+
+def category(category_id: int) -> str:
+    """The statistic of what is popular in a category."""
+    return f"c:{{{category_id}}}"
+
+
+def bound(name: str) -> Bound:
+    """The bound of a statistic, by its name.
+
+    >>> bound(transitions(7)).members
+    64
+    """
+    if name.startswith("t:"):
+        return _TRANSITIONS
+    return _CATEGORY if name.startswith("c:") else _POPULAR
