@@ -71,7 +71,7 @@ class Delivery:
             "retry_backoff_ms": int(backoff.min_s * 1000),
         }
         self._backoff = backoff
-        self._producer: AIOKafkaProducer | None = None
+        self._producer: Any = None
         self._renewing = asyncio.Lock()
 
     async def start(self) -> None:

@@ -10,14 +10,15 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from inference.ranker import Ranker
-
 from compression.registry import ArtefactInvalid, Registry
+from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
-from inference.batcher import Batcher, BatcherLimits
+from inference.batcher import Batcher
 from inference.errors import InferenceError, ModelUnavailable
+from inference.ranker import Ranker
 from inference.settings import InferenceSettings
 from inference.types import RankedList, RankRequest
 
@@ -37,12 +38,18 @@ class ServingModel:
     request path turns into what is popular: a new shop has lists before its first training."""
 
     def __init__(
-        self, registry: Path, alias: str, statistics: ItemStatistics, settings: InferenceSettings
+        self,
+        registry: Path,
+        alias: str,
+        statistics: ItemStatistics,
+        settings: InferenceSettings,
+        features: FeatureSettings,
     ) -> None:
         self._registry = registry
         self._alias = alias
         self._statistics = statistics
         self._settings = settings
+        self._features = features
         self._serving: _Serving | None = None
         self._loading = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
@@ -53,7 +60,7 @@ class ServingModel:
 
     @property
     def engine(self) -> str | None:
-        return self._serving.ranker.engine_name if self._serving else None
+        return self._serving.ranker.engine if self._serving else None
 
     async def rank(self, requests: Sequence[RankRequest]) -> list[RankedList | InferenceError]:
         serving = self._serving
@@ -73,14 +80,12 @@ class ServingModel:
             except (ArtefactInvalid, InferenceError, FileNotFoundError, KeyError) as error:
                 log.warning("%s is not served: %s", wanted or f"alias {self._alias!r}", error)
                 return False
-            limits = BatcherLimits(
-                max_batch=self._settings.max_batch,
-                max_queue=self._settings.max_queue,
-                wait_ms=self._settings.wait_ms,
+            batcher: Batcher[RankRequest, RankedList] = Batcher(
+                [partial(ranker.rank, statistics=self._statistics)] * self._settings.runners,
+                self._settings.batcher_limits(),
             )
-            batcher: Batcher[RankRequest, RankedList] = Batcher([ranker.rank], limits)
             before, self._serving = self._serving, _Serving(ranker, batcher)
-            log.info("Serving %s on %s", ranker.version, ranker.engine_name)
+            log.info("Serving %s on %s", ranker.version, ranker.engine)
         if before is not None:
             task = asyncio.create_task(_retire(before))
             self._retiring.add(task)
@@ -88,7 +93,7 @@ class ServingModel:
         return True
 
     def _open(self, version: str) -> Ranker:
-        return Ranker.open(self._registry, version, self._statistics, self._settings)
+        return Ranker.open(self._registry, version, settings=self._settings, features=self._features)
 
     async def close(self) -> None:
         if self._serving is not None:

@@ -42,7 +42,7 @@ class Resources:
         self.metrics = StreamMetrics()
         self.store = RedisStore(stream.redis_url, settings=features)
         self.statistics = ItemStatistics(self.store, settings=features)
-        self.model = ServingModel(Path(stream.registry), stream.alias, self.statistics, inference)
+        self.model = ServingModel(Path(stream.registry), stream.alias, self.statistics, inference, features)
         backoff = Backoff(stream.retry_min_ms / 1000, stream.retry_max_ms / 1000)
         self.results = Delivery(stream.bootstrap, backoff)
         self.dead_letters = Delivery(stream.bootstrap, backoff, idempotent=False)

@@ -1,0 +1,74 @@
+"""kafka-python clients for the command line: producers, consumers, and where a user's records lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
+from kafka.errors import KafkaError
+from kafka.partitioner.default import murmur2
+
+from topics.codec import record_key
+
+REQUEST_TIMEOUT_MS = 15_000
+
+
+class BrokerUnavailable(ConnectionError):
+    """No broker answered; the message names the address and what to do."""
+
+
+def producer(bootstrap: str, **options: Any) -> KafkaProducer:
+    """An idempotent producer that waits for all replicas."""
+    try:
+        return KafkaProducer(
+            bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS, **{"linger_ms": 5, **options}
+        )
+    except KafkaError as error:
+        raise _unavailable(bootstrap, error) from error
+
+
+def reader(bootstrap: str, topic: str, **options: Any) -> KafkaConsumer:
+    """A consumer outside any group, assigned to all partitions of a topic."""
+    try:
+        consumer = KafkaConsumer(bootstrap_servers=bootstrap, group_id=None, **options)
+        known = consumer.partitions_for_topic(topic)
+    except KafkaError as error:
+        raise _unavailable(bootstrap, error) from error
+    if not known:
+        consumer.close()
+        raise BrokerUnavailable(f"no topic {topic!r} at {bootstrap}; `tailrace up` creates the topics")
+    consumer.assign([TopicPartition(topic, number) for number in sorted(known)])
+    return consumer
+
+
+def partition_of(consumer: KafkaConsumer, topic: str, user_id: int) -> int:
+    """Where a user's records are: murmur2 of the key, as Java and aiokafka have it."""
+    return int((murmur2(record_key(user_id)) & 0x7FFFFFFF) % len(consumer.partitions_for_topic(topic)))
+
+
+def to_the_end(consumer: KafkaConsumer) -> dict[TopicPartition, int]:
+    """Place the consumer after what is there now; the offsets."""
+    ends: dict[TopicPartition, int] = consumer.end_offsets(list(consumer.assignment()))
+    for partition, offset in ends.items():
+        consumer.seek(partition, offset)
+    return ends
+
+
+def everything(consumer: KafkaConsumer) -> Iterator[Any]:
+    """Every record that is there when asked, oldest first per partition; ends when they are read."""
+    left = consumer.end_offsets(list(consumer.assignment()))
+    begin = consumer.beginning_offsets(list(left))
+    left = {partition: end for partition, end in left.items() if end > begin[partition]}
+    for partition in left:
+        consumer.seek(partition, begin[partition])
+    while left:
+        for records in consumer.poll(timeout_ms=500).values():
+            yield from records
+        left = {partition: end for partition, end in left.items() if consumer.position(partition) < end}
+
+
+def _unavailable(bootstrap: str, error: KafkaError) -> BrokerUnavailable:
+    return BrokerUnavailable(
+        f"no Kafka broker answers at {bootstrap} ({type(error).__name__}); `tailrace up` starts one here"
+    )

@@ -1,0 +1,104 @@
+"""`tailrace worker`: the service itself."""
+
+from __future__ import annotations
+
+import logging
+import socket
+
+import click
+from pydantic import ValidationError
+
+from infra.commands import options
+
+
+@click.command()
+@options.bootstrap
+@options.redis_url
+@click.option("--registry", envvar="TAILRACE_REGISTRY", default=".tailrace/models", show_default=True)
+@click.option("--group", envvar="STREAM_GROUP", default="tailrace", show_default=True, help="Consumer group.")
+@click.option(
+    "--instance-id",
+    envvar="STREAM_INSTANCE_ID",
+    default=socket.gethostname,
+    show_default="host name",
+    help="Static group membership: one live worker per id; the same id comes back without a rebalance.",
+)
+@options.topic_suffix
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes to run.")
+@click.option("--http-host", envvar="STREAM_HTTP_HOST", default="127.0.0.1", show_default=True)
+@click.option(
+    "--http-port",
+    envvar="STREAM_HTTP_PORT",
+    type=click.IntRange(0, 65535),
+    default=6066,
+    show_default=True,
+    help="/healthz, /readyz, /metrics; 0 takes a free port; with --workers the next ones too.",
+)
+@click.option("--trigger", envvar="STREAM_TRIGGER", type=click.Choice(["click", "user"]), default="click")
+@click.option("--k", envvar="STREAM_K", type=click.IntRange(1, 1000), default=10, show_default=True)
+@click.option(
+    "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
+)
+@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
+def worker(
+    *,
+    bootstrap: str,
+    redis_url: str,
+    registry: str,
+    group: str,
+    instance_id: str,
+    topic_suffix: str,
+    workers: int,
+    http_host: str,
+    http_port: int,
+    trigger: str,
+    k: int,
+    engine: str,
+    log_level: str,
+) -> None:
+    """Clicks and requests in, ranked lists out, until SIGTERM or Ctrl-C; then drain and leave.
+
+    Everything else is set by STREAM_*, FEATURES_* and INFERENCE_* in the environment.
+
+    \b
+    tailrace worker
+    tailrace worker --workers 2 --engine onnx
+    STREAM_DRAIN_TIMEOUT_MS=5000 tailrace worker --instance-id $POD_NAME
+    """
+    from features.settings import FeatureSettings
+    from inference.settings import InferenceSettings
+    from stream.settings import StreamSettings
+    from stream.worker import run, supervise
+
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    if log_level != "DEBUG":
+        for chatty in ("aiokafka", "faust", "mode", "kafka", "httpx"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+    if workers > 1:
+        arguments = [
+            *("--bootstrap", bootstrap, "--redis-url", redis_url, "--registry", registry, "--group", group),
+            *("--topic-suffix", topic_suffix, "--http-host", http_host, "--trigger", trigger),
+            *("--k", str(k), "--engine", engine, "--log-level", log_level),
+        ]
+        raise SystemExit(supervise(workers, arguments, instance_id, http_port))
+    try:
+        stream = StreamSettings.model_validate(
+            {
+                **StreamSettings().model_dump(),
+                "bootstrap": bootstrap,
+                "redis_url": redis_url,
+                "registry": registry,
+                "group": group,
+                "instance_id": instance_id,
+                "topic_suffix": topic_suffix,
+                "http_host": http_host,
+                "http_port": http_port,
+                "trigger": trigger,
+                "k": k,
+            }
+        )
+        features = FeatureSettings()
+        inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
+    except ValidationError as error:
+        raise click.ClickException(f"a setting is wrong: {error}") from error
+    run(stream, features, inference, log_level=log_level)
