@@ -1,0 +1,137 @@
+"""Redis memory of behaviour sequences: python -m infra.bench.sequence_memory redis://localhost:6379/0
+
+Fills an empty Redis and reads what the server says it uses. One user in 500 is filled event
+by event through the real script, the rest by writing such values directly, which is fast; the two
+must take the same bytes. The goal is 1.5 KiB for a user with 100 events, its key, expiry and share
+of the hash tables included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import platform
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+import redis
+
+from features import keys
+from features.redis_store import RedisStore
+from features.sequence import MAX_EVENTS, NARROW, NARROW_EVENT, pack_fence, unpack
+from features.settings import FeatureSettings
+from features.store import Append
+
+GOAL_BYTES: Final = 1536
+_SEED: Final = 7
+_START_S: Final = 1_511_539_200
+_BY_SCRIPT: Final = 500
+
+
+def run(redis_url: str, users: int = 100_000, json_path: str | Path | None = None) -> dict[str, Any]:
+    """Fill `users` users with 100 events each and measure. The Redis must be empty; it is left full."""
+    with redis.Redis.from_url(redis_url) as client:
+        if client.dbsize():
+            raise ValueError(f"the Redis at {redis_url} is not empty; the measure needs its own")
+        before_bytes = client.info("memory")["used_memory"]
+        started_s = time.perf_counter()
+        asyncio.run(_fill_by_script(redis_url, range(0, users, _BY_SCRIPT)))
+        _fill_directly(client, [user for user in range(users) if user % _BY_SCRIPT])
+        filled_s = time.perf_counter() - started_s
+        memory = client.info("memory")
+        scripted = _sample(range(0, users, _BY_SCRIPT))
+        direct = _sample([user for user in range(users) if user % _BY_SCRIPT])
+        values: list[bytes] = client.mget(scripted + direct)
+        if client.dbsize() != users or unpack(values).lengths.min() != MAX_EVENTS:
+            raise RuntimeError(f"expected {users} users of {MAX_EVENTS} events, found fewer")
+        usages = [client.memory_usage(key) for key in scripted + direct]
+        if len(set(usages)) != 1 or len(set(map(len, values))) != 1:
+            raise RuntimeError("values written directly differ in size from those of the script")
+        server = client.info("server")
+    report = {
+        "users": users,
+        "events_per_user": MAX_EVENTS,
+        "bytes_per_user": round((memory["used_memory"] - before_bytes) / users, 1),
+        "goal_bytes_per_user": GOAL_BYTES,
+        "memory_usage_bytes": usages[0],
+        "value_bytes": len(values[0]),
+        "used_memory_bytes": memory["used_memory"],
+        "used_memory_rss_bytes": memory["used_memory_rss"],
+        "fill_s": round(filled_s, 1),
+        "seed": _SEED,
+        "redis_version": server["redis_version"],
+        "allocator": memory["mem_allocator"],
+        "machine": platform.platform(),
+    }
+    if json_path is not None:
+        Path(json_path).write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def _user_id(user: int) -> int:
+    return 100_000 + user * 9
+
+
+def _sample(users: Sequence[int]) -> list[str]:
+    chosen = random.Random(_SEED).sample(users, min(200, len(users)))
+    return [keys.sequence(_user_id(user)) for user in chosen]
+
+
+def _events(user: int) -> list[Append]:
+    rng = random.Random(_SEED + user)
+    return [
+        Append(
+            user_id=_user_id(user),
+            item_id=rng.randrange(1, 5_200_000),
+            category_id=rng.randrange(1, 5_200_000),
+            behavior=event & 3,
+            timestamp=_START_S + event * 60,
+            epoch=1,
+            partition=user & 7,
+            offset=user * MAX_EVENTS + event,
+        )
+        for event in range(MAX_EVENTS)
+    ]
+
+
+async def _fill_by_script(redis_url: str, users: Sequence[int]) -> None:
+    store = RedisStore(redis_url, settings=FeatureSettings(store_timeout_ms=30_000))
+    for user in users:
+        for event in _events(user):
+            await store.append([event])
+    await store.close()
+
+
+def _fill_directly(client: redis.Redis, users: Sequence[int]) -> None:
+    """Values in the script's layout, written as they are."""
+    lifetime_ms = keys.SEQUENCE_TTL_S * 1000
+    rng = np.random.default_rng(_SEED)
+    events = np.zeros(MAX_EVENTS, NARROW_EVENT)
+    events["timestamp"] = _START_S + 60 * np.arange(MAX_EVENTS)
+    for start in range(0, len(users), 1000):
+        pipeline = client.pipeline(transaction=False)
+        for user in users[start : start + 1000]:
+            events["item"] = rng.integers(1, 5_200_000, MAX_EVENTS)
+            events["category_behavior"] = rng.integers(1, 5_200_000, MAX_EVENTS)
+            fence = pack_fence(1, user & 7, user * MAX_EVENTS + MAX_EVENTS - 1)
+            value = bytes((NARROW, 1)) + fence + events.tobytes()
+            pipeline.set(keys.sequence(_user_id(user)), value, px=lifetime_ms)
+        pipeline.execute()
+
+
+@click.command(help=__doc__)
+@click.argument("redis_url")
+@click.option("--users", default=100_000, show_default=True)
+@click.option("--json", "json_path", type=click.Path(dir_okay=False))
+def main(redis_url: str, users: int, json_path: str | None) -> None:
+    report = run(redis_url, users, json_path)
+    click.echo("\n".join(f"{name:24} {value}" for name, value in report.items()))
+
+
+if __name__ == "__main__":
+    main()
