@@ -1,0 +1,153 @@
+"""The shapes engines are warmed with, and how a batch is cut and padded into them.
+
+Histories of very different length do not share a shape: padding one click to a hundred slots costs
+more than one more call. What a shape costs is measured while it is warmed.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from inference.engines.base import Shape
+
+HISTORIES: Final = (4, 10, 25, 50, 100)
+CANDIDATES: Final = (50, 200)
+BATCHES: Final = (1, 2, 4, 8, 16, 32)
+
+Int64 = npt.NDArray[np.int64]
+Scalar = TypeVar("Scalar", bound=np.generic)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Users that go through an engine together: positions in the batch, and the shape they are padded to."""
+
+    users: Int64
+    batch: int
+    history: int
+
+
+@dataclass(slots=True)
+class Buckets:
+    """Warmed sizes, ascending. `cost_s` holds what each shape took when warmed; empty before that."""
+
+    histories: tuple[int, ...] = HISTORIES
+    candidates: tuple[int, ...] = CANDIDATES
+    batches: tuple[int, ...] = BATCHES
+    cost_s: Mapping[Shape, float] = field(default_factory=dict)
+    _plans: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _splits: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self) -> None:
+        for name, sizes in (
+            ("histories", self.histories),
+            ("candidates", self.candidates),
+            ("batches", self.batches),
+        ):
+            if not sizes or list(sizes) != sorted(set(sizes)) or sizes[0] < 1:
+                raise ValueError(f"{name} must ascend from at least 1, not {sizes}")
+
+    def up_to(self, max_history: int) -> Buckets:
+        """The same without histories longer than a model takes, and with one of exactly that length."""
+        shorter = tuple(size for size in self.histories if size < max_history)
+        return Buckets((*shorter, max_history), self.candidates, self.batches)
+
+    def with_costs(self, cost_s: Mapping[Shape, float]) -> Buckets:
+        """The same, cutting batches by what its shapes were measured to cost."""
+        return Buckets(self.histories, self.candidates, self.batches, cost_s)
+
+    def shapes(self) -> Iterator[Shape]:
+        """Everything that may reach an engine."""
+        for batch in self.batches:
+            for history in self.histories:
+                yield Shape("encode", batch, history, 0)
+                for candidates in self.candidates:
+                    yield Shape("score", batch, history, candidates)
+
+    def cuts(self, lengths: npt.NDArray[np.integer[Any]]) -> list[Cut]:
+        """Every user in one cut, shortest histories first, at the least measured cost."""
+        order = np.argsort(lengths, kind="stable")
+        ends = np.searchsorted(lengths[order], self.histories, side="right")
+        ends[-1] = len(lengths)  # longer than the largest: its newest events are kept
+        cuts: list[Cut] = []
+        start = 0
+        for history, end in zip(self.histories, self._merged(tuple(ends.tolist())), strict=True):
+            for batch in self._split(end - start, history)[1]:
+                users = order[start : min(end, start + batch)]
+                cuts.append(Cut(users, batch, history))
+                start += len(users)
+        return cuts
+
+    def _merged(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the users of each history bucket end, once buckets that gain nothing have been emptied."""
+        plan = self._plans.get(ends)
+        if plan is None:
+            if len(self._plans) >= 10_000:
+                self._plans.clear()
+            plan = self._plans[ends] = self._best(ends)
+        return plan
+
+    def _best(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+        last = len(self.histories) - 1
+        plans = (
+            self._emptied(ends, kept)
+            for count in range(last + 1)
+            for kept in combinations(range(last), count)
+        )
+        return min(plans, key=self._cost)
+
+    @staticmethod
+    def _emptied(ends: tuple[int, ...], kept: Sequence[int]) -> tuple[int, ...]:
+        plan, start = [], 0
+        for bucket, end in enumerate(ends):
+            if bucket in kept or bucket == len(ends) - 1:
+                start = end
+            plan.append(start)
+        return tuple(plan)
+
+    def _cost(self, plan: tuple[int, ...]) -> float:
+        ends = zip(self.histories, (0, *plan[:-1]), plan, strict=True)
+        return sum(self._split(end - start, history)[0] for history, start, end in ends)
+
+    def _split(self, users: int, history: int) -> tuple[float, tuple[int, ...]]:
+        """The cheapest warmed batch sizes that hold so many users, and their cost."""
+        if not users:
+            return 0.0, ()
+        known = self._splits.get((users, history))
+        if known is None:
+            splits = []
+            for batch in self.batches:
+                cost_s, rest = self._split(max(0, users - batch), history)
+                splits.append((self.cost(batch, history) + cost_s, (batch, *rest)))
+            known = self._splits[users, history] = min(splits)
+        return known
+
+    def cost(self, batch: int, history: int) -> float:
+        """Seconds to encode and score one cut; before warming, a guess in the right order."""
+        candidates = self.candidates[0]
+        encode = self.cost_s.get(Shape("encode", batch, history, 0))
+        score = self.cost_s.get(Shape("score", batch, history, candidates))
+        if encode is None or score is None:
+            return 200e-6 + 2e-6 * batch * (history + candidates)
+        return encode + score
+
+
+def fit(sizes: Sequence[int], needed: int) -> int:
+    """The smallest size that holds what is needed, or the largest there is."""
+    return sizes[min(bisect_left(sizes, needed), len(sizes) - 1)]
+
+
+def pad_rows(array: npt.NDArray[Scalar], rows: int) -> npt.NDArray[Scalar]:
+    """C-contiguous, with rows of zeros appended."""
+    if len(array) == rows:
+        return np.ascontiguousarray(array)
+    padded = np.zeros((rows, *array.shape[1:]), array.dtype)
+    padded[: len(array)] = array
+    return padded

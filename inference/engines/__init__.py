@@ -1,0 +1,89 @@
+"""Engines by name. Naming one here costs nothing; its library is imported when it is created.
+
+>>> [status.name for status in usable()]
+['torch', 'onnx', 'openvino', 'numpy']
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from inference.engines.base import Engine, EngineOptions
+from inference.errors import ModelUnavailable
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """Whether an engine can be created here, and why not."""
+
+    name: str
+    usable: bool
+    why: str
+
+
+def _torch(options: EngineOptions) -> Engine:
+    from inference.engines.torch_engine import TorchEngine
+
+    return TorchEngine(options)
+
+
+def _onnx(options: EngineOptions) -> Engine:
+    from inference.engines.onnx_engine import OnnxEngine
+
+    return OnnxEngine(options)
+
+
+def _openvino(options: EngineOptions) -> Engine:
+    from inference.engines.openvino_engine import OpenVinoEngine
+
+    return OpenVinoEngine(options)
+
+
+def _numpy(options: EngineOptions) -> Engine:
+    from inference.engines.numpy_engine import NumpyEngine
+
+    return NumpyEngine(options)
+
+
+_FACTORIES: Final[dict[str, Callable[[EngineOptions], Engine]]] = {
+    "torch": _torch,
+    "onnx": _onnx,
+    "openvino": _openvino,
+    "numpy": _numpy,
+}
+_LIBRARIES: Final[dict[str, str]] = {
+    "torch": "torch",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "numpy": "numpy",
+}
+_AUTO: Final = ("openvino", "onnx", "torch")  # fastest first, as measured
+
+
+def usable() -> list[EngineStatus]:
+    """Every engine we know, with whether its library is installed. Imports none of them."""
+    return [_status(name) for name in _FACTORIES]
+
+
+def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
+    """An engine by name; "auto" is the first of openvino, onnx, torch that is installed."""
+    if name == "auto":
+        name = next((choice for choice in _AUTO if _status(choice).usable), "")
+        if not name:
+            raise ModelUnavailable(f"no engine is installed here: pip install one of {', '.join(_AUTO)}")
+    if name not in _FACTORIES:
+        raise ModelUnavailable(f"no engine is called {name!r}; there are {', '.join(_FACTORIES)}")
+    status = _status(name)
+    if not status.usable:
+        raise ModelUnavailable(f"engine {name}: {status.why}")
+    return _FACTORIES[name](options or EngineOptions())
+
+
+def _status(name: str) -> EngineStatus:
+    library = _LIBRARIES[name]
+    if importlib.util.find_spec(library) is None:
+        return EngineStatus(name, False, f"the Python package {library} is not installed")
+    return EngineStatus(name, True, "")

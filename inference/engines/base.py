@@ -1,0 +1,110 @@
+"""The contract every engine keeps, and the shapes it is warmed with.
+
+An engine computes graphs and nothing else: it knows no users, no items, no batches in time. It is
+called by one thread at a time, and only with shapes it has been warmed for.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Final, Literal, NamedTuple
+
+import numpy as np
+
+from compression.registry import Artefact, ModelShape
+from inference.types import Graph, Tensors
+
+Precision = Literal["f32", "bf16"]
+
+WEIGHTS: Final = "weights.safetensors"
+GRAPHS: Final[tuple[Graph, ...]] = ("encode", "score", "rank")
+OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
+    "encode": ("user_vector", "keys", "values"),
+    "score": ("scores",),
+    "rank": ("scores", "user_vector"),
+}
+# Largest difference from torch in f32 of any output, per precision. Scores and vectors are of order 1;
+# a reordered f32 sum moves the last digits, and bf16 keeps 8 bits of mantissa through every layer.
+TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 1e-1}
+
+
+class Shape(NamedTuple):
+    """One shape an engine is warmed with; `candidates` is 0 for "encode"."""
+
+    graph: Graph
+    batch: int
+    history: int
+    candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's."""
+
+    threads: int = 1
+    precision: Precision = "f32"
+    provider: str = "CPUExecutionProvider"
+    device: str = "CPU"
+
+
+class Engine(ABC):
+    """load → warm_up → run (many times) → close.
+
+    `run` takes and returns C-contiguous arrays named as in the exported graphs; the arrays it returns
+    belong to the caller. It raises `EngineFailed` and nothing else.
+    """
+
+    name: ClassVar[str]
+    model: ModelShape
+
+    def __init__(self, options: EngineOptions) -> None:
+        self.options = options
+
+    @property
+    def precision(self) -> Precision:
+        return self.options.precision
+
+    @abstractmethod
+    def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
+        """Build graphs from verified bytes. Raises `ModelUnavailable` with the reason."""
+
+    @abstractmethod
+    def run(self, graph: Graph, inputs: Tensors) -> Tensors: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the model; safe to call twice."""
+
+    def warm_up(self, shapes: Iterable[Shape], *, repeats: int = 2) -> dict[Shape, float]:
+        """Run every shape, and say how long the fastest repeat took, in seconds."""
+        cost_s: dict[Shape, float] = {}
+        for shape in shapes:
+            inputs = self.example(shape)
+            for _ in range(max(1, repeats)):
+                started = time.perf_counter()
+                self.run(shape.graph, inputs)
+                took = time.perf_counter() - started
+                cost_s[shape] = min(took, cost_s.get(shape, took))
+        return cost_s
+
+    def example(self, shape: Shape) -> Tensors:
+        """Inputs of one shape: full-length histories of padding rows."""
+        model, batch, history = self.model, shape.batch, shape.history
+        lengths = np.full(batch, history, np.int32)
+        inputs: Tensors = {}
+        if shape.graph in ("encode", "rank"):
+            for column in ("items", "categories", "behaviors", "gaps"):
+                inputs[column] = np.zeros((batch, history), np.int32)
+        else:
+            states = (batch, model.layers, model.heads, history, model.dim // model.heads)
+            inputs["keys"] = np.zeros(states, np.float32)
+            inputs["values"] = np.zeros(states, np.float32)
+            inputs["user_vector"] = np.zeros((batch, model.dim), np.float32)
+        inputs["lengths"] = lengths
+        if shape.graph != "encode":
+            inputs["candidates"] = np.zeros((batch, shape.candidates), np.int32)
+            inputs["candidate_categories"] = np.zeros((batch, shape.candidates), np.int32)
+        return inputs

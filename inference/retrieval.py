@@ -1,0 +1,58 @@
+"""The items nearest to a user vector: exact for a small catalogue, inverted lists beyond.
+
+The index is built from the artefact's item table when the artefact is loaded, seeded, so that every
+process answers alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+
+_SEED: Final = 7
+_TRAIN_PER_LIST: Final = 64
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+class RetrievalIndex:
+    """Items by the inner product of their vector with the user's."""
+
+    def __init__(
+        self, item_ids: Int64, vectors: Float32, *, exact_until: int = 20_000, probes: int = 16
+    ) -> None:
+        """Up to `exact_until` items every one is compared; beyond, those of the `probes` nearest lists."""
+        self._item_ids = item_ids
+        self.exact = len(item_ids) <= exact_until
+        vectors = np.ascontiguousarray(vectors)
+        dim = vectors.shape[1]
+        faiss.omp_set_num_threads(1)
+        if self.exact:
+            self._index: Any = faiss.IndexFlatIP(dim)
+        else:
+            lists = int(2 ** np.round(np.log2(np.sqrt(len(item_ids)))))
+            self._quantizer = faiss.IndexFlatIP(dim)
+            self._index = faiss.IndexIVFFlat(self._quantizer, dim, lists, faiss.METRIC_INNER_PRODUCT)
+            self._index.cp.seed = _SEED
+            self._index.cp.max_points_per_centroid = _TRAIN_PER_LIST
+            self._index.train(vectors)
+            self._index.nprobe = min(probes, lists)
+        self._index.add(vectors)
+
+    def __len__(self) -> int:
+        return len(self._item_ids)
+
+    def search(self, user_vectors: Float32, k: int) -> tuple[Int64, Float32]:
+        """Item ids and scores [users, at most k], best first; id -1 where fewer were found."""
+        k = min(k, len(self))
+        if not k or not len(user_vectors):
+            shape = (len(user_vectors), k)
+            return np.empty(shape, np.int64), np.empty(shape, np.float32)
+        # The setting belongs to a thread, and the caller is a thread of an executor.
+        faiss.omp_set_num_threads(1)
+        scores, places = self._index.search(np.ascontiguousarray(user_vectors), k)
+        return np.where(places < 0, -1, self._item_ids[places]), scores
