@@ -80,10 +80,10 @@ def _java() -> Check:
     if java is None:
         return _check("java", False, "not found", remedy)
     said = subprocess.run([java, "-version"], capture_output=True, text=True, check=False).stderr
-    version = re.search(r'version "(\d+)[^"]*"', said)
+    version = re.search(r'version "((\d+)[^"]*)"', said)
     if version is None:
         return _check("java", False, said.strip()[:60] or "does not answer", remedy)
-    return _check("java", int(version[1]) >= 17, version[0].removeprefix("version "), remedy)
+    return _check("java", int(version[2]) >= 17, version[1], remedy)
 
 
 def _jars() -> Check:

@@ -76,6 +76,9 @@ class LocalServer(ABC):
         """Return once it answers its protocol. Does nothing where it already runs."""
         if self._process():
             return self
+        # Otherwise the stranger that listens there might answer for ours.
+        if not is_free(self.port):
+            raise ServerFailed(f"port {self.port} for {self.name} is taken by another program")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         argv = self._command()
         with self.log_path.open("ab") as log:

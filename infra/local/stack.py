@@ -48,8 +48,8 @@ def up(kafka_port: int | None = None, redis_port: int | None = None) -> Up:
     A port given must be free; the default port is used where it is free, else one that is.
     """
     with _locked():
-        kafka_port, kafka_note = _port("kafka", kafka_port, KAFKA_PORT)
-        redis_port, redis_note = _port("redis", redis_port, REDIS_PORT)
+        kafka_port, kafka_note = choose_port("kafka", kafka_port, KAFKA_PORT)
+        redis_port, redis_note = choose_port("redis", redis_port, REDIS_PORT)
         redis = LocalRedis(local_dir() / "redis", port=redis_port).start()
         kafka = LocalKafka(local_dir() / "kafka", port=kafka_port).start()
         found = Endpoints(bootstrap=kafka.bootstrap, redis_url=redis.url)
@@ -90,7 +90,7 @@ def _status(server: LocalServer) -> ServerStatus:
     )
 
 
-def _port(name: str, given: int | None, default: int) -> tuple[int, str]:
+def choose_port(name: str, given: int | None, default: int) -> tuple[int, str]:
     """The port to start on, or the one it already runs on; and a sentence where it is not the default."""
     server = next(server for server in _servers() if server.name == name)
     if server.pid is not None:
@@ -98,6 +98,7 @@ def _port(name: str, given: int | None, default: int) -> tuple[int, str]:
             raise ServerFailed(f"{name} already runs on port {server.port}; `tailrace down` stops it")
         return server.port, ""
     if given is not None:
+        # `start` would refuse as well, but only after the other server is up.
         if not is_free(given):
             raise ServerFailed(f"port {given} for {name} is taken by another program")
         return given, ""
