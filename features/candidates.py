@@ -8,8 +8,10 @@ The screening score of an item is the sum over its sources of
     category    1.0 × popularity within the category × 0.7 per category back
     popular     0.3 × popularity
 
-and its source is the one that gave most. An item that must not appear gets minus infinity from a
-"source" of its own. Everything is one flat list of (user, item, source, score) rows, sorted once.
+and its source is the one that gave most. An item that must not appear gets a debt no source can
+pay. Everything is one flat list of rows, sorted once by (user, item). Scores are whole numbers with
+the source in the lowest bits, so sums do not depend on the order of rows: what a user gets does
+not depend on who else is in the batch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,6 @@ Float32 = npt.NDArray[np.float32]
 SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 """Names of source codes."""
 RETRIEVAL, TRANSITION, RECENT, CATEGORY, POPULAR, REQUEST = range(6)
-_VETO: Final = 255
 _BUY: Final = BEHAVIORS.index("buy")
 
 _WEIGHT: Final = np.array([4.0, 6.0, 2.0, 1.0, 0.3], np.float32)
@@ -81,24 +82,34 @@ def find_candidates(
     return _place_explicit(found, asked, explicit, exclude) if asked else found
 
 
-Columns = tuple[Int64, Int64, npt.NDArray[np.uint8], Float32]
+_ONE: Final = np.float32(1 << 20)
+_SOURCE_BITS: Final = 3
+_LAST_SOURCE: Final = (1 << _SOURCE_BITS) - 1
+_DEBT: Final = -(1 << 50)
+
+Columns = tuple[Int64, Int64, npt.NDArray[np.uint8], Int64]
 """User, item, source and score of each row."""
 
 
 class _Rows:
-    """Columns in the making: user, item, source, score."""
+    """Columns in the making: user, item, and the score with its source in the lowest bits."""
 
     def __init__(self) -> None:
         self.users: list[Int64] = []
         self.items: list[Int64] = []
-        self.sources: list[npt.NDArray[np.uint8]] = []
-        self.scores: list[Float32] = []
+        self.scores: list[Int64] = []
 
     def add(self, users: Int64, items: Int64, source: int, scores: Float32) -> None:
+        whole = (scores * _ONE).astype(np.int64)
         self.users.append(users)
         self.items.append(items)
-        self.sources.append(np.full(len(items), source, np.uint8))
-        self.scores.append(scores)
+        # Of equal scores the earlier source is the greater number.
+        self.scores.append((whole << _SOURCE_BITS) + (_LAST_SOURCE - source))
+
+    def veto(self, users: Int64, items: Int64) -> None:
+        self.users.append(users)
+        self.items.append(items)
+        self.scores.append(np.full(len(items), _DEBT))
 
     def add_lists(
         self, users: npt.ArrayLike, lists: Sequence[ItemWeights], source: int, factors: npt.ArrayLike
@@ -204,24 +215,19 @@ def _add_vetoes(
     user = np.repeat(np.arange(len(histories)), histories.lengths)
     if settings.seen_filter != "none":
         seen = slice(None) if settings.seen_filter == "seen" else histories.behaviors == _BUY
-        _veto(rows, user[seen], histories.items[seen])
+        rows.veto(user[seen], histories.items[seen])
     skip = set(asked)
     unwanted = [(user, item) for user, given in enumerate(exclude) if user not in skip for item in given]
     if unwanted:
         of, items = np.array(unwanted, np.int64).T
-        _veto(rows, of, items)
-
-
-def _veto(rows: _Rows, users: Int64, items: Int64) -> None:
-    rows.add(users, items, _VETO, np.full(len(items), -np.inf, np.float32))
+        rows.veto(of, items)
 
 
 def _union(rows: _Rows, users: int) -> Columns:
-    """Each (user, item) once, users in order, then items: its score and its best source."""
-    user, item = np.concatenate(rows.users), np.concatenate(rows.items)
-    source, score = np.concatenate(rows.sources), np.concatenate(rows.scores)
+    """Each (user, item) once, users in order, then items: its best source and its score."""
+    user, item, score = np.concatenate(rows.users), np.concatenate(rows.items), np.concatenate(rows.scores)
     if not len(item):
-        return user, item, source, score
+        return user, item, score.astype(np.uint8), score
     span = int(item.max()) + 1
     if span * users < 2**63:
         key = user * span + item
@@ -234,15 +240,10 @@ def _union(rows: _Rows, users: int) -> Columns:
     first = np.flatnonzero(np.concatenate(([True], key[1:] != key[:-1])))
     total = np.add.reduceat(score, first)
     most = np.maximum.reduceat(score, first)
-    sizes = np.diff(np.append(first, len(key)))
-    # The row that gave most: the first of its group where several gave the same.
-    best = np.flatnonzero(score == np.repeat(most, sizes))
-    group = np.repeat(np.arange(len(first)), sizes)[best]
-    best = best[np.concatenate(([True], group[1:] != group[:-1]))]
-    chosen = order[best]
-    kept = np.isfinite(total)
-    chosen = chosen[kept]
-    return user[chosen], item[chosen], source[chosen], total[kept]
+    kept = total >= 0
+    chosen = order[first[kept]]
+    source = (_LAST_SOURCE - (most[kept] & _LAST_SOURCE)).astype(np.uint8)
+    return user[chosen], item[chosen], source, total[kept]
 
 
 def _screen(
@@ -253,7 +254,8 @@ def _screen(
 ) -> Candidates:
     """Best first within each user, at most `category_cap` of a category, at most `limit`."""
     user, item, source, score = columns
-    order = np.lexsort((-score, user))
+    # Rows come by user, then item, so that a stable sort settles equal scores by item.
+    order = np.argsort((user << 45) - score, kind="stable")
     user, item, source = user[order], item[order], source[order]
     if category_of is not None and len(item):
         allowed = _within_cap(user, category_of(item).astype(np.int64), settings.category_cap)
