@@ -31,13 +31,7 @@ _registry = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
-@click.command(
-    epilog="""\b
-Examples:
-  tailrace synth clicks.csv
-  tailrace synth clicks.csv.gz --events 1000000 --users 20000 --items 20000
-"""
-)
+@click.command()
 @click.argument("out", type=_FILE)
 @click.option("--events", type=click.IntRange(1), default=200_000, show_default=True)
 @click.option("--users", type=click.IntRange(1), default=5_000, show_default=True)
@@ -45,8 +39,15 @@ Examples:
 @click.option("--categories", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
 @_json
-def synth(out: Path, events: int, users: int, items: int, categories: int, seed: int, as_json: bool) -> None:
-    """Write a Taobao-format log with learnable structure to OUT (.csv or .csv.gz)."""
+def synth(
+    *, out: Path, events: int, users: int, items: int, categories: int, seed: int, as_json: bool
+) -> None:
+    """Write a Taobao-format log with learnable structure to OUT (.csv or .csv.gz).
+
+    \b
+    tailrace synth clicks.csv
+    tailrace synth clicks.csv.gz --events 1000000 --users 20000 --items 20000
+    """
     import time
 
     from compression.synth import SynthSettings, synthesize, write_log
@@ -66,14 +67,7 @@ def synth(out: Path, events: int, users: int, items: int, categories: int, seed:
         click.echo(f"{out}: {events:,} events of {users:,} users in {seconds:.1f} s")
 
 
-@click.command(
-    epilog="""\b
-Examples:
-  tailrace retrain --log clicks.csv
-  tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
-  tailrace retrain --log clicks.csv --bootstrap localhost:9092 --json
-"""
-)
+@click.command()
 @click.option("--log", type=_LOG, required=True, help="Taobao-format log (.csv, .csv.gz).")
 @_registry
 @click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
@@ -88,7 +82,8 @@ Examples:
 @click.option("--no-promote", is_flag=True, help="Publish only; the alias stays as it is.")
 @click.option("--bootstrap", help="Announce the release on this broker's model-releases topic.")
 @_json
-def retrain(  # noqa: PLR0917 - one argument per option
+def retrain(
+    *,
     log: Path,
     registry: Path,
     recipe: str,
@@ -102,7 +97,13 @@ def retrain(  # noqa: PLR0917 - one argument per option
     bootstrap: str | None,
     as_json: bool,
 ) -> None:
-    """Train on a log and release the model: read, train, evaluate, export, verify, publish, promote."""
+    """Train on a log and release the model: read, train, evaluate, export, verify, publish, promote.
+
+    \b
+    tailrace retrain --log clicks.csv
+    tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
+    tailrace retrain --log clicks.csv --bootstrap localhost:9092 --json
+    """
     _need_training_extra()
     from compression.dataset import MAX_EVENTS
     from compression.export import ParityError
@@ -139,13 +140,7 @@ def retrain(  # noqa: PLR0917 - one argument per option
         _print_summary(summary, registry)
 
 
-@click.command(
-    epilog="""\b
-Examples:
-  tailrace evaluate --log clicks.csv
-  tailrace evaluate --log clicks.csv --version 20171203T101500-3f9c --split temporal --json
-"""
-)
+@click.command()
 @click.option("--log", type=_LOG, required=True, help="Taobao-format log (.csv, .csv.gz).")
 @_registry
 @click.option("--version", default="serving", show_default=True, help="Version or alias.")
@@ -153,10 +148,15 @@ Examples:
 @click.option("--limit", type=click.IntRange(1), default=5_000, show_default=True, help="Targets at most.")
 @click.option("--seed", type=int, default=7, show_default=True)
 @_json
-def evaluate(  # noqa: PLR0917 - one argument per option
-    log: Path, registry: Path, version: str, split: Any, limit: int, seed: int, as_json: bool
+def evaluate(
+    *, log: Path, registry: Path, version: str, split: Any, limit: int, seed: int, as_json: bool
 ) -> None:
-    """Judge a released model on a log, beside popularity, item-to-item and recent items."""
+    """Judge a released model on a log, beside popularity, item-to-item and recent items.
+
+    \b
+    tailrace evaluate --log clicks.csv
+    tailrace evaluate --log clicks.csv --version 20171203T101500-3f9c --split temporal --json
+    """
     from compression.dataset import read_log
     from compression.dataset import split as split_sequences
     from compression.evaluate import evaluate as run
