@@ -1,0 +1,216 @@
+"""`tailrace bench`: the command group. Each measurement lives in a module of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+@click.group()
+def bench() -> None:
+    """Measure on real parts; each prints a table, --json FILE keeps it with machine and versions.
+
+    Every bench starts a broker, a Redis and a worker of its own on free ports.
+
+    \b
+    tailrace bench stream --rate 200
+    tailrace bench pass-through
+    tailrace bench kills
+    """
+
+
+def _json(command: Command) -> Command:
+    return click.option(
+        "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the figures here."
+    )(command)
+
+
+def _registry(command: Command) -> Command:
+    return click.option(
+        "--registry",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar="TAILRACE_REGISTRY",
+        default=Path(".tailrace/models"),
+        show_default=True,
+        help="Where the trained model is; `tailrace retrain` puts it there.",
+    )(command)
+
+
+def _log(command: Command) -> Command:
+    return click.option(
+        "--log",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A Taobao-format log; a synthetic one otherwise.",
+    )(command)
+
+
+def _seed(command: Command) -> Command:
+    return click.option("--seed", default=1, show_default=True, help="Of arrivals and faults.")(command)
+
+
+def _events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
+    """Events to send, and what to call them."""
+    import tempfile
+
+    from compression.log_reader import iter_events
+
+    if log is not None:
+        return list(islice(iter_events(log), limit)), log.name
+    from compression.synth import SynthSettings, synthesize, write_log
+
+    with tempfile.TemporaryDirectory(prefix="tailrace-synth-") as folder:
+        path = Path(folder) / "synthetic.csv"
+        users = max(10, limit // 25)
+        made = SynthSettings(events=limit, users=users, items=2_000, categories=50, seed=seed)
+        write_log(path, synthesize(made))
+        return list(iter_events(path)), f"synthetic, seed {seed}"
+
+
+@bench.command()
+@click.option(
+    "--rate", type=click.FloatRange(0), default=200, show_default=True, help="Per second; 0: at once."
+)
+@click.option("--clicks", type=click.IntRange(100), default=6_000, show_default=True)
+@click.option("--runs", type=click.IntRange(1, 20), default=1, show_default=True)
+@click.option("--engine", default="auto", show_default=True)
+@_log
+@_registry
+@_seed
+@_json
+def stream(
+    *,
+    rate: float,
+    clicks: int,
+    runs: int,
+    engine: str,
+    log: Path | None,
+    registry: Path,
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """Click to ranked list, open loop: rate, p50 … p99.9, CPU per 1,000 clicks, lost, duplicated.
+
+    Clicks are due at Poisson times and latency counts from the due time, so a slow service cannot
+    hide behind a generator that waits for it. An independent consumer process takes the time.
+
+    \b
+    tailrace bench stream --rate 200
+    tailrace bench stream --rate 0 --log stream_20171126_2h.csv.gz --clicks 110300
+    """
+    from infra.bench import stream as measure
+
+    events, name = _events(log, clicks, seed)
+    results = [
+        measure.run(events, registry=registry, rate=rate, seed=seed + number, options=["--engine", engine])
+        for number in range(runs)
+    ]
+    measure.show(results, rate=rate, log=name, seed=seed, json_path=json_path)
+
+
+@bench.command(name="pass-through")
+@click.option("--clicks", type=click.IntRange(1_000), default=100_000, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True)
+@_seed
+@_json
+def pass_through(*, clicks: int, rounds: int, seed: int, json_path: Path | None) -> None:
+    """What consuming and answering costs without ranking, against stock Faust, interleaved."""
+    from infra.bench import pass_through as measure
+    from infra.bench.load import records
+
+    events, _ = _events(None, clicks, seed)
+    drains = measure.run(records(events), rounds=rounds)
+    measure.show(drains, clicks=len(events), json_path=json_path)
+
+
+@bench.command()
+@click.option("--kills", type=click.IntRange(1, 100), default=10, show_default=True)
+@click.option("--duration-s", type=click.FloatRange(5), default=60.0, show_default=True)
+@click.option("--clicks", type=click.IntRange(100), default=12_000, show_default=True)
+@click.option("--control/--no-control", default=True, help="Also stock Faust with concurrency 2.")
+@_log
+@_registry
+@_seed
+@_json
+def kills(
+    *,
+    kills: int,
+    duration_s: float,
+    clicks: int,
+    control: bool,
+    log: Path | None,
+    registry: Path,
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """kill -9 the worker at random moments of a replay: lost, duplicated, sequences against the log."""
+    from infra.bench import faults
+
+    events, name = _events(log, clicks, seed)
+    outcomes = [faults.kills(events, registry=registry, duration_s=duration_s, kills=kills, seed=seed)]
+    if control:
+        outcomes.append(faults.control(events, duration_s=duration_s, kills=kills, seed=seed))
+    faults.show(outcomes, log=name, seed=seed, json_path=json_path)
+    _insist(outcomes[0].kept_its_promise)
+
+
+@bench.command()
+@click.option("--outage-s", type=click.FloatRange(1), default=20.0, show_default=True)
+@click.option("--duration-s", type=click.FloatRange(5), default=40.0, show_default=True)
+@click.option("--clicks", type=click.IntRange(100), default=4_000, show_default=True)
+@_log
+@_registry
+@_seed
+@_json
+def outages(
+    *,
+    outage_s: float,
+    duration_s: float,
+    clicks: int,
+    log: Path | None,
+    registry: Path,
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """Stop the broker, then Redis, for a while under load: the worker recovers without a restart."""
+    from infra.bench import faults
+
+    events, name = _events(log, clicks, seed)
+    outcomes = [
+        faults.outage(
+            events, registry=registry, duration_s=duration_s, what=what, outage_s=outage_s, at_s=5.0
+        )
+        for what in ("kafka", "redis")
+    ]
+    faults.show(outcomes, log=name, seed=seed, json_path=json_path)
+    _insist(all(outcome.kept_its_promise for outcome in outcomes))
+
+
+@bench.command()
+@click.option("--good", type=click.IntRange(10), default=10_000, show_default=True)
+@click.option("--bad", type=click.IntRange(1), default=1_000, show_default=True)
+@click.option("--rate", type=click.FloatRange(0), default=1_000, show_default=True)
+@_log
+@_registry
+@_seed
+@_json
+def malformed(
+    *, good: int, bad: int, rate: float, log: Path | None, registry: Path, seed: int, json_path: Path | None
+) -> None:
+    """Bad messages among good ones: a dead letter for each bad, a list for each good, no restart."""
+    from infra.bench import faults
+
+    events, name = _events(log, good, seed)
+    outcome = faults.malformed(events, registry=registry, bad=bad, rate=rate, seed=seed)
+    faults.show([outcome], log=name, seed=seed, json_path=json_path)
+    _insist(outcome.kept_its_promise and outcome.notes["dead_letters"] == bad and outcome.worker_starts == 1)
+
+
+def _insist(held: bool) -> None:
+    if not held:
+        raise click.ClickException("the promise did not hold: see the table")

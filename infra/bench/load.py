@@ -1,0 +1,179 @@
+"""Open-loop load: clicks are sent when they are due, whether or not answers come.
+
+Latency is counted from the intended time, so a service that stalls cannot hide it by slowing the
+generator down (coordinated omission).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from infra.clients import producer
+from infra.local.worker import ROOT
+from topics.codec import encode, record_key
+from topics.messages import BehaviorEvent
+
+MAX_UNSENT = 20_000
+Record = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """When each click was due and when it was handed to the producer: monotonic seconds [n]."""
+
+    intended_s: npt.NDArray[np.float64]
+    actual_s: npt.NDArray[np.float64]
+
+    @property
+    def behind_p99_ms(self) -> float:
+        """How far the generator itself ran behind. Past a millisecond or so the run says little."""
+        return float(np.percentile(self.actual_s - self.intended_s, 99) * 1000) if len(self.actual_s) else 0.0
+
+
+def records(events: Sequence[BehaviorEvent]) -> list[Record]:
+    """Keys and values made beforehand; event n is named `n`, which a list repeats."""
+    return [
+        (record_key(event.user_id), encode(event.model_copy(update={"event_id": str(number)}))[0])
+        for number, event in enumerate(events)
+    ]
+
+
+def poisson(count: int, rate: float, seed: int) -> npt.NDArray[np.float64]:
+    """Offsets in seconds of `count` arrivals at `rate` a second; all zero at rate 0."""
+    if not rate:
+        return np.zeros(count)
+    return np.cumsum(np.random.default_rng(seed).exponential(1.0 / rate, count))
+
+
+def send(
+    bootstrap: str, topic: str, clicks: Sequence[Record], due_s: npt.NDArray[np.float64], stop: Any = None
+) -> Sent:
+    """Send on schedule; returns when the broker has all of them. `stop` (an Event) ends it early."""
+    client = producer(bootstrap, linger_ms=0 if due_s.any() else 5, reconnect_backoff_max_ms=500)
+    intended = time.monotonic() + 0.2 + due_s
+    actual = np.zeros(len(clicks))
+    unsent: deque[Any] = deque()
+    number = 0
+    for number, (key, value) in enumerate(clicks):
+        wait_s = intended[number] - time.monotonic()
+        if wait_s > 0:
+            time.sleep(wait_s)
+        if stop is not None and stop.is_set():
+            break
+        actual[number] = time.monotonic()
+        unsent.append(client.send(topic, key=key, value=value))
+        if len(unsent) > MAX_UNSENT:
+            unsent.popleft().get(timeout=120)
+    else:
+        number = len(clicks)
+    for sending in unsent:
+        sending.get(timeout=120)
+    client.close(timeout=10)
+    return Sent(intended[:number], actual[:number])
+
+
+class Collecting:
+    """The collector process as a context manager; `count` is how many lists it has seen."""
+
+    def __init__(self, bootstrap: str, topic: str, folder: Path) -> None:
+        self._out = folder / "collected.npz"
+        command = [sys.executable, "-m", "infra.bench.collector", bootstrap, topic, str(self._out)]
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.count = 0
+        self.changed_s = time.monotonic()
+        self._ready = threading.Event()
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def __enter__(self) -> Self:
+        self._ready.wait(30)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+    def wait(self, count: int, *, quiet_s: float, timeout_s: float = 600.0) -> None:
+        """Until `count` lists are in and none has come for half a second, or none has for `quiet_s`."""
+        self.changed_s = time.monotonic()
+        end_s = self.changed_s + timeout_s
+        while time.monotonic() < end_s:
+            idle_s = time.monotonic() - self.changed_s
+            if idle_s > quiet_s or (self.count >= count and idle_s > 0.5):
+                return
+            time.sleep(0.05)
+
+    def finish(self) -> Collected:
+        """Stop the collector and read what it noted."""
+        self._process.terminate()
+        self._process.wait(60)
+        with np.load(self._out, allow_pickle=False) as arrays:
+            return Collected(**{name: arrays[name] for name in arrays.files})
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == "ready":
+                self._ready.set()
+            elif int(line) != self.count:
+                self.count = int(line)
+                self.changed_s = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """Lists in order of arrival, one row per click they answer."""
+
+    clicks: npt.NDArray[np.str_]
+    arrived_s: npt.NDArray[np.float64]
+    ids: npt.NDArray[np.str_]
+    degraded: npt.NDArray[np.int8]
+    wait_ms: npt.NDArray[np.float64]
+    rank_ms: npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of `clicks` clicks. A duplicate repeats a click's list; its id must be the first's."""
+
+    clicks: int
+    lists: int
+    lost: int
+    duplicated: int
+    other_ids: int
+    degraded: int
+    first_s: npt.NDArray[np.float64]  # arrival of the first list per click, NaN where lost
+
+    @classmethod
+    def of(cls, count: int, collected: Collected) -> Account:
+        numbers = collected.clicks.astype(np.int64)
+        first_s = np.full(count, np.nan)
+        seen, first_rows = np.unique(numbers, return_index=True)
+        first_s[seen] = collected.arrived_s[first_rows]
+        pairs = np.unique(np.char.add(np.char.add(collected.clicks, "|"), collected.ids))
+        return cls(
+            clicks=count,
+            lists=len(numbers),
+            lost=count - len(seen),
+            duplicated=len(numbers) - len(seen),
+            other_ids=len(pairs) - len(seen),
+            degraded=int((collected.degraded > 0).sum()),
+            first_s=first_s,
+        )
+
+
+def take(source: Iterator[BehaviorEvent], limit: int) -> list[BehaviorEvent]:
+    """The first `limit` events, the whole log where it is shorter."""
+    return [event for _, event in zip(range(limit), source, strict=False)]
