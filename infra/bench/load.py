@@ -41,11 +41,11 @@ class Sent:
         return float(np.percentile(self.actual_s - self.intended_s, 99) * 1000) if len(self.actual_s) else 0.0
 
 
-def records(events: Sequence[BehaviorEvent]) -> list[Record]:
-    """Keys and values made beforehand; event n is named `n`, which a list repeats."""
+def records(events: Sequence[BehaviorEvent], *, first: int = 0) -> list[Record]:
+    """Keys and values made beforehand; event n is named `first + n`, which a list repeats."""
     return [
         (record_key(event.user_id), encode(event.model_copy(update={"event_id": str(number)}))[0])
-        for number, event in enumerate(events)
+        for number, event in enumerate(events, first)
     ]
 
 
