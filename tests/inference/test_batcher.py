@@ -1,0 +1,352 @@
+"""The batcher on a loop whose clock the test moves, with runs that the test finishes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from inference.batcher import Batcher, BatcherLimits
+from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
+from inference.types import Priority
+
+
+@dataclass(frozen=True)
+class Question:
+    number: int
+    priority: Priority = "normal"
+    deadline_s: float | None = None
+
+
+class ClockLoop(asyncio.SelectorEventLoop):
+    now_s = 100.0
+
+    def time(self) -> float:
+        return self.now_s
+
+
+class HeldExecutor(Executor):
+    """Keeps what it is given until `finish`; nothing runs by itself."""
+
+    def __init__(self) -> None:
+        self.held: list[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = []
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self.held.append((future, fn, args))
+        return future
+
+    def finish(self) -> None:
+        future, fn, args = self.held.pop(0)
+        future.set_result(fn(*args))
+
+
+class World:
+    def __init__(self, run: Callable[[list[Question]], list[Any]] | None = None, **limits: Any) -> None:
+        self.batches: list[list[int]] = []
+        self.executor = HeldExecutor()
+        self._run = run or (lambda items: [item.number * 10 for item in items])
+        self.batcher: Batcher[Question, int] = Batcher(
+            [self.run], BatcherLimits(**limits), executor=self.executor
+        )
+        self.loop = asyncio.get_running_loop()
+
+    def run(self, items: list[Question]) -> list[Any]:
+        self.batches.append([item.number for item in items])
+        return self._run(items)
+
+    def ask(self, *items: Question) -> asyncio.Task[list[int | InferenceError]]:
+        return asyncio.ensure_future(self.batcher.submit(items))
+
+    async def turn(self) -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def advance(self, seconds: float) -> None:
+        assert isinstance(self.loop, ClockLoop)
+        await self.turn()
+        self.loop.now_s += seconds
+        await self.turn()
+
+    async def finish(self) -> None:
+        self.executor.finish()
+        await self.turn()
+
+    async def settle(self) -> None:
+        await self.turn()
+        while self.executor.held:
+            await self.finish()
+
+
+def on_clock(story: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    with asyncio.Runner(loop_factory=ClockLoop) as runner:
+        runner.run(asyncio.wait_for(story(), 1_000))
+
+
+def questions(*numbers: int, **fields: Any) -> list[Question]:
+    return [Question(number, **fields) for number in numbers]
+
+
+def test_groups_share_batches_and_a_large_group_is_split() -> None:
+    async def story() -> None:
+        world = World(max_batch=4)
+        first = world.ask(*questions(1, 2, 3))
+        second = world.ask(*questions(4, 5, 6, 7, 8, 9))
+        await world.settle()
+        assert world.batches == [[1, 2, 3, 4], [5, 6, 7, 8], [9]]
+        assert await first == [10, 20, 30]
+        assert await second == [40, 50, 60, 70, 80, 90]
+        counts = world.batcher.counts
+        assert (counts.items, counts.answered, counts.batches, counts.largest_batch) == (9, 9, 3, 4)
+
+    on_clock(story)
+
+
+def test_a_lone_item_leaves_at_once_when_nothing_is_gained_by_waiting() -> None:
+    async def story() -> None:
+        world = World(wait_ms=0)
+        world.ask(Question(1))
+        await world.turn()
+        assert len(world.executor.held) == 1
+        await world.settle()
+
+    on_clock(story)
+
+
+def test_the_wait_starts_at_the_first_item_and_ends_early_when_the_batch_is_full() -> None:
+    async def story() -> None:
+        world = World(max_batch=3, wait_ms=10)
+        await world.advance(5)  # an empty batcher has no clock
+        asked = [world.ask(Question(1))]
+        await world.advance(0.006)
+        asked.append(world.ask(Question(2)))
+        await world.advance(0.003)
+        assert not world.executor.held, "9 ms after the first item"
+        await world.advance(0.0011)
+        assert len(world.executor.held) == 1, "10 ms after the first item, not after the second"
+        await world.settle()
+        asked += [world.ask(Question(number)) for number in (3, 4, 5)]
+        await world.turn()
+        assert len(world.executor.held) == 1, "full: nobody waits"
+        await world.settle()
+        assert world.batches == [[1, 2], [3, 4, 5]]
+        assert [await task for task in asked] == [[10], [20], [30], [40], [50]]
+
+    on_clock(story)
+
+
+def test_while_a_batch_runs_the_next_one_fills() -> None:
+    async def story() -> None:
+        world = World(max_batch=8)
+        tasks = [world.ask(Question(1))]
+        await world.turn()
+        for number in (2, 3, 4):
+            tasks.append(world.ask(Question(number)))
+            await world.turn()
+        assert len(world.executor.held) == 1, "one in flight per runner"
+        await world.settle()
+        assert world.batches == [[1], [2, 3, 4]]
+        assert [await task for task in tasks] == [[10], [20], [30], [40]]
+
+    on_clock(story)
+
+
+def test_high_goes_before_normal_before_low_and_does_not_wait_for_company() -> None:
+    async def story() -> None:
+        world = World(max_batch=2, wait_ms=50)
+        world.ask(Question(1), Question(2))
+        await world.turn()
+        world.ask(Question(3, "low"), Question(4), Question(5, "high"), Question(6, "low"), Question(7, "high"))
+        await world.settle()
+        assert world.batches == [[1, 2], [5, 7], [4, 3]]
+        urgent = world.ask(Question(8, "high"))
+        await world.settle()
+        assert world.batches[3] == [8, 6]
+        assert await urgent == [80]
+
+    on_clock(story)
+
+
+def test_a_full_queue_refuses_at_once_and_says_so() -> None:
+    async def story() -> None:
+        world = World(max_batch=2, max_queue=3)
+        running = world.ask(*questions(1, 2))
+        await world.turn()
+        queued = world.ask(*questions(3, 4))
+        await world.turn()
+        answers = world.ask(Question(5), Question(6, "high"), Question(7))
+        lost = await asyncio.wait_for(world.batcher.submit(questions(8, 9)), 1)
+        assert [type(answer) for answer in lost] == [Overloaded, Overloaded]
+        assert world.batcher.queued == 3
+        await world.settle()
+        first, high, third = await answers
+        assert (type(first), high, type(third)) == (Overloaded, 60, Overloaded), "the high one took the room"
+        assert (await running, await queued) == ([10, 20], [30, 40])
+        assert world.batcher.counts.refused == 4
+
+    on_clock(story)
+
+
+def test_an_expired_item_is_answered_without_being_run_and_its_neighbours_are_served() -> None:
+    async def story() -> None:
+        world = World(max_batch=2)
+        world.ask(Question(1))
+        await world.turn()
+        doomed = world.ask(Question(2, deadline_s=100.05))
+        patient = world.ask(Question(3, deadline_s=200.0), Question(4))
+        await world.turn()
+        await world.advance(0.06)
+        assert isinstance((await doomed)[0], DeadlineExceeded), "answered while the engine is still busy"
+        assert world.batcher.queued == 2, "its room is free again"
+        await world.settle()
+        assert world.batches == [[1], [3, 4]]
+        assert await patient == [30, 40]
+        assert world.batcher.counts.expired == 1
+
+    on_clock(story)
+
+
+def test_a_deadline_that_has_passed_already_never_reaches_the_engine() -> None:
+    async def story() -> None:
+        world = World()
+        late = world.ask(Question(1, deadline_s=99.0), Question(2))
+        await world.settle()
+        answers = await late
+        assert isinstance(answers[0], DeadlineExceeded)
+        assert answers[1] == 20
+        assert world.batches == [[2]]
+
+    on_clock(story)
+
+
+def test_a_hung_engine_delays_nobody_past_the_deadline() -> None:
+    async def story() -> None:
+        world = World()
+        stuck = world.ask(Question(1, deadline_s=100.1))
+        await world.turn()
+        assert len(world.executor.held) == 1
+        await world.advance(0.2)
+        assert isinstance((await stuck)[0], DeadlineExceeded)
+        await world.settle()  # the answer that comes after all is dropped
+        assert world.batcher.counts.answered == 0
+
+    on_clock(story)
+
+
+def test_an_item_that_poisons_its_batch_fails_alone() -> None:
+    def run(items: list[Question]) -> list[int]:
+        if any(item.number == 13 for item in items):
+            raise ValueError("thirteen")
+        return [item.number for item in items]
+
+    async def story() -> None:
+        world = World(run, max_batch=32)
+        asked = world.ask(*questions(*range(32)))
+        await world.settle()
+        answers = await asked
+        poisoned = answers.pop(13)
+        assert isinstance(poisoned, EngineFailed)
+        assert "thirteen" in str(poisoned)
+        assert answers == [number for number in range(32) if number != 13]
+        assert (world.batcher.counts.failed, world.batcher.counts.answered) == (1, 31)
+
+    on_clock(story)
+
+
+def test_an_engine_that_fails_at_everything_is_not_asked_for_ever() -> None:
+    def run(items: list[Question]) -> list[int]:
+        raise RuntimeError("out of order")
+
+    async def story() -> None:
+        world = World(run, max_batch=32)
+        asked = world.ask(*questions(*range(32)))
+        await world.settle()
+        assert {type(answer) for answer in await asked} == {EngineFailed}
+        assert len(world.batches) <= 17
+
+    on_clock(story)
+
+
+def test_an_answer_too_few_fails_the_batch_instead_of_shifting_answers() -> None:
+    async def story() -> None:
+        world = World(lambda items: [item.number for item in items][1:])
+        asked = world.ask(*questions(1, 2, 3))
+        await world.settle()
+        assert {type(answer) for answer in await asked} == {EngineFailed}
+
+    on_clock(story)
+
+
+def test_failures_that_an_engine_returns_are_handed_on_in_place() -> None:
+    async def story() -> None:
+        world = World(lambda items: [EngineFailed("nan") if item.number == 2 else 1 for item in items])
+        asked = world.ask(*questions(1, 2, 3))
+        await world.settle()
+        first, second, third = await asked
+        assert (first, type(second), third) == (1, EngineFailed, 1)
+
+    on_clock(story)
+
+
+def test_a_cancelled_group_gives_its_room_back_and_is_not_run() -> None:
+    async def story() -> None:
+        world = World(max_batch=2, max_queue=4)
+        world.ask(*questions(1, 2))
+        await world.turn()
+        gone = world.ask(*questions(3, 4, 5))
+        await world.turn()
+        gone.cancel()
+        await world.turn()
+        assert world.batcher.queued == 0
+        kept = world.ask(*questions(6, 7))
+        await world.settle()
+        assert world.batches == [[1, 2], [6, 7]]
+        assert await kept == [60, 70]
+
+    on_clock(story)
+
+
+def test_draining_serves_what_was_accepted_and_refuses_the_rest() -> None:
+    async def story() -> None:
+        world = World(max_batch=2, wait_ms=1_000)
+        accepted = world.ask(*questions(1, 2, 3))
+        await world.turn()
+        closing = asyncio.ensure_future(world.batcher.drain())
+        await world.settle()
+        assert await closing is True
+        assert await accepted == [10, 20, 30]
+        (refused,) = await world.batcher.submit([Question(4)])
+        assert isinstance(refused, ModelUnavailable)
+
+    on_clock(story)
+
+
+def test_draining_gives_up_on_a_hung_engine_and_still_answers_everyone() -> None:
+    async def story() -> None:
+        world = World(max_batch=1)
+        stuck = world.ask(*questions(1, 2))
+        await world.turn()
+        closing = asyncio.ensure_future(world.batcher.drain(timeout_s=3))
+        await world.advance(4)
+        assert await closing is False
+        assert {type(answer) for answer in await stuck} == {ModelUnavailable}
+
+    on_clock(story)
+
+
+@pytest.mark.parametrize("runners", [1, 3])
+async def test_in_real_threads_every_question_gets_its_own_answer(runners: int) -> None:
+    batcher: Batcher[Question, int] = Batcher(
+        [lambda items: [item.number for item in items]] * runners, BatcherLimits(max_batch=7, max_queue=10_000)
+    )
+    groups = [questions(*range(start, start + start % 23)) for start in range(300)]
+    answers = await asyncio.gather(*(batcher.submit(group) for group in groups))
+    assert answers == [[item.number for item in group] for group in groups]
+    assert await batcher.drain()
+    counts = batcher.counts
+    assert counts.largest_batch == 7
+    assert counts.answered == counts.items == sum(map(len, groups))
