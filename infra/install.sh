@@ -55,5 +55,6 @@ if [ ! -x .venv/bin/pip ]; then
     "$python" -m venv .venv
 fi
 echo "installing Python packages (with torch a few minutes the first time)"
-.venv/bin/pip install -q -c constraints.txt -e '.[train,onnx,openvino,dev]'
+# Without compiling all of torch in advance: half a minute of two cores that nobody waits for later.
+.venv/bin/pip install -q --no-compile -c constraints.txt -e '.[train,onnx,openvino,dev]'
 .venv/bin/python -c 'from infra.local.kafka import ensure_jars; print("kafka jars in", ensure_jars())'
