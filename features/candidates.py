@@ -3,12 +3,14 @@
 The screening score of an item is the sum over its sources of
 
     retrieval   4.0 × the model's score, scaled to 0–1 within the user's list
-    transition  6.0 × the share of users who went there × 0.8 per event back
-    recent      2.0 × 0.93 per event back, so a revisited item adds up
-    category    1.0 × popularity within the category × 0.7 per category back
-    popular     0.3 × popularity
+    transition 12.0 × the share of users who went there × 0.8 per event back
+    recent      4.0 × 0.97 per event back, so a revisited item adds up
+    category    0.5 × popularity within the category × 0.7 per category back
+    popular     0.1 × popularity
 
-and its source is the one that gave most. An item that must not appear gets a debt no source can
+and its source is the one that gave most. (Of the next clicks in `users_1k` of the Taobao log, a
+replay without a model: 20 % among the 50, 18 % with 0.93 per event back; most are revisits, so what
+a user saw long ago is worth keeping.) An item that must not appear gets a debt no source can
 pay. Everything is one flat list of rows, sorted once by (user, item). Scores are whole numbers with
 the source in the lowest bits, so sums do not depend on the order of rows: what a user gets does
 not depend on who else is in the batch.
@@ -36,10 +38,10 @@ SOURCES: Final[tuple[Source, ...]] = get_args(Source)
 RETRIEVAL, TRANSITION, RECENT, CATEGORY, POPULAR, REQUEST = range(6)
 _BUY: Final = BEHAVIORS.index("buy")
 
-_WEIGHT: Final = np.array([4.0, 6.0, 2.0, 1.0, 0.3], np.float32)
-_RECENT_BACK: Final = np.power(0.93, np.arange(100), dtype=np.float32)
+_WEIGHT: Final = np.array([4.0, 12.0, 4.0, 0.5, 0.1], np.float32)
+_RECENT_BACK: Final = np.power(0.97, np.arange(100), dtype=np.float32)
 _TRANSITION_BACK: Final = np.power(0.8, np.arange(100), dtype=np.float32)
-_CATEGORY_FACTORS: Final = [1.0 * 0.7**back for back in range(100)]
+_CATEGORY_FACTORS: Final = [0.5 * 0.7**back for back in range(100)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ class FeatureSettings(BaseSettings):
     candidate_limit: int = Field(default=50, ge=1, le=1000)
     category_cap: int = Field(default=20, ge=1)
     seen_filter: SeenFilter = "bought"
-    recent_events: int = Field(default=50, ge=0, le=MAX_EVENTS)
+    recent_events: int = Field(default=MAX_EVENTS, ge=0, le=MAX_EVENTS)
     """How many of the newest events give recent items."""
     transition_events: int = Field(default=10, ge=0, le=MAX_EVENTS)
     """From how many of the newest events transitions start."""

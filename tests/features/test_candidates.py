@@ -312,11 +312,11 @@ def plain(past: Past, known: ItemStatistics) -> dict[int, float]:
 
     newest = [event[0] for event in past][::-1]
     categories = list(dict.fromkeys([event[1] for event in past][::-1][:10]))[:3]
-    for back, item in enumerate(newest[:50]):
-        add([item], [2.0], 0.93**back)
+    for back, item in enumerate(newest):
+        add([item], [4.0], 0.97**back)
     for back, (items, weights) in enumerate(known.transitions(newest[:10])):
-        add(items.tolist(), weights.tolist(), 6.0 * 0.8**back)
+        add(items.tolist(), weights.tolist(), 12.0 * 0.8**back)
     for back, (items, weights) in enumerate(known.categories(categories)):
-        add(items.tolist(), weights.tolist(), 0.7**back)
-    add(known.popular().items.tolist(), known.popular().weights.tolist(), 0.3)
+        add(items.tolist(), weights.tolist(), 0.5 * 0.7**back)
+    add(known.popular().items.tolist(), known.popular().weights.tolist(), 0.1)
     return score
