@@ -29,10 +29,15 @@ end
 
 local format, fences, body = NARROW, '', ''
 local value = redis.call('GET', KEYS[1])
-if value then
-  format = byte(value, 1)
-  local start = 3 + 16 * byte(value, 2)
-  fences, body = sub(value, 3, start - 1), sub(value, start)
+local stored_format, fence_count = byte(value or '', 1, 2)
+-- A value that is none of ours is written over: an error here would hold up its partition for
+-- ever, and the log can rebuild the sequence.
+if WIDTH[stored_format or 0] and fence_count then
+  local start = 3 + 16 * fence_count
+  local length = #value - start + 1
+  if length >= 0 and length % WIDTH[stored_format] == 0 then
+    format, fences, body = stored_format, sub(value, 3, start - 1), sub(value, start)
+  end
 end
 
 local max_events = tonumber(ARGV[1])

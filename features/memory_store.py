@@ -17,16 +17,14 @@ from features.sequence import (
     HEADER_BYTES,
     MAX_FENCES,
     NARROW,
-    NARROW_EVENT,
     WIDE,
-    WIDE_EVENT,
+    WIDTH,
     pack_event,
     pack_fence,
 )
 from features.settings import FeatureSettings
 from features.store import Append, Appended, Neighbours, log2_add
 
-_WIDTH = {NARROW: NARROW_EVENT.itemsize, WIDE: WIDE_EVENT.itemsize}
 _TIMESTAMP_AT = {NARROW: 4, WIDE: 16}
 
 
@@ -86,9 +84,9 @@ class MemoryStore:
             return Appended(False, value)
         else:
             fences[at] = fence
-        if kind == NARROW and len(record) == _WIDTH[WIDE]:
+        if kind == NARROW and len(record) == WIDTH[WIDE]:
             kind, body = WIDE, b"".join(map(_widen, _records(body, NARROW)))
-        elif kind == WIDE and len(record) == _WIDTH[NARROW]:
+        elif kind == WIDE and len(record) == WIDTH[NARROW]:
             record = _widen(record)
         kept = [*_records(body, kind), record][-settings.sequence_events :]
         oldest = event.timestamp - settings.sequence_max_age_s
@@ -121,7 +119,7 @@ def _heaviest_first(member: tuple[int, float]) -> tuple[float, bytes]:
 
 
 def _records(body: bytes, kind: int) -> list[bytes]:
-    width = _WIDTH[kind]
+    width = WIDTH[kind]
     return [body[at : at + width] for at in range(0, len(body), width)]
 
 

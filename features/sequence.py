@@ -35,6 +35,7 @@ NARROW_EVENT: Final = np.dtype([("item", "<u4"), ("timestamp", "<u4"), ("categor
 WIDE_EVENT: Final = np.dtype(
     [("item", "<u8"), ("category", "<u8"), ("timestamp", "<u4"), ("behavior", "<u4")]
 )
+WIDTH: Final = {NARROW: NARROW_EVENT.itemsize, WIDE: WIDE_EVENT.itemsize}
 MAX_NARROW_ITEM: Final = 2**32 - 1
 MAX_NARROW_CATEGORY: Final = 2**30 - 1
 MAX_FENCES: Final = 255
@@ -75,19 +76,28 @@ def pack_event(item_id: int, category_id: int, behavior: int, timestamp: int) ->
     return _WIDE.pack(item_id, category_id, timestamp, behavior)
 
 
+def is_sequence(value: bytes) -> bool:
+    """Whether these bytes have the layout above."""
+    if len(value) < HEADER_BYTES or value[0] not in WIDTH:
+        return False
+    length = len(value) - HEADER_BYTES - FENCE_BYTES * value[1]
+    return length >= 0 and length % WIDTH[value[0]] == 0
+
+
 def unpack(values: Sequence[bytes | None], *, last: int = MAX_EVENTS) -> SequenceBatch:
-    """Packed values as columns, at most the `last` newest events of each; None is an empty sequence.
+    """Packed values as columns, at most the `last` newest events of each; None is an empty sequence,
+    and so is a value that is not a packed sequence.
 
     One `numpy.frombuffer` for the whole batch where all values are narrow, as they nearly always are.
     """
     bodies: list[bytes] = []
     wide_at: list[int] = []
     for position, value in enumerate(values):
-        if not value:
+        if not value or not is_sequence(value):
             bodies.append(b"")
             continue
         start = HEADER_BYTES + FENCE_BYTES * value[1]
-        width = WIDE_EVENT.itemsize if value[0] == WIDE else NARROW_EVENT.itemsize
+        width = WIDTH[value[0]]
         start = max(start, len(value) - last * width)
         bodies.append(value[start:])
         if value[0] == WIDE:

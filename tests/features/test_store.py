@@ -346,6 +346,19 @@ async def test_a_server_that_lost_its_scripts_gets_them_again(
     assert items_of(answers[1].sequence) == [1000, 1001]
 
 
+@pytest.mark.parametrize(
+    "foreign", [b"", b"\x01", b"\x07\x00", b"\x01\x02short", b"\x01\x00seven..", b"\x02\x00" + bytes(12)]
+)
+async def test_a_value_that_is_no_sequence_reads_as_none_and_is_written_over(
+    redis_store: RedisStore, redis_url: str, foreign: bytes
+) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        client.set(keys.sequence(1), foreign)
+    assert items_of(await value_of(redis_store)) == []
+    answers, _ = await redis_store.append([event(0), event(1)])
+    assert [items_of(answer.sequence) for answer in answers] == [[1000], [1000, 1001]]
+
+
 def random_log(seed: int, length: int) -> list[Append]:
     """A log of 3 partitions and 4 users, users moving between partitions, ids of every size."""
     rng = random.Random(seed)
