@@ -150,11 +150,14 @@ def kills(
 ) -> None:
     """kill -9 the worker at random moments of a replay: lost, duplicated, sequences against the log."""
     from infra.bench import faults
+    from infra.bench.rig import rig
 
     events, name = _events(log, clicks, seed)
-    outcomes = [faults.kills(events, registry=registry, duration_s=duration_s, kills=kills, seed=seed)]
+    with rig(registry) as parts:
+        outcomes = [faults.kills(parts, events, duration_s=duration_s, kills=kills, seed=seed)]
     if control:
-        outcomes.append(faults.control(events, duration_s=duration_s, kills=kills, seed=seed))
+        with rig(registry) as parts:
+            outcomes.append(faults.control(parts, events, duration_s=duration_s, kills=kills, seed=seed))
     faults.show(outcomes, log=name, seed=seed, json_path=json_path)
     _insist(outcomes[0].kept_its_promise)
 
@@ -179,14 +182,15 @@ def outages(
 ) -> None:
     """Stop the broker, then Redis, for a while under load: the worker recovers without a restart."""
     from infra.bench import faults
+    from infra.bench.rig import rig
 
     events, name = _events(log, clicks, seed)
-    outcomes = [
-        faults.outage(
-            events, registry=registry, duration_s=duration_s, what=what, outage_s=outage_s, at_s=5.0
-        )
-        for what in ("kafka", "redis")
-    ]
+    outcomes = []
+    for what in ("kafka", "redis"):
+        with rig(registry) as parts:
+            outcomes.append(
+                faults.outage(parts, events, duration_s=duration_s, what=what, outage_s=outage_s, at_s=5.0)
+            )
     faults.show(outcomes, log=name, seed=seed, json_path=json_path)
     _insist(all(outcome.kept_its_promise for outcome in outcomes))
 
@@ -204,9 +208,11 @@ def malformed(
 ) -> None:
     """Bad messages among good ones: a dead letter for each bad, a list for each good, no restart."""
     from infra.bench import faults
+    from infra.bench.rig import rig
 
     events, name = _events(log, good, seed)
-    outcome = faults.malformed(events, registry=registry, bad=bad, rate=rate, seed=seed)
+    with rig(registry) as parts:
+        outcome = faults.malformed(parts, events, bad=bad, rate=rate, seed=seed)
     faults.show([outcome], log=name, seed=seed, json_path=json_path)
     _insist(outcome.kept_its_promise and outcome.notes["dead_letters"] == bad and outcome.worker_starts == 1)
 

@@ -21,13 +21,13 @@ from typing import Any
 from infra.bench import report
 from infra.bench.load import Account, Collecting, Record, poisson, records, send
 from infra.bench.oracle import differing_users, expected_sequences
-from infra.bench.rig import Rig, rig
+from infra.bench.rig import Rig
 from infra.clients import everything, reader
-from infra.local.worker import ROOT, LocalWorker
-from topics.catalog import CLICKS, DEAD_LETTERS, RECOMMENDATIONS
+from infra.local.worker import ROOT
 from topics.messages import BehaviorEvent
 
 QUIET_S = 30.0
+STOCK = "stock Faust, kill -9"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,82 +51,72 @@ class Outcome:
 
 
 def kills(
-    events: Sequence[BehaviorEvent], *, registry: Path, duration_s: float, kills: int, seed: int
+    parts: Rig, events: Sequence[BehaviorEvent], *, duration_s: float, kills: int, seed: int
 ) -> Outcome:
     """SIGKILL the worker at random moments of a replay; it is started again at once."""
-    with rig(registry) as parts:
-        worker = parts.worker().start()
+    worker = parts.worker().start()
 
-        def kill() -> None:
-            worker.kill()
-            worker.start()
+    def kill() -> None:
+        worker.kill()
+        worker.start()
 
-        try:
-            return _scenario(
-                "kill -9", parts, events, duration_s, _moments(seed, kills, duration_s), kill, worker
-            )
-        finally:
-            worker.stop()
+    try:
+        return _scenario("kill -9", parts, events, duration_s, _moments(seed, kills, duration_s), kill)
+    finally:
+        worker.stop()
 
 
-def control(events: Sequence[BehaviorEvent], *, duration_s: float, kills: int, seed: int) -> Outcome:
+def control(
+    parts: Rig, events: Sequence[BehaviorEvent], *, duration_s: float, kills: int, seed: int
+) -> Outcome:
     """The same on stock Faust with concurrency 2, which loses what was in flight (issue 606)."""
-    with rig(Path(".tailrace/models")) as parts, _StockFaust(parts.kafka.bootstrap) as stock:
-        moments = _moments(seed, kills, duration_s)
-        return _scenario(
-            "stock Faust, kill -9", parts, events, duration_s, moments, stock.kill_and_start, None
-        )
+    with _StockFaust(parts.kafka.bootstrap) as stock:
+        moments, fault = _moments(seed, kills, duration_s), stock.kill_and_start
+        return _scenario(STOCK, parts, events, duration_s, moments, fault)
 
 
 def outage(
-    events: Sequence[BehaviorEvent],
-    *,
-    registry: Path,
-    duration_s: float,
-    what: str,
-    outage_s: float,
-    at_s: float,
+    parts: Rig, events: Sequence[BehaviorEvent], *, duration_s: float, what: str, outage_s: float, at_s: float
 ) -> Outcome:
     """Stop the broker or Redis for `outage_s` and start it again; the worker is left alone."""
-    with rig(registry) as parts, parts.worker() as worker:
+    server = parts.kafka if what == "kafka" else parts.redis
+
+    def stop_and_start() -> None:
+        server.stop()
+        time.sleep(outage_s)
+        server.start()
+
+    with parts.worker() as worker:
         pid = worker.pid
-        server = parts.kafka if what == "kafka" else parts.redis
-
-        def stop_and_start() -> None:
-            server.stop()
-            time.sleep(outage_s)
-            server.start()
-
-        outcome = _scenario(
-            f"{what} away {outage_s:g} s", parts, events, duration_s, [at_s], stop_and_start, worker
-        )
+        name = f"{what} away {outage_s:g} s"
+        outcome = _scenario(name, parts, events, duration_s, [at_s], stop_and_start)
         if worker.pid != pid:
             raise RuntimeError("the worker did not survive the outage")
         return outcome
 
 
-def malformed(good: Sequence[BehaviorEvent], *, registry: Path, bad: int, rate: float, seed: int) -> Outcome:
+def malformed(parts: Rig, good: Sequence[BehaviorEvent], *, bad: int, rate: float, seed: int) -> Outcome:
     """Good clicks with bad ones among them: a list or a dead letter for each, and no restart."""
     rng = random.Random(seed)
     mixed: list[Record] = list(records(good))
     broken = [rng.choice(BROKEN)(number) for number in range(bad)]
     for record in broken:
         mixed.insert(rng.randrange(len(mixed) + 1), record)
-    with rig(registry) as parts, parts.worker() as worker:
+    with parts.worker() as worker:
         pid = worker.pid
         started_s = time.monotonic()
         bootstrap = parts.kafka.bootstrap
-        with Collecting(bootstrap, RECOMMENDATIONS.name, parts.folder) as collecting:
-            send(bootstrap, CLICKS.name, mixed, poisson(len(mixed), rate, seed))
+        with Collecting(bootstrap, parts.topics.recommendations, parts.folder) as collecting:
+            send(bootstrap, parts.topics.clicks, mixed, poisson(len(mixed), rate, seed))
             collecting.wait(len(good), quiet_s=QUIET_S)
             account = Account.of(len(good), collecting.finish())
         reasons: dict[str, int] = {}
-        consumer = reader(bootstrap, DEAD_LETTERS.name)
+        consumer = reader(bootstrap, parts.topics.dead_letters)
         for letter in everything(consumer):
             reason = dict(letter.headers)["reason"].decode()
             reasons[reason] = reasons.get(reason, 0) + 1
         consumer.close()
-        expected, _ = expected_sequences(bootstrap, CLICKS.name)
+        expected, _ = expected_sequences(bootstrap, parts.topics.clicks)
         return Outcome(
             scenario="malformed",
             clicks=len(good),
@@ -148,22 +138,21 @@ def _scenario(
     duration_s: float,
     moments: Sequence[float],
     fault: Callable[[], None],
-    worker: LocalWorker | None,
 ) -> Outcome:
     prepared = records(events)
     rate = len(prepared) / duration_s
     bootstrap = parts.kafka.bootstrap
     started_s = time.monotonic()
-    with Collecting(bootstrap, RECOMMENDATIONS.name, parts.folder) as collecting:
+    with Collecting(bootstrap, parts.topics.recommendations, parts.folder) as collecting:
         with _faults(moments, fault) as failures:
-            send(bootstrap, CLICKS.name, prepared, poisson(len(prepared), rate, 1))
+            send(bootstrap, parts.topics.clicks, prepared, poisson(len(prepared), rate, 1))
         if failures:
             raise failures[0]
         collecting.wait(len(prepared), quiet_s=QUIET_S)
         account = Account.of(len(prepared), collecting.finish())
     wrong = None
-    if worker is not None:
-        expected, accepted = expected_sequences(bootstrap, CLICKS.name)
+    if name != STOCK:
+        expected, accepted = expected_sequences(bootstrap, parts.topics.clicks)
         if accepted < len(prepared):
             raise RuntimeError(f"the log holds {accepted} of {len(prepared)} clicks: the generator lost some")
         wrong = len(differing_users(parts.redis.url, expected))

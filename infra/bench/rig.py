@@ -8,21 +8,46 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from infra.local.kafka import LocalKafka
 from infra.local.redis import LocalRedis
 from infra.local.worker import LocalWorker
+from stream.settings import TopicNames
 from topics.admin import ensure_topics
+
+
+class Broker(Protocol):
+    """A Kafka that can be broken: `LocalKafka`, or one in a container."""
+
+    @property
+    def bootstrap(self) -> str: ...
+    def start(self) -> Any: ...
+    def stop(self) -> Any: ...
+
+
+class Store(Protocol):
+    """A Redis that can be broken."""
+
+    @property
+    def url(self) -> str: ...
+    def start(self) -> Any: ...
+    def stop(self) -> Any: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Rig:
-    """Running Kafka and Redis with the catalogue's topics."""
+    """Running Kafka and Redis with the catalogue's topics, under names of their own on a shared broker."""
 
     folder: Path
-    kafka: LocalKafka
-    redis: LocalRedis
+    kafka: Broker
+    redis: Store
     registry: Path
+    topic_suffix: str = ""
+
+    @property
+    def topics(self) -> TopicNames:
+        return TopicNames.with_suffix(self.topic_suffix)
 
     def worker(
         self,
@@ -38,6 +63,8 @@ class Rig:
             redis_url=self.redis.url,
             registry=self.registry,
             instance_id=name,
+            group=f"tailrace{self.topic_suffix}",
+            topic_suffix=self.topic_suffix,
             options=options,
             environment=environment,
         )
