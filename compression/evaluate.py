@@ -116,14 +116,6 @@ class Statistics:
     def of_category(self, row: int) -> Int64:
         return self._by_category[self._category_starts[row] : self._category_starts[row + 1]]
 
-    def draw_like(self, categories: npt.NDArray[np.int32], chance: Float64) -> Int64:
-        """For each category row [...] items of that category [..., n], by uniform draws in [0, 1).
-        A category without items of its own is answered with any item."""
-        start, end = self._category_starts[categories], self._category_starts[categories + 1]
-        start, end = np.where(end > start, start, 0), np.where(end > start, end, self.known_items)
-        place = start[..., None] + (chance * (end - start)[..., None]).astype(np.int64)
-        return np.asarray(self._by_category[place], np.int64)
-
 
 def evaluate(
     scorer: Scorer,

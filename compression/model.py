@@ -61,6 +61,15 @@ class Block(nn.Module):
             nn.Linear(shape.dim, shape.ffn), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn, shape.dim)
         )
         self.dropout = nn.Dropout(dropout)
+        self.self_bias = nn.Parameter(torch.full((shape.heads, 1, 1), -4.0))
+        # Attention starts as "find the same item or category and bring it along", which a log too
+        # small to teach it still needs: people come back to what they saw.
+        same = torch.eye(shape.dim)
+        for weight, start in ((self.query.weight, same), (self.output.weight, 0.5 * same)):
+            nn.init.normal_(weight, std=0.02)
+            weight.data += start
+        nn.init.normal_(self.key_value.weight, std=0.02)
+        self.key_value.weight.data += torch.cat([same, same])
 
     def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """[B, T, D] to rotated keys and to values, each [B, heads, T, D/heads]."""
@@ -76,12 +85,25 @@ class Block(nn.Module):
         mixed = F.scaled_dot_product_attention(self.queries(x, rotation), key, value, is_causal=True)
         return self._finish(x, mixed), key, value
 
-    def isolated(self, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+    def candidates(self, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+        """Candidates after a history: what they find there outweighs themselves, by a learned bias."""
+        return self.isolated(x, rotation, key, value, hidden, self_bias=self.self_bias)
+
+    def isolated(
+        self,
+        x: Tensor,
+        rotation: Rotation,
+        key: Tensor,
+        value: Tensor,
+        hidden: Tensor,
+        *,
+        self_bias: Tensor | float = 0.0,
+    ) -> Tensor:
         """Tokens after a history: each attends to the events not `hidden` [B, 1, T or 1, L] and to itself."""
         own_key, own_value = self.keys_values(x, rotation)
         query = self.queries(x, rotation) * own_key.shape[-1] ** -0.5
         to_history = (query @ key.transpose(-1, -2)).masked_fill(hidden, MASKED)
-        to_self = (query * own_key).sum(-1, keepdim=True)
+        to_self = (query * own_key).sum(-1, keepdim=True) + self_bias
         weights = torch.cat([to_history, to_self], dim=-1).softmax(-1)
         mixed = weights[..., :-1] @ value + weights[..., -1:] * own_value
         return self._finish(x, mixed)
@@ -116,6 +138,7 @@ class Recommender(nn.Module):
             nn.Linear(shape.dim, shape.dim), nn.GELU(approximate="tanh"), nn.Linear(shape.dim, 1)
         )
         self.affinity_scale = nn.Parameter(torch.tensor(1.0))
+        self.found_scale = nn.Parameter(torch.tensor(1.0))
         self.dropout = nn.Dropout(dropout)
         for table in (self.items, self.categories, self.behaviors, self.gaps):
             nn.init.normal_(table.weight, std=shape.dim**-0.5)
@@ -169,14 +192,16 @@ class Recommender(nn.Module):
         x = self.candidate_tokens(vectors)
         for layer, block in enumerate(self._layers):
             key, value = encoded.keys[:, layer], encoded.values[:, layer]
-            x = block.isolated(x, self._rotation(position), key, value, hidden[:, None])
+            x = block.candidates(x, self._rotation(position), key, value, hidden[:, None])
         return self.readout_scores(x, vectors, encoded.user_vector[:, None])
 
     def readout_scores(self, states: Tensor, vectors: Tensor, user_vectors: Tensor) -> Tensor:
+        """Scores from candidates' last states: a learned readout, how well the item fits the user vector,
+        and how much of the item was found in the history."""
         affinity = (vectors * user_vectors).sum(-1)
-        return (
-            cast(Tensor, self.readout(self.final_norm(states))).squeeze(-1) + self.affinity_scale * affinity
-        )
+        found = (vectors * (states - self.candidate_tokens(vectors))).sum(-1)
+        learned = cast(Tensor, self.readout(self.final_norm(states))).squeeze(-1)
+        return learned + self.affinity_scale * affinity + self.found_scale * found
 
     def forward(self, history: History, vectors: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """For training: user vectors after every event [B, L, D], and the last states of candidates
@@ -188,7 +213,7 @@ class Recommender(nn.Module):
         asked = self.candidate_tokens(vectors)
         for block in self._layers:
             x, key, value = block.history(x, rotation)
-            asked = block.isolated(asked, own, key, value, hidden)
+            asked = block.candidates(asked, own, key, value, hidden)
         return self.final_norm(x), asked
 
     @property

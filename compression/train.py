@@ -67,7 +67,13 @@ class Recipe:
 
 
 LAPTOP: Final = Recipe(
-    epochs=20, max_minutes=1.0, full_softmax_items=6_000, negatives=1_024, judge_limit=1_000
+    epochs=20,
+    max_minutes=1.0,
+    full_softmax_items=6_000,
+    negatives=1_024,
+    judge_limit=1_000,
+    batch_windows=32,
+    learning_rate=2e-3,
 )
 TINY: Final = Recipe(dim=32, ffn=64, layers=1, epochs=3, max_minutes=0.5, batch_windows=32, judge_limit=500)
 RECIPES: Final = {"laptop": LAPTOP, "tiny": TINY, "full": Recipe()}
@@ -209,7 +215,7 @@ class _Losses:
     def __init__(
         self, vocabulary: Vocabulary, statistics: Statistics, recipe: Recipe, rng: np.random.Generator
     ) -> None:
-        self._recipe, self._rng, self._statistics = recipe, rng, statistics
+        self._recipe, self._rng = recipe, rng
         self._known = len(vocabulary.item_ids)
         self._categories = row_categories(vocabulary)
         self._category_rows = torch.from_numpy(self._categories)
@@ -218,9 +224,17 @@ class _Losses:
         counts = statistics.counts[1:].astype(np.float64)
         popularity = counts**0.75 / max(1.0, (counts**0.75).sum())
         self._popular = np.cumsum(popularity)
-        self._chance = 0.5 * popularity + 0.5 / self._known
+        # Items the training part lacks are never negatives: they would only learn to be unlikely.
+        self._trained = 1 + np.flatnonzero(counts)
+        self._place = np.full(vocabulary.item_rows, -1)
+        self._place[self._trained] = np.arange(len(self._trained))
+        self._by_category = self._trained[np.argsort(self._categories[self._trained], kind="stable")]
+        self._category_starts = np.searchsorted(
+            self._categories[self._by_category], np.arange(vocabulary.category_rows + 1)
+        )
+        self._chance = 0.5 * popularity + np.where(counts > 0, 0.5 / len(self._trained), 0.0)
         self._log_expected = torch.from_numpy(
-            np.log(np.concatenate([[1.0], self._chance]) * recipe.negatives)
+            np.log(np.concatenate([[1.0], np.maximum(self._chance, 1e-12)]) * recipe.negatives)
         ).float()
 
     def __call__(self, model: Recommender, windows: HistoryArrays) -> tuple[Tensor, Tensor]:
@@ -252,10 +266,10 @@ class _Losses:
         return retrieval, ranking
 
     def _retrieval(self, model: Recommender, user_vectors: Tensor, targets: Tensor) -> Tensor:
-        if self._known <= self._recipe.full_softmax_items:
-            rows = torch.arange(1, self._known + 1)
+        if len(self._trained) <= self._recipe.full_softmax_items:
+            rows = torch.from_numpy(self._trained)
             table = model.item_vectors(rows, self._category_rows[rows])
-            return F.cross_entropy(user_vectors @ table.T, targets - 1)
+            return F.cross_entropy(user_vectors @ table.T, torch.from_numpy(self._place)[targets])
         count = self._recipe.negatives
         negatives = torch.from_numpy(np.concatenate([self._draw_popular(count // 2), self._draw(count // 2)]))
         rows = torch.cat([targets, negatives])
@@ -284,9 +298,7 @@ class _Losses:
         next_item = targets[at, turn]
         earlier = (rng.random((users, positions, self.own)) * (turn + 1)[..., None]).astype(np.int64)
         own = items[at[..., None], earlier]
-        near = self._statistics.draw_like(
-            self._categories[next_item], rng.random((users, positions, self.near))
-        )
+        near = self._draw_like(self._categories[next_item])
         popular = self._draw_popular(users * positions * self.popular).reshape(users, positions, -1)
         rest = self._draw(users * positions * self.any_item).reshape(users, positions, -1)
         return turn, np.concatenate([next_item[..., None], own, near, popular, rest], axis=2)
@@ -296,7 +308,17 @@ class _Losses:
         return np.asarray(np.minimum(drawn, self._known), np.int64)
 
     def _draw(self, count: int) -> Int64:
-        return self._rng.integers(1, self._known + 1, count)
+        return self._trained[self._rng.integers(0, len(self._trained), count)]
+
+    def _draw_like(self, categories: npt.NDArray[np.int32]) -> Int64:
+        """Items of each category row [...], `near` of each; any item where the category has none."""
+        start, end = self._category_starts[categories], self._category_starts[categories + 1]
+        start, end = np.where(end > start, start, 0), np.where(end > start, end, len(self._trained))
+        chance = self._rng.random((*categories.shape, self.near))
+        return np.asarray(
+            self._by_category[start[..., None] + (chance * (end - start)[..., None]).astype(np.int64)],
+            np.int64,
+        )
 
 
 def _parameter_groups(model: Recommender, recipe: Recipe) -> list[dict[str, object]]:
