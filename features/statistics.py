@@ -16,7 +16,8 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +34,8 @@ _READING_S: Final = 1.0
 _MOST_MISSED: Final = 4096
 
 
-class ItemWeights(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class ItemWeights:
     """Items, heaviest first: ids int64 [n], weights float32 [n] between 0 and 1.
 
     Of transitions the weight is the share of those who went there; of popularity it is relative to
@@ -42,6 +44,9 @@ class ItemWeights(NamedTuple):
 
     items: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.items)
 
 
 NOTHING: Final = ItemWeights(np.empty(0, np.int64), np.empty(0, np.float32))

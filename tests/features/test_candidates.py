@@ -11,7 +11,7 @@ from features.candidates import SOURCES, Candidates, find_candidates
 from features.memory_store import MemoryStore
 from features.sequence import NARROW, SequenceBatch, pack_event, pack_fence, unpack
 from features.settings import FeatureSettings
-from features.statistics import ItemStatistics
+from features.statistics import ItemStatistics, ItemWeights
 from features.store import Append, Neighbours
 from topics.messages import BEHAVIORS, Source
 
@@ -49,7 +49,7 @@ def statistics(
             base = START_S / SETTINGS.transition_half_life_s
             made.absorb([f"{kind}:{{{id_}}}"], [halving(items, base)])
     if popular:
-        made._popular = made._popular._replace(
+        made._popular = ItemWeights(
             items=np.array(popular, np.int64), weights=np.exp2(-np.arange(len(popular))).astype(np.float32)
         )
     return made
@@ -314,9 +314,9 @@ def plain(past: Past, known: ItemStatistics) -> dict[int, float]:
     categories = list(dict.fromkeys([event[1] for event in past][::-1][:10]))[:3]
     for back, item in enumerate(newest):
         add([item], [4.0], 0.97**back)
-    for back, (items, weights) in enumerate(known.transitions(newest[:10])):
-        add(items.tolist(), weights.tolist(), 12.0 * 0.8**back)
-    for back, (items, weights) in enumerate(known.categories(categories)):
-        add(items.tolist(), weights.tolist(), 0.5 * 0.7**back)
+    for back, one in enumerate(known.transitions(newest[:10])):
+        add(one.items.tolist(), one.weights.tolist(), 12.0 * 0.8**back)
+    for back, one in enumerate(known.categories(categories)):
+        add(one.items.tolist(), one.weights.tolist(), 0.5 * 0.7**back)
     add(known.popular().items.tolist(), known.popular().weights.tolist(), 0.1)
     return score

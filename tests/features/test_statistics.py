@@ -114,6 +114,15 @@ async def test_behaviours_weigh_and_age_halves() -> None:
     assert popular == pytest.approx({10: 1.0, 12: 0.5, 11: 0.25})
 
 
+async def test_a_list_of_items_is_as_long_as_its_items() -> None:
+    world = World()
+    assert not world.statistics.popular()
+    assert len(world.statistics.transitions([1])[0]) == 0
+    await world.take(world.clicks((1, 10), (2, 11), (3, 12)))
+    await world.settle()
+    assert len(world.statistics.popular()) == 3
+
+
 async def test_categories_are_popular_on_their_own() -> None:
     world = World()
     await world.take(world.clicks((1, 10), (2, 10), (3, 11), category=7))
