@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from features import keys
@@ -29,8 +29,8 @@ class FeatureSettings(BaseSettings):
 
     popularity_half_life_s: float = Field(default=12 * 3600.0, gt=0)
     transition_half_life_s: float = Field(default=7 * 86400.0, gt=0)
-    behavior_weights: tuple[float, float, float, float] = (1.0, 3.0, 3.0, 5.0)
-    """What a pv, cart, fav and buy add to popularity and to transitions; each above zero."""
+    behavior_weights: tuple[PositiveFloat, PositiveFloat, PositiveFloat, PositiveFloat] = (1.0, 3.0, 3.0, 5.0)
+    """What a pv, cart, fav and buy add to popularity and to transitions."""
     statistics_cached: int = Field(default=200_000, ge=1)
     """Item lists, and as many category lists at most, kept in the process."""
     statistics_fresh_ms: int = Field(default=10_000, ge=1)
