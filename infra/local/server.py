@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from typing import Self
 import psutil
 
 HOST = "127.0.0.1"
+_FIRST_PORT = 10_000
 
 
 class ServerFailed(RuntimeError):
@@ -21,11 +23,11 @@ class ServerFailed(RuntimeError):
 
 
 def free_port() -> int:
-    """A port nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port nobody listens on, and none that the system gives to outgoing connections: a client that
+    keeps trying a stopped server could be given the server's own port, and hold it."""
+    while not is_free(port := random.randrange(_FIRST_PORT, _first_outgoing_port())):
+        continue
+    return port
 
 
 def is_free(port: int) -> bool:
@@ -38,6 +40,12 @@ def is_free(port: int) -> bool:
             except OSError:
                 return False
     return True
+
+
+def _first_outgoing_port() -> int:
+    setting = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(setting.read_text().split()[0]) if setting.is_file() else 32768
+    return max(first, _FIRST_PORT + 1000)
 
 
 class LocalServer(ABC):

@@ -13,7 +13,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 from infra.local.kafka import LocalKafka
 from infra.local.redis import LocalRedis
-from infra.local.server import HOST, ServerFailed, is_free
+from infra.local.server import HOST, ServerFailed, free_port, is_free
 from tests.support import eventually
 from topics.admin import TopicsUnavailable, ping, topic_epoch
 from topics.catalog import Topic
@@ -121,3 +121,8 @@ def test_a_port_is_free_until_someone_listens() -> None:
         listener.listen()
         assert not is_free(port)
     assert is_free(port)
+
+
+def test_free_ports_are_none_that_the_system_gives_to_clients() -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    assert all(port < first for port in (free_port() for _ in range(50)))
