@@ -37,6 +37,9 @@ _NAMES: Final = ("user_id", "item_id", "category_id", "behavior", "timestamp")
 _INTEGER: Final = re.compile(r"-?[0-9]{1,400}")
 _CODES: Final = {name: code for code, name in enumerate(BEHAVIORS)}
 _COMMA, _NEWLINE, _RETURN, _ZERO = 44, 10, 13, 48
+_GZIP: Final = 31  # zlib's name for "with a gzip header and checksum"
+_INFLATE_BYTES: Final = 64 * 1024
+_BOM: Final = b"\xef\xbb\xbf"
 _FAST_DIGITS: Final = 18  # always below 2^63
 
 Int64 = npt.NDArray[np.int64]
@@ -145,7 +148,7 @@ class LogReader:
             end = block.rfind(b"\n") + 1
             whole, rest = block[:end], block[end:]
             if whole:
-                yield number, whole
+                yield number, whole.removeprefix(_BOM) if number == 1 else whole
                 number += whole.count(b"\n")
             if len(rest) > MAX_LINE_BYTES:
                 self._bad(number, "too-long", f"a line of more than {MAX_LINE_BYTES} bytes")
@@ -153,7 +156,7 @@ class LogReader:
         if rest and self.report.truncated:
             self._bad(number, "cut", "the last line was cut where the file ends")
         elif rest:
-            yield number, rest + b"\n"
+            yield number, (rest.removeprefix(_BOM) if number == 1 else rest) + b"\n"
 
     def _blocks(self) -> Iterator[bytes]:
         """Plain bytes, whatever the file's name: gzip is told by its first two bytes."""
@@ -165,11 +168,7 @@ class LogReader:
             self._size = self.path.stat().st_size
             head = file.read(2)
             file.seek(0)
-            first = True
-            for data in self._inflated(file.read) if head == b"\x1f\x8b" else self._plain(file.read):
-                block = data.removeprefix(b"\xef\xbb\xbf") if first else data
-                first = False
-                yield block
+            yield from self._inflated(file.read) if head == b"\x1f\x8b" else self._plain(file.read)
 
     def _plain(self, read: _Read) -> Iterator[bytes]:
         while data := read(self._block_bytes):
@@ -177,24 +176,35 @@ class LogReader:
             yield data
 
     def _inflated(self, read: _Read) -> Iterator[bytes]:
-        inflater = zlib.decompressobj(wbits=31)
+        """In small steps, so that damage costs the rows of one step and not those of a whole block."""
+        ready: list[bytes] = []
+        held = 0
+        for data in self._inflated_steps(read):
+            ready.append(data)
+            held += len(data)
+            if held >= self._block_bytes:
+                yield b"".join(ready)
+                ready, held = [], 0
+        yield b"".join(ready)
+
+    def _inflated_steps(self, read: _Read) -> Iterator[bytes]:
+        inflater = zlib.decompressobj(wbits=_GZIP)
         pending, fresh = b"", True
         try:
             while True:
                 if not pending:
-                    pending = read(self._block_bytes // 4)
+                    pending = read(_INFLATE_BYTES)
                     self._read += len(pending)
                     if not pending:
                         break
                 if inflater.eof:
+                    # Members may follow one another, with zeros between them.
                     pending = pending.lstrip(b"\0")
-                    inflater, fresh = zlib.decompressobj(wbits=31), True
+                    inflater, fresh = zlib.decompressobj(wbits=_GZIP), True
                     continue
                 fresh = False
-                data = inflater.decompress(pending, self._block_bytes)
+                yield inflater.decompress(pending, _INFLATE_BYTES)
                 pending = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-                if data:
-                    yield data
             if not inflater.eof and not fresh:
                 self.report.truncated = "the gzip file is cut short; rows up to the cut were read"
         except zlib.error as error:
