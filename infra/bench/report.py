@@ -56,7 +56,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    console = Console()
+    console = _console()
     console.print(drawn)
     machine = environment()["machine"]
     console.print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", style="dim")
@@ -87,4 +87,10 @@ def _revision() -> str | None:
 
 def note(text: str) -> None:
     """A remark under a table."""
-    Console().print(text, style="yellow")
+    _console().print(text, style="yellow")
+
+
+def _console() -> Console:
+    """Wide enough for a table where the output is a file or a pipe."""
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
