@@ -28,6 +28,7 @@ from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
 from inference.engines.base import Engine, Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
+from inference.lookup import ItemLookup
 from inference.retrieval import RetrievalIndex
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
@@ -59,6 +60,7 @@ class Ranker:
         self.precision = pool[0].precision
         self.buckets = buckets
         self._vocabulary = vocabulary
+        self._lookup = ItemLookup(vocabulary)
         self._index = index
         self._engines = list(pool)
         self._free: queue.SimpleQueue[Engine] = queue.SimpleQueue()
@@ -139,7 +141,7 @@ class Ranker:
             retrieved=retrieved,
             exclude=[request.exclude for request in requests],
             explicit=[request.candidates for request in requests],
-            category_of=self._category_of,
+            category_of=self._lookup.capped_categories,
             settings=self._features,
         )
         clock.lap("candidates")
@@ -184,17 +186,11 @@ class Ranker:
         similarity[asks] = scores
         return ids, similarity
 
-    def _category_of(self, items: Int64) -> Int32:
-        """Category rows; -1 for an item the model does not know."""
-        rows = self._vocabulary.category_rows_of_items(items)
-        rows[rows == self._vocabulary.unknown_category_row] = -1
-        return rows
-
     def _score(self, engine: Engine, encoded: Encoded, candidates: Candidates) -> Float32:
         """Scores [users, width]; minus infinity where there is no candidate."""
         items, counts = candidates.items, candidates.counts
-        rows = self._vocabulary.item_rows_of(items)
-        categories = self._vocabulary.category_rows_of_items(items)
+        rows = self._lookup.rows(items)
+        categories = self._lookup.categories_of_rows(rows)
         scores = np.full(items.shape, -np.inf, np.float32)
         for cut, states in encoded:
             column = 0

@@ -58,7 +58,7 @@ _LIBRARIES: Final[dict[str, str]] = {
     "torch": "torch",
     "onnx": "onnxruntime",
     "openvino": "openvino",
-    "numpy": "numpy",
+    "numpy": "onnx",
 }
 _AUTO: Final = ("openvino", "onnx", "torch")  # fastest first, as measured
 

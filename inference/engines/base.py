@@ -78,7 +78,7 @@ class Engine(ABC):
     def close(self) -> None:
         """Free the model; safe to call twice."""
 
-    def warm_up(self, shapes: Iterable[Shape], *, repeats: int = 2) -> dict[Shape, float]:
+    def warm_up(self, shapes: Iterable[Shape], *, repeats: int = 3) -> dict[Shape, float]:
         """Run every shape, and say how long the fastest repeat took, in seconds."""
         cost_s: dict[Shape, float] = {}
         for shape in shapes:

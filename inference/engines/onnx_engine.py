@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from compression.registry import Artefact
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
-_ERRORS = (ort.capi.onnxruntime_pybind11_state.Fail, RuntimeError, ValueError)
+# Its exceptions have no common base but Exception.
+_ERRORS: Final[tuple[type[Exception], ...]] = (
+    *(kind for kind in vars(_state).values() if isinstance(kind, type) and issubclass(kind, Exception)),
+    RuntimeError,
+    ValueError,
+)
 
 
 class OnnxEngine(Engine):

@@ -160,7 +160,9 @@ def test_high_goes_before_normal_before_low_and_does_not_wait_for_company() -> N
         world = World(max_batch=2, wait_ms=50)
         world.ask(Question(1), Question(2))
         await world.turn()
-        world.ask(Question(3, "low"), Question(4), Question(5, "high"), Question(6, "low"), Question(7, "high"))
+        world.ask(
+            Question(3, "low"), Question(4), Question(5, "high"), Question(6, "low"), Question(7, "high")
+        )
         await world.settle()
         assert world.batches == [[1, 2], [5, 7], [4, 3]]
         urgent = world.ask(Question(8, "high"))
@@ -341,7 +343,8 @@ def test_draining_gives_up_on_a_hung_engine_and_still_answers_everyone() -> None
 @pytest.mark.parametrize("runners", [1, 3])
 async def test_in_real_threads_every_question_gets_its_own_answer(runners: int) -> None:
     batcher: Batcher[Question, int] = Batcher(
-        [lambda items: [item.number for item in items]] * runners, BatcherLimits(max_batch=7, max_queue=10_000)
+        [lambda items: [item.number for item in items]] * runners,
+        BatcherLimits(max_batch=7, max_queue=10_000),
     )
     groups = [questions(*range(start, start + start % 23)) for start in range(300)]
     answers = await asyncio.gather(*(batcher.submit(group) for group in groups))

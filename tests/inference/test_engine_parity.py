@@ -1,0 +1,103 @@
+"""Every usable engine answers like torch, on every graph, within the tolerance of its precision."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from compression.registry import Artefact
+from inference import engines
+from inference.engines.base import OUTPUTS, TOLERANCE, Engine, EngineOptions, Precision, Shape
+from inference.errors import EngineFailed, ModelUnavailable
+from inference.types import Graph, Tensors
+
+SHAPES = [(1, 1, 1), (1, 4, 50), (5, 10, 7), (8, 30, 50)]
+ENGINES: list[tuple[str, Precision]] = [
+    (status.name, precision)
+    for status in engines.usable()
+    if status.usable
+    for precision in ("f32", "bf16")
+    if precision == "f32" or status.name in ("torch", "openvino")
+]
+
+
+def inputs(engine: Engine, shape: Shape, seed: int) -> Tensors:
+    rng = np.random.default_rng(seed)
+    given = engine.example(shape)
+    rows = {
+        "items": engine.model.item_rows,
+        "categories": engine.model.category_rows,
+        "behaviors": 5,
+        "gaps": 32,
+    }
+    rows |= {"candidates": rows["items"], "candidate_categories": rows["categories"]}
+    lengths = rng.integers(0, shape.history + 1, shape.batch)
+    lengths[0] = shape.history
+    lengths[-1] = 0 if shape.batch > 1 else shape.history
+    for name, array in given.items():
+        if name in rows:
+            given[name] = rng.integers(1, rows[name], array.shape).astype(np.int32)
+        elif array.dtype == np.float32:
+            given[name] = rng.normal(size=array.shape).astype(np.float32)
+    given["lengths"] = lengths.astype(np.int32)
+    return given
+
+
+@pytest.fixture(scope="module")
+def torch_engine(artefact: Artefact) -> Engine:
+    engine = engines.create("torch")
+    engine.load(artefact)
+    return engine
+
+
+@pytest.mark.parametrize(("name", "precision"), ENGINES)
+def test_an_engine_answers_like_torch(
+    name: str, precision: Precision, artefact: Artefact, torch_engine: Engine
+) -> None:
+    engine = engines.create(name, EngineOptions(precision=precision))
+    engine.load(artefact)
+    graphs: tuple[Graph, ...] = ("encode", "score", "rank")
+    for graph in graphs:
+        for seed, (batch, history, candidates) in enumerate(SHAPES):
+            given = inputs(engine, Shape(graph, batch, history, candidates), seed)
+            expected, actual = torch_engine.run(graph, dict(given)), engine.run(graph, dict(given))
+            seen = np.arange(history) < given["lengths"][:, None]
+            for output in OUTPUTS[graph]:
+                difference = np.abs(expected[output] - actual[output])
+                if output in ("keys", "values"):
+                    difference = difference * seen[:, None, None, :, None]  # padding is never read
+                assert actual[output].dtype == np.float32
+                assert difference.max() <= TOLERANCE[precision], (graph, output, batch, history, candidates)
+    engine.close()
+
+
+@pytest.mark.parametrize("name", [name for name, precision in ENGINES if precision == "f32"])
+def test_answers_stay_the_callers_after_the_next_run(name: str, artefact: Artefact) -> None:
+    engine = engines.create(name)
+    engine.load(artefact)
+    shape = Shape("rank", 2, 4, 8)
+    first = engine.run("rank", inputs(engine, shape, 1))
+    kept = first["scores"].copy()
+    engine.run("rank", inputs(engine, shape, 2))
+    assert np.array_equal(first["scores"], kept)
+
+
+@pytest.mark.parametrize("name", [name for name, precision in ENGINES if precision == "f32"])
+def test_an_impossible_input_is_an_engine_failure_and_the_engine_lives(name: str, artefact: Artefact) -> None:
+    engine = engines.create(name)
+    engine.load(artefact)
+    good = inputs(engine, Shape("score", 2, 4, 8), 3)
+    bad = {**good, "keys": good["keys"][:, :, :, :, :3].copy()}
+    with pytest.raises(EngineFailed):
+        engine.run("score", bad)
+    assert np.isfinite(engine.run("score", good)["scores"]).all()
+
+
+def test_a_name_or_precision_nobody_has_is_refused_with_what_there_is(artefact: Artefact) -> None:
+    with pytest.raises(ModelUnavailable, match="openvino"):
+        engines.create("abacus")
+    engine = engines.create("onnx", EngineOptions(provider="QuantumExecutionProvider"))
+    with pytest.raises(ModelUnavailable, match="CPUExecutionProvider"):
+        engine.load(artefact)
+    with pytest.raises(ModelUnavailable, match="f32"):
+        engines.create("numpy", EngineOptions(precision="bf16")).load(artefact)
