@@ -10,13 +10,16 @@ import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import redis
 
+from infra.bench.rig import Rig
 from infra.local.kafka import LocalKafka
 from infra.local.redis import LocalRedis
+from infra.local.worker import LocalWorker
+from tests.models import small_registry
 from tests.support import unique
 from topics.admin import ensure_topics
 from topics.catalog import TOPICS, Topic
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 TestTopics = Callable[..., dict[str, Topic]]
+StartWorker = Callable[..., LocalWorker]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -117,3 +121,39 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no public click logs at {path}; TAILRACE_DATA names their folder")
     return path
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A registry with a small trained model behind its `serving` alias."""
+    return small_registry(tmp_path_factory.mktemp("registry"))
+
+
+@pytest.fixture
+def parts(
+    kafka: LocalKafka | ContainerKafka,
+    bootstrap: str,
+    redis_server: LocalRedis | ContainerRedis,
+    redis_url: str,
+    test_topics: TestTopics,
+    registry: Path,
+    tmp_path: Path,
+) -> Rig:
+    """The run's broker and Redis with topics of this test's own, and a released model."""
+    suffix = test_topics(partitions=4)["clicks"].name.removeprefix("clicks")
+    return Rig(tmp_path, kafka, redis_server, registry, suffix)
+
+
+@pytest.fixture
+def start_worker(parts: Rig) -> Iterator[StartWorker]:
+    """Starts workers and stops them after the test: `start_worker(name, options=[…], environment={…})`."""
+    started: list[LocalWorker] = []
+
+    def start(name: str | None = None, **told: Any) -> LocalWorker:
+        worker = parts.worker(name or unique("worker"), **told)
+        started.append(worker)
+        return worker.start()
+
+    yield start
+    for worker in started:
+        worker.stop()

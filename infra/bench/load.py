@@ -103,7 +103,10 @@ class Collecting:
     def __exit__(self, *_: object) -> None:
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait()
+        self._process.wait()
+        self._reading.join()
+        if self._process.stdout is not None:
+            self._process.stdout.close()
 
     def wait(self, count: int, *, quiet_s: float, timeout_s: float = 600.0) -> None:
         """Until `count` lists are in and none has come for half a second, or none has for `quiet_s`."""
