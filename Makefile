@@ -1,6 +1,5 @@
 # One word each. `make install` first runs by itself where something needs it.
 PY := .venv/bin/python
-PACKAGES := topics features compression inference stream infra
 INSTALLED := .venv/.installed
 
 .PHONY: help install check test test-containers up down demo clean
@@ -17,7 +16,7 @@ $(INSTALLED): pyproject.toml constraints.txt infra/install.sh infra/kafka/pom.xm
 check: $(INSTALLED) ## ruff, mypy, import order
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy $(PACKAGES) tests
+	$(PY) -m mypy
 	$(PY) -m pytest -q tests/test_layers.py
 
 test: $(INSTALLED) ## unit and integration tests, on a real broker and Redis (ARGS="-k name")

@@ -6,8 +6,8 @@ import asyncio
 import inspect
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,9 +23,7 @@ def eventually(predicate: Callable[[], T], timeout_s: float = 10.0, *, what: str
     return answer
 
 
-async def eventually_async(
-    predicate: Callable[[], T | Awaitable[T]], timeout_s: float = 10.0, *, what: str = ""
-) -> T:
+async def eventually_async(predicate: Callable[[], Any], timeout_s: float = 10.0, *, what: str = "") -> Any:
     """`eventually` for predicates that await, or that wait for what the running loop does."""
     deadline_s = time.monotonic() + timeout_s
     while True:
