@@ -95,7 +95,7 @@ def write_log(path: Path, log: SynthLog) -> None:
     """As .csv, or gzip where the name ends in .gz. No header, as the original."""
     with path.open("wb") as raw:
         if path.suffix == ".gz":
-            with gzip.GzipFile(fileobj=raw, mode="wb", compresslevel=3, mtime=0) as packed:
+            with gzip.GzipFile("", "wb", 3, raw, mtime=0) as packed:
                 _write_rows(packed, log)
         else:
             _write_rows(raw, log)
