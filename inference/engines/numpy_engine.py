@@ -13,11 +13,21 @@ import numpy as np
 import onnx
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from compression.registry import Artefact
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
+
+
+class GatherElements(OpRun):  # type: ignore[misc]
+    """onnx 1.23's own gives up where the axis is longer than 64."""
+
+    op_domain = ""
+
+    def _run(self, data: Any, indices: Any, axis: int = 0) -> tuple[Any]:
+        return (np.take_along_axis(data, indices, axis),)
 
 
 class NumpyEngine(Engine):
@@ -34,7 +44,8 @@ class NumpyEngine(Engine):
         for graph in graphs:
             content = artefact.read(artefact.manifest.graphs[graph])
             try:
-                self._evaluators[graph] = ReferenceEvaluator(onnx.load_model_from_string(content))
+                model = onnx.load_model_from_string(content)
+                self._evaluators[graph] = ReferenceEvaluator(model, new_ops=[GatherElements])
             except (DecodeError, ValueError, RuntimeError) as error:
                 raise ModelUnavailable(f"numpy cannot read the {graph} graph: {error}") from error
 

@@ -20,7 +20,7 @@ from features.store import Append
 
 ITEMS = np.arange(1_000, 1_300, dtype=np.int64) * 7
 CATEGORIES = np.arange(50, 60, dtype=np.int64)
-MAX_HISTORY = 30
+MAX_HISTORY = 70
 NOW_S = 1_700_000_000
 
 

@@ -11,7 +11,7 @@ from inference.engines.base import OUTPUTS, TOLERANCE, Engine, EngineOptions, Pr
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
-SHAPES = [(1, 1, 1), (1, 4, 50), (5, 10, 7), (8, 30, 50)]
+SHAPES = [(1, 1, 1), (1, 4, 50), (5, 10, 7), (8, 70, 50)]
 ENGINES: list[tuple[str, Precision]] = [
     (status.name, precision)
     for status in engines.usable()

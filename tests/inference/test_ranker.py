@@ -24,7 +24,7 @@ from tests.inference.conftest import ITEMS, MAX_HISTORY, sequence
 SETTINGS = InferenceSettings(
     engine="onnx", histories=(4, 10, 100), candidate_sizes=(8, 50), batches=(1, 2, 4, 8), retrieved=40
 )
-LENGTHS = (1, 2, 3, 4, 5, 9, 10, 11, 25, 29, 30, 45)
+LENGTHS = (1, 2, 3, 4, 5, 9, 10, 11, 25, 69, 70, 85)
 
 
 class Spy:
@@ -118,7 +118,7 @@ def test_only_warmed_shapes_reach_the_engine_and_short_histories_are_not_padded_
     opened: Ranker, spy: Spy, statistics: ItemStatistics
 ) -> None:
     warmed = set(opened.buckets.shapes())
-    requests = [user(number, length) for number, length in enumerate([1] * 13 + [45] * 9)]
+    requests = [user(number, length) for number, length in enumerate([1] * 13 + [85] * 9)]
     assert len(lists(opened.rank(requests, statistics))) == 22
     opened.rank([user(1, 2, candidates=tuple(ITEMS[:130].tolist()))], statistics)
     assert set(spy.shapes) <= {tuple(shape) for shape in warmed}
