@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tests.containers.servers import ContainerKafka, ContainerRedis
 
 ROOT = Path(__file__).resolve().parent.parent
-TestTopics = Callable[..., dict[str, Topic]]
+MakeTopics = Callable[..., dict[str, Topic]]
 StartWorker = Callable[..., LocalWorker]
 
 
@@ -95,8 +95,8 @@ def redis_url(redis_server: LocalRedis | ContainerRedis) -> str:
 
 
 @pytest.fixture
-def test_topics(bootstrap: str) -> TestTopics:
-    """Makes the catalogue's topics under names of this test's own: `test_topics(partitions=4)["clicks"]`."""
+def make_topics(bootstrap: str) -> MakeTopics:
+    """Makes the catalogue's topics under names of this test's own: `make_topics(partitions=4)["clicks"]`."""
 
     def make(partitions: int | None = None) -> dict[str, Topic]:
         suffix = unique("")
@@ -135,12 +135,12 @@ def parts(
     bootstrap: str,
     redis_server: LocalRedis | ContainerRedis,
     redis_url: str,
-    test_topics: TestTopics,
+    make_topics: MakeTopics,
     registry: Path,
     tmp_path: Path,
 ) -> Rig:
     """The run's broker and Redis with topics of this test's own, and a released model."""
-    suffix = test_topics(partitions=4)["clicks"].name.removeprefix("clicks")
+    suffix = make_topics(partitions=4)["clicks"].name.removeprefix("clicks")
     return Rig(tmp_path, kafka, redis_server, registry, suffix)
 
 

@@ -27,9 +27,9 @@ def listens(address: str) -> bool:
 
 @pytest.mark.parametrize("end", ["stop", "kill"])
 def test_a_broker_started_again_has_its_address_its_topics_and_its_records(
-    kafka: Any, test_topics: Callable[..., dict[str, Topic]], end: str
+    kafka: Any, make_topics: Callable[..., dict[str, Topic]], end: str
 ) -> None:
-    topic = test_topics(partitions=1)["clicks"].name
+    topic = make_topics(partitions=1)["clicks"].name
     before, epoch = kafka.bootstrap, topic_epoch(kafka.bootstrap, topic)
     producer = KafkaProducer(bootstrap_servers=before)
     producer.send(topic, b"kept", partition=0).get(timeout=10)

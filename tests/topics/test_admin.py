@@ -43,9 +43,9 @@ def test_other_partitions_and_other_settings_are_refused_by_name(bootstrap: str)
 
 
 def test_a_recreated_topic_has_another_epoch(
-    bootstrap: str, test_topics: Callable[..., dict[str, Topic]]
+    bootstrap: str, make_topics: Callable[..., dict[str, Topic]]
 ) -> None:
-    clicks = test_topics(partitions=1)["clicks"]
+    clicks = make_topics(partitions=1)["clicks"]
     before = topic_epoch(bootstrap, clicks.name)
     assert 0 <= before < 2**32
     assert topic_epoch(bootstrap, clicks.name) == before
