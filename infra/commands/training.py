@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,8 @@ def retrain(
     tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
     tailrace retrain --log clicks.csv --bootstrap localhost:9092 --json
     """
+    # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _need_training_extra()
     from compression.dataset import MAX_EVENTS
     from compression.export import ParityError
