@@ -31,6 +31,7 @@ from features.encoding import Vocabulary
 
 STEPS = ("read", "train", "evaluate", "export", "verify", "publish", "promote")
 WEIGHTS = "weights.safetensors"
+JUDGED = 2_000  # test targets; `tailrace evaluate --limit` judges by more
 _LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
 
 Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
@@ -100,7 +101,8 @@ def encode_vocabulary(log: Log, recipe: Recipe) -> Vocabulary:
 
 def judge(model: Recommender, log: Log, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
     scorer = TorchScorer(model, row_categories(vocabulary))
-    return evaluate(scorer, log.sequences, split, vocabulary, max_history=model.shape.max_history)
+    shape = model.shape
+    return evaluate(scorer, log.sequences, split, vocabulary, max_history=shape.max_history, limit=JUDGED)
 
 
 def stage(model: Recommender, vocabulary: Vocabulary, folder: Path) -> dict[str, str]:

@@ -69,8 +69,9 @@ class Recipe:
 LAPTOP: Final = Recipe(
     epochs=20,
     max_minutes=1.0,
-    full_softmax_items=6_000,
+    full_softmax_items=2_000,
     negatives=1_024,
+    ranking_positions=2,
     judge_limit=1_000,
     batch_windows=32,
     learning_rate=2e-3,
