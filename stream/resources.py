@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Coroutine
 from pathlib import Path
@@ -89,6 +90,8 @@ class Resources:
     async def load_model(self, wanted: str | None = None) -> None:
         """Serve a version, or what the alias names now."""
         if await self.model.load(wanted):
+            gc.collect()
+            gc.freeze()
             self.metrics.model.clear()
             self.metrics.model.labels(version=self.model.version, engine=self.model.engine).set(1)
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
+from confluent_kafka import Producer
 
-from infra.clients import producer
 from infra.local.worker import ROOT
 from topics.codec import encode, record_key
 from topics.messages import BehaviorEvent
@@ -56,31 +55,45 @@ def poisson(count: int, rate: float, seed: int) -> npt.NDArray[np.float64]:
     return np.cumsum(np.random.default_rng(seed).exponential(1.0 / rate, count))
 
 
-def send(
-    bootstrap: str, topic: str, clicks: Sequence[Record], due_s: npt.NDArray[np.float64], stop: Any = None
-) -> Sent:
-    """Send on schedule; returns when the broker has all of them. `stop` (an Event) ends it early."""
-    client = producer(bootstrap, linger_ms=0 if due_s.any() else 5, reconnect_backoff_max_ms=500)
+def send(bootstrap: str, topic: str, clicks: Sequence[Record], due_s: npt.NDArray[np.float64]) -> Sent:
+    """Send on schedule; returns when the broker has all of them."""
+    client = Producer(
+        {
+            "bootstrap.servers": bootstrap,
+            # As Java, aiokafka and kafka-python place keyed records; librdkafka's own way differs.
+            "partitioner": "murmur2_random",
+            "enable.idempotence": True,
+            "linger.ms": 0 if due_s.any() else 5,
+            "queue.buffering.max.messages": MAX_UNSENT,
+            "reconnect.backoff.max.ms": 500,
+            "log_level": 2,
+        }
+    )
+    client.list_topics(topic, timeout=30)
+    failed: list[str] = []
+
+    def delivered(error: Any, _: Any) -> None:
+        if error is not None:
+            failed.append(str(error))
+
     intended = time.monotonic() + 0.2 + due_s
     actual = np.zeros(len(clicks))
-    unsent: deque[Any] = deque()
-    number = 0
     for number, (key, value) in enumerate(clicks):
         wait_s = intended[number] - time.monotonic()
         if wait_s > 0:
             time.sleep(wait_s)
-        if stop is not None and stop.is_set():
-            break
         actual[number] = time.monotonic()
-        unsent.append(client.send(topic, key=key, value=value))
-        if len(unsent) > MAX_UNSENT:
-            unsent.popleft().get(timeout=120)
-    else:
-        number = len(clicks)
-    for sending in unsent:
-        sending.get(timeout=120)
-    client.close(timeout=10)
-    return Sent(intended[:number], actual[:number])
+        while True:
+            try:
+                client.produce(topic, key=key, value=value, on_delivery=delivered)
+                break
+            except BufferError:
+                client.poll(0.1)
+        client.poll(0)
+    left = client.flush(120)
+    if left or failed:
+        raise RuntimeError(f"{left + len(failed)} clicks were not delivered: {failed[:1]}")
+    return Sent(intended, actual)
 
 
 class Collecting:

@@ -17,7 +17,7 @@ from infra.bench.rig import Rig, rig
 from topics.catalog import CLICKS, RECOMMENDATIONS
 from topics.messages import BehaviorEvent
 
-WARM_UP_S = 3.0
+WARM_UP_S = 10.0
 QUIET_S = 20.0
 PERCENTILES = (50.0, 95.0, 99.0, 99.9, 100.0)
 VOID_BEHIND_MS = 5.0

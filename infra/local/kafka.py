@@ -127,6 +127,8 @@ class LocalKafka(LocalServer):
             *self._java(),
             f"-Xmx{self._heap_mb}m",
             "-XX:+UseSerialGC",
+            # The optimising compiler keeps a small machine busy for the broker's first minute.
+            "-XX:TieredStopAtLevel=1",
             "-Djava.awt.headless=true",
             "kafka.Kafka",
             str(self._properties),
