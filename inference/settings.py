@@ -29,10 +29,11 @@ class InferenceSettings(BaseSettings):
     candidate_sizes: Sizes = CANDIDATES
     batches: Sizes = BATCHES
 
-    runners: Annotated[int, Field(ge=1, le=64)] = 1
+    runners: Annotated[int, Field(ge=1, le=64, description="threads that rank, each with an engine")] = 2
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queue: Annotated[int, Field(ge=1)] = 2_048
     wait_ms: Annotated[float, Field(ge=0, le=100)] = 0.0
+    spread_ms: Annotated[float, Field(ge=0, le=1000)] = 25.0
 
     retrieved: Annotated[int, Field(ge=1, le=1000, description="items from the model per user")] = 100
     exact_until: Annotated[int, Field(ge=0, description="items searched exactly; IVF beyond")] = 20_000
@@ -50,4 +51,4 @@ class InferenceSettings(BaseSettings):
         return EngineOptions(self.threads, self.precision, self.provider, self.device)
 
     def batcher_limits(self) -> BatcherLimits:
-        return BatcherLimits(self.max_batch, self.max_queue, self.wait_ms)
+        return BatcherLimits(self.max_batch, self.max_queue, self.wait_ms, self.spread_ms)

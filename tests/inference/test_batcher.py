@@ -46,12 +46,14 @@ class HeldExecutor(Executor):
 
 
 class World:
-    def __init__(self, run: Callable[[list[Question]], list[Any]] | None = None, **limits: Any) -> None:
+    def __init__(
+        self, run: Callable[[list[Question]], list[Any]] | None = None, runners: int = 1, **limits: Any
+    ) -> None:
         self.batches: list[list[int]] = []
         self.executor = HeldExecutor()
         self._run = run or (lambda items: [item.number * 10 for item in items])
         self.batcher: Batcher[Question, int] = Batcher(
-            [self.run], BatcherLimits(**limits), executor=self.executor
+            [self.run] * runners, BatcherLimits(**limits), executor=self.executor
         )
         self.loop = asyncio.get_running_loop()
 
@@ -151,6 +153,29 @@ def test_while_a_batch_runs_the_next_one_fills() -> None:
         await world.settle()
         assert world.batches == [[1], [2, 3, 4]]
         assert [await task for task in tasks] == [[10], [20], [30], [40]]
+
+    on_clock(story)
+
+
+def test_a_second_runner_starts_on_a_full_batch_at_once_and_on_less_only_after_a_while() -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=3, spread_ms=20)
+        tasks = [world.ask(Question(1))]
+        await world.turn()
+        tasks.append(world.ask(Question(2)))
+        await world.advance(0.019)
+        assert len(world.executor.held) == 1, "one by one they gather behind the first runner"
+        await world.advance(0.0011)
+        assert len(world.executor.held) == 2, "but not for longer than spread_ms"
+        await world.settle()
+        tasks.append(world.ask(Question(3)))
+        await world.turn()
+        tasks.append(world.ask(*questions(4, 5, 6)))
+        await world.turn()
+        assert len(world.executor.held) == 2, "a full batch does not wait"
+        await world.settle()
+        assert world.batches == [[1], [2], [3], [4, 5, 6]]
+        assert [await task for task in tasks] == [[10], [20], [30], [40, 50, 60]]
 
     on_clock(story)
 
