@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import faust
+from faust.channels import Channel
 from mode import Service
+from mode.utils.queues import FlowControlEvent, ThrowableQueue
 
 from features.settings import FeatureSettings
 from inference.settings import InferenceSettings
@@ -23,6 +25,30 @@ from stream.work import Unit
 CHANNEL_UNITS = 2
 
 
+class _App(faust.App):
+    """Without tables there is nothing to keep on disk, so no folders are made."""
+
+    def _create_directories(self) -> None:
+        pass
+
+
+class _Units(Channel[Unit]):
+    """A channel that Faust's flow control does not reach.
+
+    Whenever the consumer of `model-releases` rebalances, Faust empties every channel under its flow
+    control and cancels who waits to put: units would vanish unanswered and the feeder would end.
+    """
+
+    _queue: Any
+
+    @property
+    def queue(self) -> Any:
+        if self._queue is None:
+            always = FlowControlEvent(initially_suspended=False, loop=self.loop)
+            self._queue = ThrowableQueue(maxsize=self.maxsize, flow_control=always)
+        return self._queue
+
+
 def create_app(
     stream: StreamSettings | None = None,
     features: FeatureSettings | None = None,
@@ -32,7 +58,7 @@ def create_app(
     stream = stream or StreamSettings()
     # Every worker must hear of every release, so each is a consumer group of its own there; the hot
     # topics share `stream.group` (and an id that differs, or Kafka refuses the mix of protocols).
-    app = faust.App(
+    app = _App(
         f"{stream.group}-releases-{stream.instance_id}",
         broker=f"aiokafka://{stream.bootstrap}",
         store="memory://",
@@ -47,7 +73,6 @@ def create_app(
         broker_request_timeout=30,
         producer_request_timeout=15,
         processing_guarantee="at_least_once",
-        datadir=None,
     )
     resources = Resources(stream, features or FeatureSettings(), inference or InferenceSettings())
     app.resources = resources
@@ -56,7 +81,7 @@ def create_app(
         (names.clicks, clicks.agent(resources.path)),
         (names.requests, requests.agent(resources.path)),
     ):
-        channel = app.channel(maxsize=CHANNEL_UNITS)
+        channel = _Units(app, maxsize=CHANNEL_UNITS)
         app.agent(channel, name=name)(agent)
         resources.hand_over[name] = _into(channel)
     announced = app.topic(names.releases, key_type=bytes, value_type=bytes, internal=True)
@@ -85,6 +110,7 @@ def create_app(
 
 def _into(channel: Any) -> HandOver:
     async def hand_over(unit: Unit) -> None:
-        await channel.send(value=unit)
+        # Not `send`: it wraps the unit in an event, and a stream skips events while Faust rebalances.
+        await channel.put(unit)
 
     return hand_over
