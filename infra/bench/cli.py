@@ -22,6 +22,7 @@ def bench() -> None:
     tailrace bench stream --rate 200
     tailrace bench pass-through
     tailrace bench kills
+    tailrace bench memory
     """
 
 
@@ -215,6 +216,25 @@ def malformed(
         outcome = faults.malformed(parts, events, bad=bad, rate=rate, seed=seed)
     faults.show([outcome], log=name, seed=seed, json_path=json_path)
     _insist(outcome.kept_its_promise and outcome.notes["dead_letters"] == bad and outcome.worker_starts == 1)
+
+
+@bench.command()
+@click.option("--users", type=click.IntRange(100), default=100_000, show_default=True)
+@_json
+def memory(*, users: int, json_path: Path | None) -> None:
+    """Redis memory per user with 100 events, key, expiry and hash tables included."""
+    import tempfile
+
+    from infra.bench import report, sequence_memory
+    from infra.local.redis import LocalRedis
+
+    with tempfile.TemporaryDirectory(prefix="tailrace-bench-") as folder, LocalRedis(Path(folder)) as redis:
+        measured = sequence_memory.run(redis.url, users)
+    report.table(
+        "memory: behaviour sequences in Redis", ["", "value"], [[k, str(v)] for k, v in measured.items()]
+    )
+    report.write(json_path, "memory", measured)
+    _insist(measured["bytes_per_user"] <= measured["goal_bytes_per_user"])
 
 
 def _insist(held: bool) -> None:

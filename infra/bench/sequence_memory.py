@@ -1,4 +1,4 @@
-"""Redis memory of behaviour sequences: python -m infra.bench.sequence_memory redis://localhost:6379/0
+"""`tailrace bench memory`: what a user's behaviour sequence takes in Redis.
 
 Fills an empty Redis and reads what the server says it uses. One user in 500 is filled event
 by event through the real script, the rest by writing such values directly, which is fast; the two
@@ -9,15 +9,11 @@ of the hash tables included.
 from __future__ import annotations
 
 import asyncio
-import json
-import platform
 import random
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final
 
-import click
 import numpy as np
 import redis
 
@@ -33,7 +29,7 @@ _START_S: Final = 1_511_539_200
 _BY_SCRIPT: Final = 500
 
 
-def run(redis_url: str, users: int = 100_000, json_path: str | Path | None = None) -> dict[str, Any]:
+def run(redis_url: str, users: int = 100_000) -> dict[str, Any]:
     """Fill `users` users with 100 events each and measure. The Redis must be empty; it is left full."""
     with redis.Redis.from_url(redis_url) as client:
         if client.dbsize():
@@ -53,7 +49,7 @@ def run(redis_url: str, users: int = 100_000, json_path: str | Path | None = Non
         if len(set(usages)) != 1 or len(set(map(len, values))) != 1:
             raise RuntimeError("values written directly differ in size from those of the script")
         server = client.info("server")
-    report = {
+    return {
         "users": users,
         "events_per_user": MAX_EVENTS,
         "bytes_per_user": round((memory["used_memory"] - before_bytes) / users, 1),
@@ -66,11 +62,7 @@ def run(redis_url: str, users: int = 100_000, json_path: str | Path | None = Non
         "seed": _SEED,
         "redis_version": server["redis_version"],
         "allocator": memory["mem_allocator"],
-        "machine": platform.platform(),
     }
-    if json_path is not None:
-        Path(json_path).write_text(json.dumps(report, indent=2) + "\n")
-    return report
 
 
 def _user_id(user: int) -> int:
@@ -122,16 +114,3 @@ def _fill_directly(client: redis.Redis, users: Sequence[int]) -> None:
             value = bytes((NARROW, 1)) + fence + events.tobytes()
             pipeline.set(keys.sequence(_user_id(user)), value, px=lifetime_ms)
         pipeline.execute()
-
-
-@click.command(help=__doc__)
-@click.argument("redis_url")
-@click.option("--users", default=100_000, show_default=True)
-@click.option("--json", "json_path", type=click.Path(dir_okay=False))
-def main(redis_url: str, users: int, json_path: str | None) -> None:
-    report = run(redis_url, users, json_path)
-    click.echo("\n".join(f"{name:24} {value}" for name, value in report.items()))
-
-
-if __name__ == "__main__":
-    main()

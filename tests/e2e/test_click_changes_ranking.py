@@ -6,6 +6,7 @@ import shutil
 import time
 
 import orjson
+import psutil
 from kafka import KafkaConsumer, KafkaProducer
 
 from infra.bench.load import records
@@ -220,3 +221,28 @@ def _some_events(folder, count: int) -> list[BehaviorEvent]:
     if not path.exists():
         small_log(path)
     return list(islice(iter_events(path), count))
+
+
+def test_several_processes_of_one_command_serve_together_and_a_killed_one_comes_back(
+    parts, start_worker, tmp_path
+):
+    from infra.bench.load import Account, Collecting, poisson, send
+
+    supervisor = start_worker("pair", options=["--workers", "2"])
+    processes = psutil.Process(supervisor.pid)
+    eventually(lambda: len(_workers(processes)) == 2, 30)
+    clicks = records(_some_events(tmp_path, 600))
+    bootstrap = parts.kafka.bootstrap
+    with Collecting(bootstrap, parts.topics.recommendations, tmp_path) as collecting:
+        send(bootstrap, parts.topics.clicks, clicks[:300], poisson(300, 300, 1))
+        killed = _workers(processes)[1]
+        killed.kill()
+        eventually(lambda: len(_workers(processes)) == 2 and killed not in _workers(processes), 30)
+        send(bootstrap, parts.topics.clicks, clicks[300:], poisson(300, 300, 2))
+        collecting.wait(600, quiet_s=30)
+        account = Account.of(600, collecting.finish())
+    assert (account.lost, account.other_ids) == (0, 0)
+
+
+def _workers(supervisor: psutil.Process) -> list[psutil.Process]:
+    return [child for child in supervisor.children() if child.status() != psutil.STATUS_ZOMBIE]
