@@ -12,13 +12,14 @@ before partitions are given up, and never automatically.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError, KafkaError
 
 from stream.metrics import StreamMetrics
 from stream.sequencer import AckSequencer, Slot
@@ -31,12 +32,24 @@ POLL_TIMEOUT_MS = 250
 FETCH_MAX_WAIT_MS = 250
 # A Redis outage keeps the feeder from polling for as long as it lasts; that is not a dead consumer.
 MAX_POLL_INTERVAL_MS = 24 * 3600 * 1000
+# aiokafka tries a commit again for as long as there is no coordinator, and stops no sooner.
+COMMIT_TIMEOUT_S = 3.0
+STOP_TIMEOUT_S = 3.0
+# aiokafka tells an error of its coordination once and goes on; one that stays ends the worker.
+ERRORS_FOR_S = 30.0
+ERROR_BACKOFF_S = 0.25
 
 HandOver = Callable[[Unit], Awaitable[None]]
 
 
+class OffsetsWentBack(RuntimeError):
+    """A partition starts before what was committed: its topic was created anew, and the epoch that
+    ids and fences are made with is that of the topic before. A worker that starts again has the new one."""
+
+
 class Feeder:
-    """Consumes topics as one group member. `hand_over` maps a topic to where its units go."""
+    """Consumes topics as one group member. `hand_over` maps a topic to where its units go; `consumer`
+    stands in for aiokafka's."""
 
     def __init__(
         self,
@@ -45,12 +58,13 @@ class Feeder:
         epochs: Mapping[str, int],
         hand_over: Mapping[str, HandOver],
         metrics: StreamMetrics,
+        consumer: Any = None,
     ) -> None:
         self._settings = settings
         self._epochs = epochs
         self._hand_over = hand_over
         self._metrics = metrics
-        self._consumer = AIOKafkaConsumer(
+        self._consumer = consumer or AIOKafkaConsumer(
             bootstrap_servers=settings.bootstrap,
             group_id=settings.group,
             group_instance_id=settings.instance_id,
@@ -64,7 +78,11 @@ class Feeder:
         )
         self._sequencers: dict[TopicPartition, AckSequencer] = {}
         self._committed: dict[TopicPartition, int] = {}
+        self._committing = asyncio.Lock()
+        self._passed: dict[TopicPartition, int] = {}
         self._positions: dict[TopicPartition, int] = {}
+        self._numbers = itertools.count()
+        self._received_s: dict[int, float] = {}  # units in hand, oldest first
         self._in_flight = 0
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
@@ -72,24 +90,40 @@ class Feeder:
         self._idle.set()
         self._polling = True
         self._progress_s = 0.0
+        self._unassigned_s: float | None = None
         self.assigned = asyncio.Event()
 
     # Lifecycle ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        self._progress_s = _now()
+        self._progress_s = self._unassigned_s = _now()
         await self._consumer.start()
         self._consumer.subscribe(list(self._hand_over), listener=_Listener(self))
 
     async def run(self) -> None:
         """Poll until `drain`. An error that aiokafka cannot mend leaves here and ends the worker."""
+        failing_since_s: float | None = None
         while self._polling:
             await self._room.wait()
-            batches = await self._consumer.getmany(
-                timeout_ms=POLL_TIMEOUT_MS, max_records=self._settings.poll_max_records
-            )
-            if batches:
+            try:
+                batches = await self._consumer.getmany(
+                    timeout_ms=POLL_TIMEOUT_MS, max_records=self._settings.poll_max_records
+                )
+            except CorruptRecordException:
+                # Raised while records of other partitions were collected: to go on would skip those.
+                raise
+            except KafkaError as error:
+                failing_since_s = failing_since_s or _now()
+                if _now() - failing_since_s > ERRORS_FOR_S:
+                    raise
+                log.warning("Polling goes on after %r", error)
+                await asyncio.sleep(ERROR_BACKOFF_S)
+                continue
+            failing_since_s = None
+            if batches and self._polling:
                 await self._feed(batches)
+            elif not self.lag:
+                self._progress_s = _now()
 
     async def commit_periodically(self) -> None:
         while True:
@@ -100,6 +134,7 @@ class Feeder:
     async def drain(self) -> bool:
         """Poll no more and wait for what is in hand; False if `drain_timeout_ms` was too short."""
         self._polling = False
+        self._room.set()
         try:
             await asyncio.wait_for(self._idle.wait(), self._settings.drain_timeout_ms / 1000)
         except TimeoutError:
@@ -108,7 +143,12 @@ class Feeder:
         return self._idle.is_set()
 
     async def stop(self) -> None:
-        await self._consumer.stop()
+        """Leave; a broker that is gone is not waited for longer than `STOP_TIMEOUT_S`."""
+        stopping = asyncio.ensure_future(self._consumer.stop())
+        if not (await asyncio.wait([stopping], timeout=STOP_TIMEOUT_S))[0]:
+            log.warning("The consumer did not stop within %.0f s", STOP_TIMEOUT_S)
+        else:
+            stopping.result()
 
     # Health ------------------------------------------------------------------------------------
 
@@ -122,14 +162,24 @@ class Feeder:
         return sum(self._lags().values())
 
     def stalled_s(self) -> float:
-        """How long records have waited without one being answered; 0 where nothing waits."""
-        return _now() - self._progress_s if self._in_flight or self.lag else 0.0
+        """How long the oldest record in hand has waited for its answer, or the known lag for a poll
+        that finds it, or the group for an assignment; 0 where nothing waits."""
+        if self._received_s:
+            return _now() - next(iter(self._received_s.values()))
+        if self._unassigned_s is not None:
+            return _now() - self._unassigned_s
+        return _now() - self._progress_s if self.lag else 0.0
 
     # Feeding -----------------------------------------------------------------------------------
 
     async def _feed(self, batches: dict[TopicPartition, list[Any]]) -> None:
         by_topic: dict[str, tuple[list[Any], list[tuple[AckSequencer, Slot]]]] = {}
         for partition, records in batches.items():
+            if records[0].offset < self._passed.get(partition, 0):
+                raise OffsetsWentBack(
+                    f"{partition.topic}/{partition.partition} is at {records[0].offset} again after "
+                    f"{self._passed[partition]} was committed; was the topic created anew?"
+                )
             sequencer = self._sequencers.setdefault(partition, AckSequencer())
             unit_records, slots = by_topic.setdefault(partition.topic, ([], []))
             unit_records.extend(records)
@@ -137,9 +187,8 @@ class Feeder:
             slots.append((sequencer, sequencer.begin(next_offset)))
             self._positions[partition] = next_offset
         for topic, (unit_records, slots) in by_topic.items():
-            count = len(unit_records)
-            if not self._in_flight:
-                self._progress_s = _now()
+            count, number, now_s = len(unit_records), next(self._numbers), _now()
+            self._progress_s = self._received_s[number] = now_s
             self._in_flight += count
             self._idle.clear()
             if self._in_flight >= self._settings.max_in_flight:
@@ -149,14 +198,15 @@ class Feeder:
                 topic=topic,
                 epoch=self._epochs[topic],
                 records=unit_records,
-                received_s=_now(),
-                release=partial(self._release, slots, count),
+                received_s=now_s,
+                release=partial(self._release, number, slots, count),
             )
             await self._hand_over[topic](unit)
 
-    def _release(self, slots: list[tuple[AckSequencer, Slot]], count: int) -> None:
+    def _release(self, number: int, slots: list[tuple[AckSequencer, Slot]], count: int) -> None:
         for sequencer, slot in slots:
             sequencer.finish(slot)
+        del self._received_s[number]
         self._progress_s = _now()
         self._in_flight -= count
         self._metrics.in_flight.set(self._in_flight)
@@ -168,25 +218,36 @@ class Feeder:
     # Committing --------------------------------------------------------------------------------
 
     async def commit(self) -> None:
-        """Commit what the sequencers have released since last time. A failure is tried again later."""
-        offsets = {
-            partition: sequencer.committable
-            for partition, sequencer in self._sequencers.items()
-            if sequencer.committable is not None and sequencer.committable != self._committed.get(partition)
-        }
-        if not offsets:
-            return
-        try:
-            await self._consumer.commit(offsets)
-        except (CommitFailedError, IllegalStateError) as error:
-            log.info("Offsets not committed, the group is rebalancing: %s", error)
-        except KafkaError as error:
-            log.warning("Offsets not committed yet: %r", error)
-        else:
-            self._committed.update(offsets)
+        """Commit what the sequencers have released since last time. A failure is tried again later.
+
+        One at a time, and the one before a rebalance waits for its turn: a commit still under way
+        afterwards would speak for partitions that others own by then.
+        """
+        async with self._committing:
+            offsets = {
+                partition: sequencer.committable
+                for partition, sequencer in self._sequencers.items()
+                if sequencer.committable is not None
+                and sequencer.committable != self._committed.get(partition)
+            }
+            if not offsets:
+                return
+            try:
+                await asyncio.wait_for(self._consumer.commit(offsets), COMMIT_TIMEOUT_S)
+            except TimeoutError:
+                log.warning("Offsets not committed yet: the broker did not answer")
+            except (CommitFailedError, IllegalStateError) as error:
+                log.info("Offsets not committed, the group is rebalancing: %s", error)
+            except KafkaError as error:
+                log.warning("Offsets not committed yet: %r", error)
+            else:
+                self._committed.update(offsets)
+                self._passed.update(offsets)
 
     async def revoked(self) -> None:
         """Before partitions go: finish what is in hand, commit it, forget the order books."""
+        self.assigned.clear()
+        self._unassigned_s = _now()
         if self._in_flight:
             try:
                 await asyncio.wait_for(self._idle.wait(), self._settings.drain_timeout_ms / 1000)
@@ -202,6 +263,7 @@ class Feeder:
         self._forget()
         self._metrics.rebalances.inc()
         self._progress_s = _now()
+        self._unassigned_s = None
         log.info("Assigned %d partitions", len(partitions))
         self.assigned.set()
 
@@ -209,6 +271,7 @@ class Feeder:
         self._sequencers.clear()
         self._committed.clear()
         self._positions.clear()
+        self._metrics.lag.clear()
 
     def _lags(self) -> dict[TopicPartition, int]:
         lags: dict[TopicPartition, int] = {}
