@@ -28,6 +28,8 @@ class FakeConsumer:
         self.highwaters: dict[TopicPartition, int] = {}
         self.broker = asyncio.Event()
         self.broker.set()
+        self.records = asyncio.Event()
+        self.records.set()
         self.polls = 0
 
     async def start(self) -> None: ...
@@ -47,6 +49,7 @@ class FakeConsumer:
     async def getmany(self, *, timeout_ms, max_records):
         self.polls += 1
         await asyncio.sleep(0)
+        await self.records.wait()
         answer = self.given.popleft() if self.given else {}
         if isinstance(answer, Exception):
             raise answer
@@ -171,12 +174,17 @@ async def test_a_commit_under_way_ends_before_partitions_are_given_up():
         tap.consumer.broker.set()
         await rebalancing
         assert committing.done()
+        assert tap.consumer.commits == [{ONE: 1}]
 
 
 async def test_records_polled_after_the_drain_began_are_left_for_the_next_owner():
     async with Tap() as tap:
+        tap.consumer.records.clear()
+        polls = tap.consumer.polls
+        await eventually_async(lambda: tap.consumer.polls > polls)
         await tap.feeder.drain()
         tap.consumer.give(ONE, 0)
+        tap.consumer.records.set()
         await asyncio.wait_for(tap.running, 1.0)
         assert tap.units == []
         assert tap.feeder.in_flight == 0
