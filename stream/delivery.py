@@ -78,7 +78,7 @@ class Delivery:
         self._producer = AIOKafkaProducer(**self._options)
         await self._producer.start()
 
-    async def stop(self, timeout_s: float = 5.0) -> None:
+    async def stop(self, timeout_s: float = 3.0) -> None:
         """Flush and leave; a broker that is gone is not waited for longer than `timeout_s`."""
         producer, self._producer = self._producer, None
         if producer is None:

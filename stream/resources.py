@@ -125,10 +125,12 @@ class Resources:
             log.warning("%d units were not answered in time; they will be read again", left)
 
     async def close(self) -> None:
+        stopping = [self.results.stop(), self.dead_letters.stop()]
         if self.feeder is not None:
-            await self.feeder.stop()
-        await self.results.stop()
-        await self.dead_letters.stop()
+            stopping.append(self.feeder.stop())
+        for error in await asyncio.gather(*stopping, return_exceptions=True):
+            if error is not None:
+                log.warning("Not closed in order: %r", error)
         await self.model.close()
         try:
             await self.statistics.flush()
@@ -137,6 +139,11 @@ class Resources:
         await self.store.close()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    def left(self) -> str:
+        """What is in hand, in words. Callable from any thread."""
+        records = self.feeder.in_flight if self.feeder else 0
+        return f"{records} records in hand, which their next owner reads again"
 
     # Probes ------------------------------------------------------------------------------------
 

@@ -63,6 +63,9 @@ class StreamSettings(BaseSettings):
     """On SIGTERM and at a rebalance: how long work in hand may take before it is left to the next
     owner (who answers it again, with the same ids)."""
 
+    close_timeout_ms: int = Field(default=10_000, ge=0)
+    """After the drain: how long closing may take before the process ends hard, with code 75."""
+
     stall_ms: int = Field(default=60_000, ge=1_000)
     """/healthz fails when records wait and nothing has been answered for this long."""
 

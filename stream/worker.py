@@ -16,6 +16,7 @@ import uvloop
 
 from features.settings import FeatureSettings
 from inference.settings import InferenceSettings
+from stream.hard_stop import HardStop
 from stream.settings import StreamSettings
 
 log = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ def run(
     *,
     log_level: str = "INFO",
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then drain. Does not return: the process exits with 0, or with
-    an error if the worker crashed."""
+    """Serve until SIGTERM or SIGINT, then drain. Does not return: the process exits with 0, with an
+    error if the worker crashed, or with `hard_stop.EXIT_CODE` if drain and close took longer than
+    `drain_timeout_ms` + `close_timeout_ms`."""
     import faust
 
     from stream.app import create_app
@@ -39,7 +41,20 @@ def run(
     _tune()
     loop = uvloop.new_event_loop()
     app = create_app(stream, features, inference)
-    worker = faust.Worker(
+    hard_stop = HardStop((stream.drain_timeout_ms + stream.close_timeout_ms) / 1000, app.resources.left)
+
+    class Worker(faust.Worker):  # type: ignore[misc]  # faust has no types
+        """Faust's, with the hard stop armed however the end begins."""
+
+        def _schedule_shutdown(self, signal: signal.Signals) -> None:
+            hard_stop.arm()
+            super()._schedule_shutdown(signal)
+
+        def on_worker_shutdown(self) -> None:
+            hard_stop.arm()
+            super().on_worker_shutdown()
+
+    worker = Worker(
         app,
         loop=loop,
         loglevel=log_level,
@@ -103,8 +118,11 @@ def supervise(count: int, arguments: list[str], instance_id: str, http_port: int
             if code is not None and not stopping:
                 log.warning("Worker process %d ended with %d and is started again", position, code)
                 time.sleep(max(0.0, RESTART_AFTER_S - (time.monotonic() - child.started_s)))
-                children[position] = _start(child.arguments)
+                if not stopping:
+                    children[position] = _start(child.arguments)
         time.sleep(0.2)
+    # Again: a child that was being started when the signal came has not had it.
+    stop(signal.SIGTERM, None)
     return max(abs(child.process.wait()) for child in children)
 
 

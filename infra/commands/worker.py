@@ -58,6 +58,10 @@ def worker(
 ) -> None:
     """Clicks and requests in, ranked lists out, until SIGTERM or Ctrl-C; then drain and leave.
 
+    Work in hand is given STREAM_DRAIN_TIMEOUT_MS (10 s) and closing STREAM_CLOSE_TIMEOUT_MS (10 s)
+    more. A worker that has not ended by then, because a broker that is gone holds it, logs what is
+    left and ends hard with exit code 75; the next owner of its partitions reads that again.
+
     Everything else is set by STREAM_*, FEATURES_* and INFERENCE_* in the environment.
 
     \b

@@ -1,0 +1,115 @@
+"""How a worker process ends, and what its supervisor does about it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from stream.hard_stop import EXIT_CODE, HardStop
+from tests.support import eventually
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_process_that_cannot_end_is_ended_and_says_what_it_leaves():
+    code = """
+import logging, threading
+from stream.hard_stop import HardStop
+logging.basicConfig()
+threading.Thread(target=threading.Event().wait, name="stuck-in-a-library").start()
+HardStop(0.1, lambda: "3 records in hand").arm()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False
+    )
+    assert ended.returncode == EXIT_CODE == 75
+    assert "3 records in hand" in ended.stderr
+    assert "stuck-in-a-library" in ended.stderr
+
+
+def test_a_log_that_hangs_does_not_hold_up_the_end():
+    left = threading.Event()
+    ended: list[int] = []
+
+    def hang() -> str:
+        left.wait(20)
+        return ""
+
+    HardStop(0.0, hang, ended.append).arm()
+    eventually(lambda: ended == [EXIT_CODE], 5.0)
+    left.set()
+
+
+@pytest.fixture
+def silent_broker():
+    """Takes connections and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.05)
+        yield server
+
+
+def test_sigterm_ends_a_worker_whose_broker_is_silent(silent_broker, tmp_path):
+    address = f"127.0.0.1:{silent_broker.getsockname()[1]}"
+    command = [sys.executable, "-m", "infra.cli", "worker", "--bootstrap", address, "--http-port", "0"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "STREAM_DRAIN_TIMEOUT_MS": "100",
+        "STREAM_CLOSE_TIMEOUT_MS": "900",
+    }
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
+        connections = []
+
+        def connected() -> bool:
+            with contextlib.suppress(TimeoutError):
+                connections.append(silent_broker.accept())
+            return bool(connections)
+
+        eventually(connected, 30.0)
+        process.send_signal(signal.SIGTERM)
+        asked_s = time.monotonic()
+        try:
+            process.wait(10)
+        finally:
+            process.kill()
+        assert time.monotonic() - asked_s < 5
+        assert process.returncode == EXIT_CODE
+        assert b"0 records in hand" in process.stderr.read()
+        for connection, _ in connections:
+            connection.close()
+
+
+SUPERVISOR = """
+import logging, subprocess, sys, time
+from stream import worker
+logging.basicConfig(level="INFO")
+lives = iter(["pass", "import time; time.sleep(3600)"])
+def start(arguments):
+    command = [sys.executable, "-c", next(lives)]
+    return worker._Child(arguments, subprocess.Popen(command), time.monotonic())
+worker._start = start
+sys.exit(worker.supervise(1, [], "test", 0))
+"""
+
+
+def test_a_worker_that_is_started_again_when_the_signal_comes_ends_too():
+    command = [sys.executable, "-c", SUPERVISOR]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            for told in process.stderr:
+                if b"is started again" in told:
+                    break
+            process.send_signal(signal.SIGTERM)
+            process.wait(10)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
