@@ -1,31 +1,45 @@
 """The network as three ONNX graphs, checked against torch before anybody sees them.
 
-encode and score are the two halves for a cache of encoded histories; rank is both in one.
+encode and score are the two halves for a cache of encoded histories; rank is both in one. They are
+written out operator by operator, because what serving costs is decided here: no more operators than
+the arithmetic needs, in the forms that engines fuse, constants folded. `check_parity` holds them to
+the network.
 """
 
 from __future__ import annotations
 
-import logging
-import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
+from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from compression.model import Encoded, History, Recommender
+from compression.model import NORM_EPS, Block, Encoded, History, Recommender, reach_table
+from compression.registry import ModelShape
 from compression.scoring import to_history
 from features.encoding import HistoryArrays
 
 OPSET: Final = 18
+IR_VERSION: Final = 8  # of opset 18, so that older runtimes read it
 TOLERANCE: Final = 1e-4
 GRAPHS: Final = {"encode": "encode.onnx", "score": "score.onnx", "rank": "rank.onnx"}
 PARITY_LENGTHS: Final = (0, 1, 2, 25, 50, 99, 100)
 
 _HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
+_STATES: Final = ("user_vector", "keys", "values")
 _CANDIDATES: Final = ("candidates", "candidate_categories")
+_INPUTS: Final = {
+    "encode": _HISTORY,
+    "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
+    "rank": (*_HISTORY, *_CANDIDATES),
+}
+_OUTPUTS: Final = {"encode": _STATES, "score": ("scores",), "rank": ("scores", "user_vector")}
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -33,48 +47,15 @@ class ParityError(RuntimeError):
     """An exported graph does not answer as the network does."""
 
 
-class Encode(nn.Module):
-    inputs, outputs = _HISTORY, ("user_vector", "keys", "values")
-
-    def __init__(self, model: Recommender) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.model.encode(History(*tensors)))
-
-
-class Score(nn.Module):
-    inputs, outputs = ("keys", "values", "lengths", "user_vector", *_CANDIDATES), ("scores",)
-
-    def __init__(self, model: Recommender) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        keys, values, lengths, user_vector, items, categories = tensors
-        return self.model.score(Encoded(user_vector, keys, values), lengths, items, categories)
-
-
-class Rank(nn.Module):
-    inputs, outputs = (*_HISTORY, *_CANDIDATES), ("scores", "user_vector")
-
-    def __init__(self, model: Recommender) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        history = History(*tensors[:5])
-        encoded = self.model.encode(history)
-        return self.model.score(encoded, history.lengths, *tensors[5:]), encoded.user_vector
-
-
 def export(model: Recommender, folder: Path) -> dict[str, str]:
     """Write the graphs, each in one file, every batch dimension dynamic; graph name to file name."""
-    model = model.eval()
-    arrays = random_inputs(model, users=2, slots=5, candidates=3, seed=0)
-    for graph, module in _graphs(model).items():
-        (folder / GRAPHS[graph]).write_bytes(_to_onnx(module, arrays))
+    for graph, file in GRAPHS.items():
+        writer = _Writer(model)
+        if graph != "score":
+            writer.encode()
+        if graph != "encode":
+            writer.score()
+        (folder / file).write_bytes(writer.graph(graph).SerializeToString())
     return dict(GRAPHS)
 
 
@@ -83,23 +64,23 @@ def check_parity(model: Recommender, folder: Path, *, seed: int = 11) -> float:
     awkward length; `ParityError` above the tolerance."""
     import onnxruntime
 
+    model = model.eval()
     worst = 0.0
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    for graph, module in _graphs(model.eval()).items():
+    for graph, file in GRAPHS.items():
         session = onnxruntime.InferenceSession(
-            (folder / GRAPHS[graph]).read_bytes(), options, providers=["CPUExecutionProvider"]
+            (folder / file).read_bytes(), options, providers=["CPUExecutionProvider"]
         )
         for users, slots, candidates in ((1, 1, 1), (7, 25, 50), (9, model.shape.max_history, 20)):
             arrays = random_inputs(model, users=users, slots=slots, candidates=candidates, seed=seed)
-            with torch.inference_mode():
-                expected = module(*(torch.from_numpy(arrays[name]) for name in module.inputs))
-            expected = expected if isinstance(expected, tuple) else (expected,)
-            actual = session.run(list(module.outputs), {name: arrays[name] for name in module.inputs})
-            for name, ours, theirs in zip(module.outputs, expected, actual, strict=True):
-                if theirs.shape != tuple(ours.shape) or not np.isfinite(theirs).all():
+            expected = _expected(model, graph, arrays)
+            actual = session.run(list(_OUTPUTS[graph]), {name: arrays[name] for name in _INPUTS[graph]})
+            for name, theirs in zip(_OUTPUTS[graph], actual, strict=True):
+                ours = expected[name].numpy()
+                if theirs.shape != ours.shape or not np.isfinite(theirs).all():
                     raise ParityError(f"{graph}: {name} has the wrong shape or is not finite")
-                worst = max(worst, float(np.abs(theirs - ours.numpy()).max()))
+                worst = max(worst, float(np.abs(theirs - ours).max()))
     if worst > TOLERANCE:
         raise ParityError(f"the graphs differ from the network by {worst:.2e}, more than {TOLERANCE}")
     return worst
@@ -134,37 +115,187 @@ def random_inputs(model: Recommender, *, users: int, slots: int, candidates: int
     }
 
 
-def _graphs(model: Recommender) -> dict[str, Encode | Score | Rank]:
-    return {"encode": Encode(model), "score": Score(model), "rank": Rank(model)}
+def _expected(model: Recommender, graph: str, arrays: Arrays) -> Mapping[str, Tensor]:
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    with torch.inference_mode():
+        if graph == "score":
+            encoded = Encoded(*(tensors[name] for name in _STATES))
+        else:
+            encoded = model.encode(History(*(tensors[name] for name in _HISTORY)))
+        if graph == "encode":
+            return encoded._asdict()
+        scores = model.score(encoded, tensors["lengths"], *(tensors[name] for name in _CANDIDATES))
+    return {"scores": scores, "user_vector": encoded.user_vector}
 
 
-def _to_onnx(module: Encode | Score | Rank, arrays: Arrays) -> bytes:
-    dims = {name: torch.export.Dim(name, min=1) for name in ("users", "slots", "candidates")}
+@dataclass(slots=True)
+class _Writer:
+    """Operators and constants in the making. Methods take and return names of tensors."""
 
-    def dynamic(name: str) -> dict[int, Any]:
-        if name in {"keys", "values"}:
-            return {0: dims["users"], 3: dims["slots"]}
-        if name in _CANDIDATES:
-            return {0: dims["users"], 1: dims["candidates"]}
-        return (
-            {0: dims["users"]} if name in {"lengths", "user_vector"} else {0: dims["users"], 1: dims["slots"]}
+    model: Recommender
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+
+    def graph(self, name: str) -> onnx.ModelProto:
+        shape = self.model.shape
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [_value(tensor, shape) for tensor in _INPUTS[name]],
+            [_value(tensor, shape) for tensor in _OUTPUTS[name]],
+            list(self.constants.values()),
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+            ir_version=IR_VERSION,
+            producer_name="tailrace",
+        )
+        onnx.checker.check_model(model, full_check=True)
+        return model
+
+    def encode(self) -> None:
+        """History tensors to user_vector, keys and values."""
+        blocks = [block for block in self.model.blocks if isinstance(block, Block)]
+        x = self.op("Add", self.rows("items"), self.rows("categories"))
+        x = self.op("Add", x, self.op("Add", self.rows("behaviors"), self.rows("gaps")))
+        slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))
+        keys: list[str] = []
+        values: list[str] = []
+        for block in blocks[:-1]:
+            normed, key, value = self.keys_values(block, x, keys, values)
+            reach = self.event_reach(block, self.op("Unsqueeze", slots, self.ints([1])), slots)
+            x = self.attend(block, x, normed, key, value, reach)
+        normed, key, value = self.keys_values(blocks[-1], x, keys, values)
+        newest = self.op("Max", self.op("Sub", "lengths", self.int32(1)), self.int32(0))
+        newest = self.op("Unsqueeze", self.op("Cast", newest, to=TensorProto.INT64), self.ints([1, 2]))
+        reach = self.event_reach(blocks[-1], newest, slots)
+        x, normed = (self.op("GatherND", tensor, newest, batch_dims=1) for tensor in (x, normed))
+        x = self.attend(blocks[-1], x, normed, key, value, reach)
+        known = self.op("Greater", self.op("Unsqueeze", "lengths", self.ints([1])), self.int32(0))
+        nobody = self.weight(self.model.no_history)
+        state = self.op("Where", known, self.op("Squeeze", x, self.ints([1])), nobody)
+        self.norm(self.model.final_norm, state, output="user_vector")
+        self.op("Concat", *keys, axis=1, output="keys")
+        self.op("Concat", *values, axis=1, output="values")
+
+    def score(self) -> None:
+        """Candidates, lengths, user_vector, keys and values to scores."""
+        model = self.model
+        item = self.op("Gather", self.weight(model.items.weight, "items.weight"), "candidates")
+        category = self.weight(model.categories.weight, "categories.weight")
+        vectors = self.op("Add", item, self.op("Gather", category, "candidate_categories"))
+        x = self.op("Add", vectors, self.weight(model.candidate_mark()))
+        slots = self.op("Range", self.ints(0), self.size("keys", 3), self.ints(1))
+        lengths = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
+        index = self.op("Max", self.op("Sub", lengths, slots), self.ints(0))
+        blocks = [block for block in model.blocks if isinstance(block, Block)]
+        one = self.op("Concat", self.op("Shape", "lengths"), self.ints([1, 1]), axis=0)
+        for layer, block in enumerate(blocks):
+            nothing = (block.nothing_key, block.nothing_value)
+            key, value = (
+                self.op(
+                    "Concat",
+                    self.op("Squeeze", self.op("Gather", states, self.ints(layer), axis=1), self.ints([1])),
+                    self.op("Expand", self.weight(slot[None, None]), one),
+                    axis=1,
+                )
+                for states, slot in zip(("keys", "values"), nothing, strict=True)
+            )
+            reach = self.op(
+                "Concat",
+                self.op("Gather", self.weight(reach_table(block.candidate_reach)), index),
+                self.op("Expand", self.weight(block.nothing_reach[None, None]), one),
+                axis=2,
+            )
+            x = self.attend(block, x, self.norm(block.attention_norm, x), key, value, reach)
+        self.readout(x, vectors)
+
+    def readout(self, x: str, vectors: str) -> None:
+        """As `Recommender.readout_scores`: v·(x - v - mark) f + v·u a is v·(x - v) f + v·(u a - mark f)."""
+        model = self.model
+        learned = self.op("MatMul", self.norm(model.final_norm, x), self.weight(model.readout.weight.T))
+        found = self.op("Mul", self.op("Sub", x, vectors), vectors)
+        found = self.op("ReduceSum", found, self.ints([-1]), keepdims=0)
+        found = self.op("Mul", found, self.weight(model.found_scale))
+        asked = self.op("Mul", "user_vector", self.weight(model.affinity_scale))
+        asked = self.op("Sub", asked, self.weight(model.candidate_mark() * model.found_scale))
+        fit = self.op("MatMul", vectors, self.op("Unsqueeze", asked, self.ints([2])))
+        scores = self.op("Squeeze", self.op("Add", learned, fit), self.ints([2]))
+        self.op("Add", scores, found, output="scores")
+
+    def keys_values(self, block: Block, x: str, keys: list[str], values: list[str]) -> tuple[str, str, str]:
+        """What is attended with and to; keys and values are listed as one layer of the outputs, too."""
+        normed = self.norm(block.attention_norm, x)
+        scale = self.model.shape.dim**-0.5
+        key = self.op("MatMul", normed, self.weight(block.key.weight.T * scale))
+        value = self.op("MatMul", normed, self.weight(block.value.weight.T))
+        keys.append(self.op("Unsqueeze", key, self.ints([1, 2])))
+        values.append(self.op("Unsqueeze", value, self.ints([1, 2])))
+        return normed, key, value
+
+    def event_reach(self, block: Block, places: str, slots: str) -> str:
+        back = self.op("Add", self.op("Sub", places, slots), self.ints(1))
+        return self.op(
+            "Gather", self.weight(reach_table(block.event_reach)), self.op("Max", back, self.ints(0))
         )
 
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            tuple(torch.from_numpy(arrays[name]) for name in module.inputs),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=list(module.inputs),
-            output_names=list(module.outputs),
-            dynamic_shapes={"tensors": tuple(dynamic(name) for name in module.inputs)},
-            verbose=False,
-        )
-    if program is None:
-        raise ParityError("the exporter gave no graph")
-    data: bytes = program.model_proto.SerializeToString()
-    return data
+    def attend(self, block: Block, x: str, normed: str, key: str, value: str, reach: str) -> str:
+        """`Block.forward`."""
+        logits = self.op("MatMul", normed, self.op("Transpose", key, perm=[0, 2, 1]))
+        weights = self.op("Softmax", self.op("Add", logits, reach), axis=-1)
+        x = self.op("Add", x, self.op("MatMul", weights, value))
+        wide = self.op("MatMul", self.norm(block.ffn_norm, x), self.weight(block.widen.weight.T))
+        return self.op("Add", x, self.op("MatMul", self.op("Relu", wide), self.weight(block.narrow.weight.T)))
+
+    def norm(self, norm: nn.RMSNorm, x: str, *, output: str = "") -> str:
+        """In the form that ONNX Runtime and OpenVINO recognise and fuse."""
+        power = self.op("Pow", x, self.weight(torch.tensor(2.0)))
+        mean = self.op("ReduceMean", power, self.ints([-1]), keepdims=1)
+        root = self.op("Sqrt", self.op("Add", mean, self.weight(torch.tensor(NORM_EPS))))
+        return self.op("Mul", self.op("Div", x, root), self.weight(norm.weight), output=output)
+
+    def rows(self, table: str) -> str:
+        """The rows of a table that the input of the same name asks for."""
+        weight = getattr(self.model, table).weight
+        return self.op("Gather", self.weight(weight, f"{table}.weight"), table)
+
+    def size(self, tensor: str, axis: int) -> str:
+        return self.op("Squeeze", self.op("Shape", tensor, start=axis, end=axis + 1), self.ints([0]))
+
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        name = output or f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"make_{name}", **attributes))
+        return name
+
+    def weight(self, tensor: Tensor, name: str = "") -> str:
+        return self._constant(tensor.detach().float().cpu().numpy(), name)
+
+    def ints(self, value: int | list[int]) -> str:
+        return self._constant(np.array(value, np.int64))
+
+    def int32(self, value: int) -> str:
+        return self._constant(np.array(value, np.int32))
+
+    def _constant(self, array: npt.NDArray[Any], name: str = "") -> str:
+        name = name or f"constant_{len(self.constants)}"
+        if name not in self.constants:
+            self.constants[name] = numpy_helper.from_array(np.array(array, order="C"), name)
+        return name
+
+
+def _value(tensor: str, shape: ModelShape) -> onnx.ValueInfoProto:
+    """An input or output of a graph: its type, and which of its sizes are free."""
+    states: list[str | int] = ["users", shape.layers, shape.heads, "slots", shape.dim // shape.heads]
+    sizes: dict[str, list[str | int]] = {
+        "lengths": ["users"],
+        "user_vector": ["users", shape.dim],
+        "keys": states,
+        "values": states,
+        "scores": ["users", "candidates"],
+        "candidates": ["users", "candidates"],
+        "candidate_categories": ["users", "candidates"],
+    }
+    floats = ("user_vector", "keys", "values", "scores")
+    kind = TensorProto.FLOAT if tensor in floats else TensorProto.INT32
+    return helper.make_tensor_value_info(tensor, kind, sizes.get(tensor, ["users", "slots"]))

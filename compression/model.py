@@ -2,9 +2,14 @@
 
 Retrieval: the normalised state at the last event is the user vector; an item's score is its dot
 product with the item's row of the tied table. Ranking: each candidate is one more token after the
-history, which attends to the history and to itself only, so its score cannot depend on the other
-candidates. Histories are right padded and attention is causal, so padding is never attended to;
-positions count from the start, so an appended event leaves the keys and values before it as they were.
+history, which attends to the history and to a slot that stands for "nothing there", so its score
+cannot depend on the other candidates. Histories are right padded and attention is causal, so padding
+is never attended to; keys and values know nothing of what follows, so an appended event leaves those
+before it as they were.
+
+Fifty candidates ask for every list that is served, so what asks is kept bare: attention has one head
+and its query and output projections are part of the keys and values, which are computed once per
+event; how far back an event lies is a number added to its logit.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from compression.registry import ModelShape
 from features.encoding import BEHAVIOR_ROWS, CANDIDATE_BEHAVIOR, GAP_ROWS
 
 MASKED = -1e9
+NORM_EPS = 1e-6
 
 
 class History(NamedTuple):
@@ -29,13 +35,6 @@ class History(NamedTuple):
     behaviors: Tensor
     gaps: Tensor
     lengths: Tensor
-
-
-class Rotation(NamedTuple):
-    """The angles of some positions; each broadcasts to [B, heads, T, D/heads/2]."""
-
-    cos: Tensor
-    sin: Tensor
 
 
 class Encoded(NamedTuple):
@@ -51,92 +50,76 @@ class Block(nn.Module):
 
     def __init__(self, shape: ModelShape, dropout: float) -> None:
         super().__init__()
-        self.heads = shape.heads
-        self.attention_norm = nn.RMSNorm(shape.dim, eps=1e-6)
-        self.query = nn.Linear(shape.dim, shape.dim, bias=False)
-        self.key_value = nn.Linear(shape.dim, 2 * shape.dim, bias=False)
-        self.output = nn.Linear(shape.dim, shape.dim, bias=False)
-        self.ffn_norm = nn.RMSNorm(shape.dim, eps=1e-6)
-        self.ffn = nn.Sequential(
-            nn.Linear(shape.dim, shape.ffn), nn.GELU(approximate="tanh"), nn.Linear(shape.ffn, shape.dim)
-        )
+        self.attention_norm = nn.RMSNorm(shape.dim, eps=NORM_EPS)
+        self.key = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.value = nn.Linear(shape.dim, shape.dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(shape.dim, eps=NORM_EPS)
+        self.widen = nn.Linear(shape.dim, shape.ffn, bias=False)
+        self.narrow = nn.Linear(shape.ffn, shape.dim, bias=False)
         self.dropout = nn.Dropout(dropout)
-        self.self_bias = nn.Parameter(torch.full((shape.heads, 1, 1), -4.0))
+        # Added to the logit of an event by how many events back it lies, seen from an event, 0 for
+        # itself, and from a candidate, 0 for the newest.
+        self.event_reach = nn.Parameter(torch.zeros(shape.max_history))
+        self.candidate_reach = nn.Parameter(torch.zeros(shape.max_history))
+        # The slot beside the history; what candidates find in the history outweighs it, at first by this.
+        self.nothing_key = nn.Parameter(torch.zeros(shape.dim))
+        self.nothing_value = nn.Parameter(torch.zeros(shape.dim))
+        self.nothing_reach = nn.Parameter(torch.tensor([-4.0]))
         # Attention starts as "find the same item or category and bring it along", which a log too
         # small to teach it still needs: people come back to what they saw.
         same = torch.eye(shape.dim)
-        for weight, start in ((self.query.weight, same), (self.output.weight, 0.5 * same)):
+        for weight, start in ((self.key.weight, same), (self.value.weight, 0.5 * same)):
             nn.init.normal_(weight, std=0.02)
             weight.data += start
-        nn.init.normal_(self.key_value.weight, std=0.02)
-        self.key_value.weight.data += torch.cat([same, same])
 
-    def keys_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """[B, T, D] to rotated keys and to values, each [B, heads, T, D/heads]."""
-        key, value = self.key_value(self.attention_norm(x)).chunk(2, dim=-1)
-        return rotate(self._split(key), rotation), self._split(value)
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both [B, L, D] of events [B, L, D]; keys are scaled for the dot product."""
+        normed = self.attention_norm(x)
+        return self.key(normed) * x.shape[-1] ** -0.5, self.value(normed)
 
-    def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
-        return rotate(self._split(self.query(self.attention_norm(x))), rotation)
+    def forward(self, x: Tensor, key: Tensor, value: Tensor, reach: Tensor) -> Tensor:
+        """Tokens [B, T, D], each of which attends to what `reach` [B, T or 1, S] lets it."""
+        weights = (self.attention_norm(x) @ key.transpose(1, 2) + reach).softmax(-1)
+        x = x + self.dropout(weights @ value)
+        return x + cast(Tensor, self.dropout(self.narrow(self.widen(self.ffn_norm(x)).relu())))
 
-    def history(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
-        """Every event attends to itself and to those before it."""
-        key, value = self.keys_values(x, rotation)
-        mixed = F.scaled_dot_product_attention(self.queries(x, rotation), key, value, is_causal=True)
-        return self._finish(x, mixed), key, value
+    def candidates(self, x: Tensor, key: Tensor, value: Tensor, before: Tensor) -> Tensor:
+        """Candidates [B, T, D] after the first `before` [B, T or 1, 1] events."""
+        batch, _, dim = key.shape
+        slots = torch.arange(key.shape[1], device=key.device)
+        reach = reach_table(self.candidate_reach)[(before - slots).clamp(min=0)]
+        found: Tensor = self(
+            x,
+            torch.cat([key, self.nothing_key.expand(batch, 1, dim)], 1),
+            torch.cat([value, self.nothing_value.expand(batch, 1, dim)], 1),
+            torch.cat([reach, self.nothing_reach.expand(*reach.shape[:2], 1)], 2),
+        )
+        return found
 
-    def candidates(self, x: Tensor, rotation: Rotation, key: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
-        """Candidates after a history: what they find there outweighs themselves, by a learned bias."""
-        return self.isolated(x, rotation, key, value, hidden, self_bias=self.self_bias)
-
-    def isolated(
-        self,
-        x: Tensor,
-        rotation: Rotation,
-        key: Tensor,
-        value: Tensor,
-        hidden: Tensor,
-        *,
-        self_bias: Tensor | float = 0.0,
-    ) -> Tensor:
-        """Tokens after a history: each attends to the events not `hidden` [B, 1, T or 1, L] and to itself."""
-        own_key, own_value = self.keys_values(x, rotation)
-        query = self.queries(x, rotation) * own_key.shape[-1] ** -0.5
-        to_history = (query @ key.transpose(-1, -2)).masked_fill(hidden, MASKED)
-        to_self = (query * own_key).sum(-1, keepdim=True) + self_bias
-        weights = torch.cat([to_history, to_self], dim=-1).softmax(-1)
-        mixed = weights[..., :-1] @ value + weights[..., -1:] * own_value
-        return self._finish(x, mixed)
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.heads, -1).transpose(1, 2)
-
-    def _finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        x = x + self.dropout(self.output(mixed.transpose(1, 2).flatten(2)))
-        return x + cast(Tensor, self.dropout(self.ffn(self.ffn_norm(x))))
+    def events(self, x: Tensor, key: Tensor, value: Tensor, places: Tensor) -> Tensor:
+        """The events [B, T, D] at some places [B or 1, T, 1] of the history; each sees those up to itself."""
+        slots = torch.arange(key.shape[1], device=key.device)
+        reach = reach_table(self.event_reach)[(places - slots + 1).clamp(min=0)]
+        seen: Tensor = self(x, key, value, reach)
+        return seen
 
 
 class Recommender(nn.Module):
     """The whole network. Sizes come from the shape in the manifest and from nowhere else."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, shape: ModelShape, dropout: float = 0.0) -> None:
         super().__init__()
-        if shape.dim % (2 * shape.heads):
-            raise ValueError(f"dim {shape.dim} is not a multiple of twice the {shape.heads} heads")
+        if shape.heads != 1:
+            raise ValueError(f"this network has one head, not {shape.heads}")
         self.shape = shape
         self.items = nn.Embedding(shape.item_rows, shape.dim, padding_idx=0)
         self.categories = nn.Embedding(shape.category_rows, shape.dim, padding_idx=0)
         self.behaviors = nn.Embedding(BEHAVIOR_ROWS, shape.dim, padding_idx=0)
         self.gaps = nn.Embedding(GAP_ROWS, shape.dim)
         self.blocks = nn.ModuleList(Block(shape, dropout) for _ in range(shape.layers))
-        self.final_norm = nn.RMSNorm(shape.dim, eps=1e-6)
+        self.final_norm = nn.RMSNorm(shape.dim, eps=NORM_EPS)
         self.no_history = nn.Parameter(torch.zeros(shape.dim))
-        self.readout = nn.Sequential(
-            nn.Linear(shape.dim, shape.dim), nn.GELU(approximate="tanh"), nn.Linear(shape.dim, 1)
-        )
+        self.readout = nn.Linear(shape.dim, 1, bias=False)
         self.affinity_scale = nn.Parameter(torch.tensor(1.0))
         self.found_scale = nn.Parameter(torch.tensor(1.0))
         self.dropout = nn.Dropout(dropout)
@@ -144,10 +127,6 @@ class Recommender(nn.Module):
             nn.init.normal_(table.weight, std=shape.dim**-0.5)
             if table.padding_idx is not None:
                 nn.init.zeros_(table.weight[table.padding_idx])
-        half = shape.dim // shape.heads // 2
-        angles = torch.outer(torch.arange(shape.max_history + 1), 10_000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
 
     def item_vectors(self, items: Tensor, categories: Tensor) -> Tensor:
         """What an item is, as input and as target alike: its own row plus its category's."""
@@ -157,42 +136,42 @@ class Recommender(nn.Module):
         known = self.item_vectors(history.items, history.categories)
         return cast(Tensor, self.dropout(known + self.behaviors(history.behaviors) + self.gaps(history.gaps)))
 
+    def candidate_mark(self) -> Tensor:
+        """[D]: what the token of a candidate has beside its `item_vectors`."""
+        return self.behaviors.weight[CANDIDATE_BEHAVIOR] + self.gaps.weight[0]
+
     def candidate_tokens(self, vectors: Tensor) -> Tensor:
         """The tokens of candidates whose `item_vectors` are given."""
-        return vectors + self.behaviors.weight[CANDIDATE_BEHAVIOR] + self.gaps.weight[0]
+        return vectors + self.candidate_mark()
 
     def encode(self, history: History) -> Encoded:
         """Histories to what candidates need. In the last layer only the newest event asks."""
-        slots = history.items.shape[1]
-        rotation = Rotation(self.cos[:slots], self.sin[:slots])
+        places = torch.arange(history.items.shape[1], device=history.items.device)[None, :, None]
         x = self.tokens(history)
         keys, values = [], []
         for block in self._layers[:-1]:
-            x, key, value = block.history(x, rotation)
+            key, value = block.keys_values(x)
+            x = block.events(x, key, value, places)
             keys.append(key)
             values.append(value)
-        key, value = self._layers[-1].keys_values(x, rotation)
+        key, value = self._layers[-1].keys_values(x)
         newest = (history.lengths.long() - 1).clamp(min=0)[:, None, None]
-        state = self._layers[-1].isolated(
-            x.gather(1, newest.expand(-1, 1, x.shape[-1])),
-            self._rotation(newest),
-            key,
-            value,
-            # The newest event is there as the asking token itself.
-            (torch.arange(slots, device=x.device) >= newest)[:, None],
+        asking = x.gather(1, newest.expand(-1, 1, x.shape[-1]))
+        state = self._layers[-1].events(asking, key, value, newest).squeeze(1)
+        state = torch.where(history.lengths[:, None] > 0, state, self.no_history)
+        return Encoded(
+            self.final_norm(state),
+            torch.stack([*keys, key], 1)[:, :, None],
+            torch.stack([*values, value], 1)[:, :, None],
         )
-        state = torch.where(history.lengths[:, None] > 0, state.squeeze(1), self.no_history)
-        return Encoded(self.final_norm(state), torch.stack([*keys, key], 1), torch.stack([*values, value], 1))
 
     def score(self, encoded: Encoded, lengths: Tensor, items: Tensor, categories: Tensor) -> Tensor:
         """Scores [B, C] of candidate items [B, C] after encoded histories."""
         vectors = self.item_vectors(items, categories)
-        position = lengths.long()[:, None, None]
-        hidden = torch.arange(encoded.keys.shape[3], device=position.device) >= position
+        before = lengths.long()[:, None, None]
         x = self.candidate_tokens(vectors)
         for layer, block in enumerate(self._layers):
-            key, value = encoded.keys[:, layer], encoded.values[:, layer]
-            x = block.candidates(x, self._rotation(position), key, value, hidden[:, None])
+            x = block.candidates(x, encoded.keys[:, layer, 0], encoded.values[:, layer, 0], before)
         return self.readout_scores(x, vectors, encoded.user_vector[:, None])
 
     def readout_scores(self, states: Tensor, vectors: Tensor, user_vectors: Tensor) -> Tensor:
@@ -206,26 +185,20 @@ class Recommender(nn.Module):
     def forward(self, history: History, vectors: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
         """For training: user vectors after every event [B, L, D], and the last states of candidates
         [B, S, D] given by their vectors, each of which sees its first `seen` [B, S] events only."""
-        slots = torch.arange(history.items.shape[1], device=seen.device)
-        rotation, own = self._rotation(slots), self._rotation(seen[:, None])
-        hidden = (slots >= seen[..., None])[:, None]
+        places = torch.arange(history.items.shape[1], device=seen.device)[None, :, None]
         x = self.tokens(history)
         asked = self.candidate_tokens(vectors)
         for block in self._layers:
-            x, key, value = block.history(x, rotation)
-            asked = block.candidates(asked, own, key, value, hidden)
+            key, value = block.keys_values(x)
+            x = block.events(x, key, value, places)
+            asked = block.candidates(asked, key, value, seen[..., None])
         return self.final_norm(x), asked
 
     @property
     def _layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
-    def _rotation(self, positions: Tensor) -> Rotation:
-        return Rotation(self.cos[positions], self.sin[positions])
 
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Rotary positions: x [B, heads, T, d]."""
-    first, second = x.chunk(2, dim=-1)
-    cos, sin = rotation
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+def reach_table(reach: Tensor) -> Tensor:
+    """By 1 + events back; the 0 before it is for events that come after the one that asks."""
+    return F.pad(reach, (1, 0), value=MASKED)

@@ -32,7 +32,7 @@ from features.encoding import Vocabulary
 STEPS = ("read", "train", "evaluate", "export", "verify", "publish", "promote")
 WEIGHTS = "weights.safetensors"
 JUDGED = 2_000  # test targets; `tailrace evaluate --limit` judges by more
-_LIBRARIES = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy", "safetensors")
+_LIBRARIES = ("torch", "onnx", "onnxruntime", "numpy", "safetensors")
 
 Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
 

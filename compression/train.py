@@ -45,7 +45,7 @@ class Recipe:
 
     dim: int = 64
     layers: int = 2
-    heads: int = 2
+    heads: int = 1
     ffn: int = 128
     max_history: int = 100
     max_items: int = 500_000

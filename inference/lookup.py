@@ -30,6 +30,7 @@ class ItemLookup:
         self._categories = np.concatenate([np.zeros(1, np.int32), vocabulary.item_categories, buckets])
         # Unlike `_categories`: -1 where there is none to count against a cap.
         self._capped = np.where(self._categories == vocabulary.unknown_category_row, -1, self._categories)
+        self._capped[0] = -1
         self._table: Int32 | None = None
         if len(ids) and ids[0] >= 0 and ids[-1] < min(_MAX_TABLE, _MAX_SPREAD * len(ids)):
             # The last place is 0 and stands for every id beyond.
@@ -41,9 +42,10 @@ class ItemLookup:
         if self._table is None:
             return self._vocabulary.item_rows_of(items)
         rows = self._table.take(items, mode="clip")
+        if rows.all():
+            return rows
         unknown = rows == 0
-        if unknown.any():
-            rows[unknown] = self._vocabulary.bucket_rows_of(items[unknown])
+        rows[unknown] = self._vocabulary.bucket_rows_of(items[unknown])
         return rows
 
     def categories_of_rows(self, rows: Int32) -> Int32:
@@ -52,4 +54,6 @@ class ItemLookup:
 
     def capped_categories(self, items: Int64) -> Int32:
         """The category row of each item, -1 where it is not known."""
-        return self._capped.take(self.rows(items))
+        if self._table is None:
+            return self._capped.take(self.rows(items))
+        return self._capped.take(self._table.take(items, mode="clip"))

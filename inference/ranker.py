@@ -190,7 +190,6 @@ class Ranker:
         """Scores [users, width]; minus infinity where there is no candidate."""
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
-        categories = self._lookup.categories_of_rows(rows)
         scores = np.full(items.shape, -np.inf, np.float32)
         for cut, states in encoded:
             column = 0
@@ -202,14 +201,16 @@ class Ranker:
                 columns = slice(column, column + width)
                 inputs = _at_places(states, places, cut, self.buckets)
                 batch = len(inputs["lengths"])
-                inputs["candidates"] = _padded(rows[users, columns], batch, width)
-                inputs["candidate_categories"] = _padded(categories[users, columns], batch, width)
+                asked = _padded(rows[users, columns], batch, width)
+                inputs["candidates"] = asked
+                inputs["candidate_categories"] = self._lookup.categories_of_rows(asked)
                 answer = engine.run("score", inputs)["scores"]
                 filled = min(width, items.shape[1] - column)
                 scores[users, columns] = answer[: len(users), :filled]
                 column += width
                 places = places[counts[users] > column]
-        scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
+        if len(counts) and counts.min() < items.shape[1]:
+            scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
         return scores
 
     def _select(
@@ -223,13 +224,13 @@ class Ranker:
         """The k best of each; equal scores keep the order of the candidates."""
         most = max((request.k for request in requests), default=0)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :most]
-        items = np.take_along_axis(candidates.items, best, axis=1).tolist()
-        sources = np.take_along_axis(candidates.sources, best, axis=1).tolist()
-        values = np.take_along_axis(scores, best, axis=1).tolist()
-        wrong = np.isnan(scores).any(axis=1) | np.isposinf(scores).any(axis=1)
-        wrong |= ~np.isfinite(user_vectors).all(axis=1)
+        places = best + np.arange(len(best))[:, None] * scores.shape[1]
+        items = candidates.items.take(places).tolist()
+        sources = candidates.sources.take(places).tolist()
+        values = scores.take(places).tolist()
         # Minus infinity is ours beyond the count, and the engine's before it.
-        wrong |= np.isfinite(scores).sum(axis=1) < candidates.counts
+        wrong = np.isfinite(scores).sum(axis=1) != candidates.counts
+        wrong |= ~np.isfinite(user_vectors).all(axis=1)
         timings_ms = clock.finish("select")
         answers: list[RankedList | InferenceError] = []
         for row, (request, count, bad) in enumerate(

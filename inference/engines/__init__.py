@@ -60,7 +60,7 @@ _LIBRARIES: Final[dict[str, str]] = {
     "openvino": "openvino",
     "numpy": "onnx",
 }
-_AUTO: Final = ("openvino", "onnx", "torch")  # fastest first, as measured
+_AUTO: Final = ("onnx", "openvino", "torch")  # fastest first, as measured
 
 
 def usable() -> list[EngineStatus]:
@@ -69,7 +69,7 @@ def usable() -> list[EngineStatus]:
 
 
 def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
-    """An engine by name; "auto" is the first of openvino, onnx, torch that is installed."""
+    """An engine by name; "auto" is the first of onnx, openvino, torch that is installed."""
     if name == "auto":
         name = next((choice for choice in _AUTO if _status(choice).usable), "")
         if not name:

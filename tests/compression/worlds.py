@@ -11,7 +11,7 @@ from features.encoding import HistoryArrays
 
 def model(seed=0, **changes):
     """A network with random weights everywhere, so that nothing is zero by its start."""
-    fields = {"dim": 16, "layers": 2, "heads": 2, "ffn": 32, "max_history": 100}
+    fields = {"dim": 16, "layers": 2, "heads": 1, "ffn": 32, "max_history": 100}
     torch.manual_seed(seed)
     network = Recommender(ModelShape(**(fields | {"item_rows": 60, "category_rows": 12} | changes)))
     with torch.no_grad():

@@ -87,7 +87,7 @@ def test_a_click_is_answered_by_the_model_and_the_next_click_changes_the_list(pa
         other = next(e for e in events if e.category_id != events[-1].category_id)
         second = shop.answer(click(first.user_id, other.item_id, other.category_id))
     assert first.degraded is None
-    assert first.engine == "openvino"
+    assert first.engine == "onnx"
     assert first.model_version != "none"
     assert len(first.items) == 10
     assert [item.item_id for item in first.items] != [item.item_id for item in second.items]

@@ -41,7 +41,7 @@ def publish(root: Path, version: str) -> None:
     shape = ModelShape(
         dim=16,
         layers=2,
-        heads=2,
+        heads=1,
         ffn=32,
         max_history=MAX_HISTORY,
         item_rows=words.item_rows,

@@ -38,7 +38,9 @@ def inputs(engine: Engine, shape: Shape, seed: int) -> Tensors:
         if name in rows:
             given[name] = rng.integers(1, rows[name], array.shape).astype(np.int32)
         elif array.dtype == np.float32:
-            given[name] = rng.normal(size=array.shape).astype(np.float32)
+            # Keys carry the scale of the dot product.
+            scale = engine.model.dim**-0.5 if name == "keys" else 1.0
+            given[name] = (scale * rng.normal(size=array.shape)).astype(np.float32)
     given["lengths"] = lengths.astype(np.int32)
     return given
 

@@ -22,7 +22,12 @@ from inference.types import Graph, RankedList, RankRequest, Tensors
 from tests.inference.conftest import ITEMS, MAX_HISTORY, sequence
 
 SETTINGS = InferenceSettings(
-    engine="onnx", histories=(4, 10, 100), candidate_sizes=(8, 50), batches=(1, 2, 4, 8), retrieved=40
+    runners=1,
+    engine="onnx",
+    histories=(4, 10, 100),
+    candidate_sizes=(8, 50),
+    batches=(1, 2, 4, 8),
+    retrieved=40,
 )
 LENGTHS = (1, 2, 3, 4, 5, 9, 10, 11, 25, 69, 70, 85)
 
