@@ -237,8 +237,9 @@ def _union(rows: _Rows, users: int) -> Columns:
     if not len(item):
         return user, item, score.astype(np.uint8), score
     # Sorting many short rows is several times faster than one long column; 16 bits sort by radix.
-    by_user = np.argsort(user.astype(np.uint16), kind="stable")
-    user, item, score = user[by_user], item[by_user], score[by_user]
+    if users > 1:
+        by_user = np.argsort(user.astype(np.uint16), kind="stable")
+        user, item, score = user[by_user], item[by_user], score[by_user]
     starts, counts, cell, width = _cells(user, users)
     dense = np.full(users * width, MAX_ID)
     dense[cell] = item
@@ -257,6 +258,8 @@ def _union(rows: _Rows, users: int) -> Columns:
 def _cells(user: Int64, users: int) -> tuple[Int64, Int64, Int64, int]:
     """Where the rows of each user start, how many there are, the cell of each row in a matrix with
     a line per user, and the width of that matrix."""
+    if users == 1:
+        return np.zeros(1, np.int64), np.array([len(user)]), np.arange(len(user)), len(user)
     counts = np.bincount(user, minlength=users)
     starts = np.cumsum(counts) - counts
     width = int(counts.max(initial=0))
@@ -302,14 +305,16 @@ def _screen(
 
 def _within_cap(categories: npt.NDArray[np.integer], cap: int) -> npt.NDArray[np.bool_]:
     """Which of each line's columns, best first, are among the first `cap` of their category."""
+    lines, width = categories.shape
     order = np.argsort(categories, axis=1, kind="stable")
-    ordered = np.take_along_axis(categories, order, axis=1)
-    at = np.arange(categories.shape[1])
+    order += np.arange(lines)[:, None] * width
+    ordered = categories.take(order)
+    at = np.arange(width)
     new = np.ones(categories.shape, bool)
     new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     nth = at - np.maximum.accumulate(np.where(new, at, 0), axis=1)
     allowed = np.empty(categories.shape, bool)
-    np.put_along_axis(allowed, order, nth < cap, axis=1)
+    allowed.ravel()[order] = nth < cap
     return allowed | (categories < 0)
 
 

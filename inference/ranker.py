@@ -319,6 +319,8 @@ def _warmed(
 
 def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:
     """The users of a cut, padded to its shape. Shorter histories have only padding beyond the cut."""
+    if len(arrays) == cut.batch == 1:
+        return {name: array[..., : cut.history] for name, array in arrays.tensors().items()}
     return {
         name: pad_rows(array[cut.users] if array.ndim == 1 else array[cut.users, : cut.history], cut.batch)
         for name, array in arrays.tensors().items()
