@@ -96,6 +96,7 @@ def main(bootstrap: str, group: str) -> None:
         quiet=True,
         redirect_stdouts=False,
         blocking_timeout=0.0,
+        override_logging=False,
     ).execute_from_commandline()
 
 

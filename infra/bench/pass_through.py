@@ -93,6 +93,8 @@ def _drain(parts: Rig, arm: str, group: str, expected: int) -> Drain:
         process.terminate()
         process.wait(30)
         consumer.close()
+    if count < expected:
+        raise RuntimeError(f"{arm} answered {count} of {expected} clicks, then nothing for {QUIET_S:.0f} s")
     counted = max(1, count - first_count)
     return Drain(
         arm=arm,
