@@ -1,6 +1,7 @@
 """What serving relies on: nothing but the user and the candidate moves a score."""
 
 import numpy as np
+import pytest
 import torch
 
 from compression.scoring import to_history
@@ -98,3 +99,22 @@ def test_history_and_behaviour_move_the_scores():
     arrays.behaviors[0, 9] = 1 + arrays.behaviors[0, 9] % 4
     _, after = scores(network, arrays, [[4, 5]], [[1, 1]])
     assert not torch.allclose(before, after, atol=1e-4)
+
+
+def test_how_far_back_an_event_lies_moves_the_scores():
+    network, arrays = model(), histories([5], 5)
+    encoded, before = scores(network, arrays, [[4, 5]], [[1, 1]])
+    turned = encoded._replace(keys=encoded.keys.flip(3), values=encoded.values.flip(3))
+    items, categories = torch.tensor([[4, 5]]), torch.tensor([[1, 1]])
+    with torch.inference_mode():
+        after = network.score(turned, torch.from_numpy(arrays.lengths), items, categories)
+        for block in network.blocks:
+            block.candidate_reach.zero_()
+        either_way = [network.score(e, torch.tensor([5]), items, categories) for e in (encoded, turned)]
+    assert not torch.allclose(before, after, atol=1e-3)
+    assert torch.allclose(*either_way, atol=1e-5)
+
+
+def test_a_network_of_several_heads_is_refused():
+    with pytest.raises(ValueError, match="one head"):
+        model(heads=2)

@@ -103,3 +103,8 @@ def test_a_name_or_precision_nobody_has_is_refused_with_what_there_is(artefact: 
         engine.load(artefact)
     with pytest.raises(ModelUnavailable, match="f32"):
         engines.create("numpy", EngineOptions(precision="bf16")).load(artefact)
+
+
+def test_auto_is_onnx_runtime_where_it_is_installed() -> None:
+    pytest.importorskip("onnxruntime", reason="the first choice")
+    assert engines.create("auto").name == "onnx"
