@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 MAX_BATCH_BYTES = 128 * 1024
 MAX_REQUEST_BYTES = 16 * 1024 * 1024
 REQUEST_TIMEOUT_MS = 15_000
+MAX_HASHED_BYTES = 64
 
 
 class Undeliverable(RuntimeError):
@@ -41,7 +42,7 @@ class Record(NamedTuple):
 
     key: bytes | None
     value: bytes | None
-    headers: Sequence[tuple[str, bytes]] = ()
+    headers: Sequence[tuple[str, bytes | None]] = ()
 
 
 @lru_cache(maxsize=65_536)
@@ -149,7 +150,9 @@ async def _enqueue(
     partitions = sorted(await producer.partitions_for(topic))
     by_partition: dict[int, list[Record]] = {}
     for record in records:
-        place = _key_hash(record.key) % len(partitions) if record.key else 0
+        # A dead letter's key is anybody's: hashing a megabyte would hold the loop, keeping it the memory.
+        hashed = record.key and len(record.key) <= MAX_HASHED_BYTES and len(partitions) > 1
+        place = _key_hash(record.key) % len(partitions) if record.key and hashed else 0
         by_partition.setdefault(partitions[place], []).append(record)
     batches: list[tuple[asyncio.Future[Any], list[Record]]] = []
     for partition, group in by_partition.items():

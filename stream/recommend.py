@@ -2,7 +2,8 @@
 
 `clicks` is the page to read: decode → append → rank → reply → release. Reading and appending happen
 in arrival order; ranking and replying overlap with the units that follow. No exception leaves it:
-what cannot be read becomes a dead letter, what cannot be ranked in time becomes a degraded list.
+what cannot be read becomes a dead letter, what cannot be ranked in time becomes a degraded list, and
+a record that fails in a way nobody foresaw is found, buried, and the rest of its unit answered.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 from features.statistics import ItemStatistics
 from features.store import Append, Appended, FeatureStore, StoreUnavailable
@@ -20,7 +23,7 @@ from inference.types import RankedList, RankRequest
 from stream.delivery import Record, Undeliverable
 from stream.fallback import Fallback
 from stream.metrics import StreamMetrics
-from stream.replies import Answer, dead_letter, recommendation_id, reply
+from stream.replies import Answer, dead_letter, place_only, recommendation_id, reply, without_value
 from stream.settings import StreamSettings
 from stream.work import LogRecord, Unit
 from topics.codec import DecodeError, decode_click, decode_request
@@ -28,6 +31,7 @@ from topics.messages import BEHAVIORS, AnsweredClick, BehaviorEvent, RecommendRe
 
 log = logging.getLogger(__name__)
 
+UNFORESEEN = "unforeseen"
 BEHAVIOR_CODES = {name: code for code, name in enumerate(BEHAVIORS)}
 
 
@@ -51,6 +55,11 @@ class Click(NamedTuple):
 class Ask(NamedTuple):
     record: LogRecord
     request: RecommendRequest
+
+
+# Reads and appends a unit; what it returns answers that unit.
+Answering = Callable[[], Coroutine[Any, Any, None]]
+Take = Callable[[Unit], Awaitable[Answering]]
 
 
 class RequestPath:
@@ -79,26 +88,16 @@ class RequestPath:
         self._clock = clock
         self._fallback = Fallback(statistics, settings.remembered_lists)
         self._answering: set[asyncio.Task[None]] = set()
+        self._store_back_s = 0.0
+        self.waits_for_store = False
 
     async def clicks(self, unit: Unit) -> None:
         """A unit of clicks. Returns when they are in their users' sequences; the lists follow."""
-        clicks, refused = self._read_clicks(unit)
-        started_s = _now()
-        appended = await self._append(unit, clicks)
-        self._metrics.store_s.observe(_now() - started_s)
-        self._spawn(self._answer_clicks(unit, clicks, appended, refused))
+        await self._serve(unit, self._take_clicks)
 
     async def requests(self, unit: Unit) -> None:
         """A unit of requests. Returns when their users' sequences are read; the lists follow."""
-        asks, refused = self._read_requests(unit)
-        try:
-            sequences: Sequence[bytes | None] | None = await self._store.read(
-                [ask.request.user_id for ask in asks]
-            )
-        except StoreUnavailable as error:
-            log.warning("Answering %d requests without history: %s", len(asks), error)
-            sequences = None
-        self._spawn(self._answer_requests(unit, asks, sequences, refused))
+        await self._serve(unit, self._take_requests)
 
     async def drain(self, timeout_s: float) -> int:
         """Wait for the lists in hand; how many units were left unanswered at `timeout_s`."""
@@ -108,6 +107,56 @@ class RequestPath:
         for task in list(self._answering):
             task.cancel()
         return left
+
+    # Serving -----------------------------------------------------------------------------------
+
+    async def _serve(self, unit: Unit, take: Take) -> None:
+        try:
+            answering = await take(unit)
+        except Exception:
+            # Here and not beside what follows: the next unit may not overtake these appends.
+            log.exception("A unit failed and is served record by record")
+            await self._one_by_one(unit, take)
+            unit.release()
+        else:
+            self._spawn(self._answer(unit, take, answering))
+
+    async def _answer(self, unit: Unit, take: Take, answering: Answering) -> None:
+        try:
+            await answering()
+        except Exception:
+            log.exception("A unit could not be answered and is served record by record")
+            await self._one_by_one(unit, take)
+        unit.release()
+
+    async def _one_by_one(self, unit: Unit, take: Take) -> None:
+        """Serve again what an unforeseen error came from. Appends that were made are not made again."""
+        for record in unit.records:
+            try:
+                answering = await take(replace(unit, records=(record,), received_s=_now()))
+                await answering()
+            except Exception as error:
+                log.exception("A record cannot be answered and becomes a dead letter")
+                self._metrics.dead_letters.labels(reason=UNFORESEEN).inc()
+                await self._bury([dead_letter(record, reason=UNFORESEEN, detail=repr(error))])
+
+    async def _take_clicks(self, unit: Unit) -> Answering:
+        clicks, refused = self._read_clicks(unit)
+        started_s = _now()
+        appended, degrading = await self._append(unit, clicks)
+        self._metrics.store_s.observe(_now() - started_s)
+        return partial(self._answer_clicks, unit, clicks, appended, refused, degrading)
+
+    async def _take_requests(self, unit: Unit) -> Answering:
+        asks, refused = self._read_requests(unit)
+        try:
+            sequences: Sequence[bytes | None] | None = await self._store.read(
+                [ask.request.user_id for ask in asks]
+            )
+        except StoreUnavailable as error:
+            log.warning("Answering %d requests without history: %s", len(asks), error)
+            sequences = None
+        return partial(self._answer_requests, unit, asks, sequences, refused)
 
     # Reading -----------------------------------------------------------------------------------
 
@@ -152,11 +201,13 @@ class RequestPath:
 
     # Sequences ---------------------------------------------------------------------------------
 
-    async def _append(self, unit: Unit, clicks: Sequence[Click]) -> list[Appended]:
+    async def _append(
+        self, unit: Unit, clicks: Sequence[Click]
+    ) -> tuple[list[Appended], asyncio.Task[None] | None]:
         """Append until the store has taken it: a click may wait for Redis, it may not miss its
-        sequence. While the store is away its users get degraded lists at once."""
+        sequence. While the store is away its users get degraded lists at once (the task)."""
         if not clicks:
-            return []
+            return [], None
         appends = [
             Append(
                 event.user_id,
@@ -172,24 +223,29 @@ class RequestPath:
         ]
         names = self._statistics.needed(appends)
         retry_s = self._settings.retry_min_ms / 1000
-        degraded_sent = False
-        while True:
-            try:
-                appended, neighbours = await self._store.append(
-                    appends, neighbours=names, limit=self._statistics.limit
-                )
-            except StoreUnavailable as error:
-                self._metrics.store_failures.inc()
-                if not degraded_sent:
-                    log.warning("Sequences cannot be written, clicks wait and answers degrade: %s", error)
-                    self._spawn(self._send_degraded(unit, clicks))
-                    degraded_sent = True
-                await asyncio.sleep(retry_s)
-                retry_s = min(2 * retry_s, self._settings.retry_max_ms / 1000)
-            else:
-                self._statistics.absorb(names, neighbours)
-                self._statistics.observe(appends, appended)
-                return appended
+        degrading: asyncio.Task[None] | None = None
+        try:
+            while True:
+                try:
+                    appended, neighbours = await self._store.append(
+                        appends, neighbours=names, limit=self._statistics.limit
+                    )
+                    break
+                except StoreUnavailable as error:
+                    self._metrics.store_failures.inc()
+                    self.waits_for_store = True
+                    if degrading is None:
+                        log.warning("Sequences cannot be written, clicks wait and answers degrade: %s", error)
+                        degrading = self._spawn(self._send_degraded(unit, clicks))
+                    await asyncio.sleep(retry_s)
+                    retry_s = min(2 * retry_s, self._settings.retry_max_ms / 1000)
+        finally:
+            self.waits_for_store = False
+        if degrading is not None:
+            self._store_back_s = _now()
+        self._statistics.absorb(names, neighbours)
+        self._statistics.observe(appends, appended)
+        return appended, degrading
 
     async def _send_degraded(self, unit: Unit, clicks: Sequence[Click]) -> None:
         """Lists for clicks whose sequence cannot be written now. The full list follows later under
@@ -200,10 +256,17 @@ class RequestPath:
     # Answering ---------------------------------------------------------------------------------
 
     async def _answer_clicks(
-        self, unit: Unit, clicks: Sequence[Click], appended: Sequence[Appended], refused: Sequence[Record]
+        self,
+        unit: Unit,
+        clicks: Sequence[Click],
+        appended: Sequence[Appended],
+        refused: Sequence[Record],
+        degrading: asyncio.Task[None] | None,
     ) -> None:
         answered = _by_user(clicks) if self._settings.trigger == "user" else [[c] for c in range(len(clicks))]
-        deadline_s = unit.received_s + self._settings.click_deadline_ms / 1000
+        # What waited for the store has its full time once the store is back.
+        from_s = max(unit.received_s, self._store_back_s)
+        deadline_s = from_s + self._settings.click_deadline_ms / 1000
         answers = [self._click_answer(unit, [clicks[c] for c in group]) for group in answered]
         asked = [
             RankRequest(
@@ -214,6 +277,9 @@ class RequestPath:
             )
             for group in answered
         ]
+        if degrading is not None:
+            # The full list comes after the degraded one of the same id, also when Kafka is slow.
+            await asyncio.wait([degrading])
         await self._rank_and_deliver(unit, answers, asked, refused)
 
     async def _answer_requests(
@@ -226,7 +292,6 @@ class RequestPath:
         answers = [self._request_answer(unit, ask) for ask in asks]
         if sequences is None:
             await self._deliver([self._degrade(answer) for answer in answers], refused)
-            unit.release()
             return
         default_ms = self._settings.click_deadline_ms
         asked = [
@@ -252,7 +317,6 @@ class RequestPath:
             self._finish(answer, outcome, wait_ms) for answer, outcome in zip(answers, outcomes, strict=True)
         ]
         await self._deliver(finished, refused)
-        unit.release()
 
     async def _rank(self, asked: Sequence[RankRequest]) -> Sequence[RankedList | InferenceError]:
         if not asked:
@@ -280,12 +344,20 @@ class RequestPath:
             self._metrics.click_to_result_s.observe(max(0.0, now_s - answer.asked_at_s))
 
     async def _bury(self, refused: Sequence[Record]) -> None:
+        """Dead letters into Kafka, untouched where the broker takes them. One that is too large loses
+        what is largest, and says so; the others lose nothing."""
         try:
             await self._dead_letters.send(self._topics.dead_letters, refused)
         except Undeliverable as error:
-            log.error("A dead letter keeps its headers but not its bytes: %s", error)
-            trimmed = [r._replace(value=None, headers=[*r.headers, ("value-dropped", b"1")]) for r in refused]
-            await self._dead_letters.send(self._topics.dead_letters, trimmed)
+            if len(refused) > 1:
+                for letter in refused:
+                    await self._bury([letter])
+                return
+            log.error("A dead letter is too large to be kept whole: %s", error)
+            try:
+                await self._dead_letters.send(self._topics.dead_letters, [without_value(refused[0])])
+            except Undeliverable:
+                await self._dead_letters.send(self._topics.dead_letters, [place_only(refused[0])])
 
     # Answers -----------------------------------------------------------------------------------
 
@@ -333,10 +405,11 @@ class RequestPath:
     def _degrade(self, answer: Answer) -> Answer:
         return self._fallback.answer(answer)
 
-    def _spawn(self, answering: Awaitable[None]) -> None:
-        task = asyncio.ensure_future(answering)
+    def _spawn(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.create_task(answering)
         self._answering.add(task)
         task.add_done_callback(self._finished)
+        return task
 
     def _finished(self, task: asyncio.Task[None]) -> None:
         self._answering.discard(task)

@@ -16,6 +16,8 @@ from topics.messages import AnsweredClick, Degradation
 
 LIST_HEADERS: Final = ((SCHEMA_HEADER, b"%d" % SCHEMA_VERSION),)
 ATTEMPTS_HEADER: Final = "attempts"
+DROPPED_HEADER: Final = "dropped"
+OWN_HEADERS: Final = ("reason", "detail", "topic", "partition", "offset", ATTEMPTS_HEADER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,12 @@ def dead_letter(record: LogRecord, *, reason: str, detail: str) -> Record:
     the count along).
     """
     attempts = 1
-    kept: list[tuple[str, bytes]] = []
+    kept: list[tuple[str, bytes | None]] = []
     for name, value in record.headers:
         if name == ATTEMPTS_HEADER:
-            attempts = int(value) + 1 if value.isdigit() and len(value) < 9 else 1
-        elif name not in ("reason", "detail", "topic", "partition", "offset"):
+            # A header's value may be null.
+            attempts = int(value) + 1 if value and value.isdigit() and len(value) < 9 else 1
+        elif name not in OWN_HEADERS:
             kept.append((name, value))
     return Record(
         record.key,
@@ -116,3 +119,14 @@ def dead_letter(record: LogRecord, *, reason: str, detail: str) -> Record:
             (ATTEMPTS_HEADER, b"%d" % attempts),
         ],
     )
+
+
+def without_value(letter: Record) -> Record:
+    """The letter with a header in the place of a value that no broker takes."""
+    return letter._replace(value=None, headers=[*letter.headers, (DROPPED_HEADER, b"value")])
+
+
+def place_only(letter: Record) -> Record:
+    """What is always small enough: the reason, and where the original lies in its topic."""
+    own = [(name, value) for name, value in letter.headers if name in OWN_HEADERS]
+    return Record(None, None, [*own, (DROPPED_HEADER, b"key, value, headers")])

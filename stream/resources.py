@@ -149,8 +149,11 @@ class Resources:
 
     def health(self) -> dict[str, object]:
         stalled_s = self.feeder.stalled_s() if self.feeder else 0.0
+        # A restart brings no Redis back: that is for /readyz to say.
+        waits_for_store = self.path.waits_for_store
         return {
-            "healthy": stalled_s * 1000 < self.settings.stall_ms,
+            "healthy": stalled_s * 1000 < self.settings.stall_ms or waits_for_store,
+            "waits_for": "redis" if waits_for_store else None,
             "stalled_s": round(stalled_s, 3),
             "in_flight": self.feeder.in_flight if self.feeder else 0,
             "lag": self.feeder.lag if self.feeder else 0,

@@ -26,7 +26,7 @@ MAX_FUTURE_S: Final = 24 * 3600
 # Unix seconds reach this in the year 2096; a timestamp in milliseconds is past it since 2001-09.
 _MILLISECONDS_FROM: Final = 4_000_000_000
 
-Headers = Iterable[tuple[str, bytes]]
+Headers = Iterable[tuple[str, bytes | None]]
 M = TypeVar("M", bound=Message)
 _HEADERS: Final[tuple[tuple[str, bytes], ...]] = ((SCHEMA_HEADER, b"%d" % SCHEMA_VERSION),)
 
@@ -116,7 +116,7 @@ def _load(value: bytes | None, headers: Headers, max_bytes: int) -> dict[str, An
             raise DecodeError(
                 "schema-version",
                 SCHEMA_HEADER,
-                f"version {version[:16]!r} is not read here; this reader knows {SCHEMA_VERSION}",
+                f"version {(version or b'')[:16]!r} is not read here; this reader knows {SCHEMA_VERSION}",
             )
     try:
         raw = orjson.loads(value)

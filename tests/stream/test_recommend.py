@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import orjson
 import pytest
@@ -11,6 +12,7 @@ from features.memory_store import MemoryStore
 from features.store import StoreUnavailable
 from inference.errors import DeadlineExceeded
 from tests.stream.worlds import NOW_S, World
+from tests.support import eventually_async
 from topics.codec import decode_recommendation
 
 
@@ -102,6 +104,70 @@ async def test_a_replayed_dead_letter_that_fails_again_counts_its_attempts():
     assert [name for name, _ in letter.headers].count("reason") == 1
 
 
+async def test_null_header_values_are_no_reason_to_stumble():
+    world = World()
+    await world.clicks(
+        world.line(b"1", b"nope", headers=[("tailrace-schema", None), ("attempts", None), ("trace", None)]),
+        world.click(2, 20),
+    )
+    (letter,) = world.outbox.records("clicks.dead-letter")
+    headers = dict(letter.headers)
+    assert headers["reason"] == b"schema-version"
+    assert (headers["attempts"], headers["trace"]) == (b"1", None)
+    assert len(world.outbox.bodies("recommendations")) == 1
+
+
+async def test_a_record_that_fails_in_a_way_nobody_foresaw_is_buried_and_the_rest_is_answered():
+    world = World()
+    world.ranking.poisonous = {2}
+    bad = world.click(2, 20)
+    unit = await world.clicks(world.click(1, 10), bad, world.click(1, 11))
+    (letter,) = world.outbox.records("clicks.dead-letter")
+    headers = dict(letter.headers)
+    assert (letter.value, headers["reason"], headers["offset"]) == (bad.value, b"unforeseen", b"%d" % bad.offset)
+    assert b"a bug" in headers["detail"]
+    lists = world.outbox.bodies("recommendations")
+    # The append of 11 came first, and coming again it changes nothing.
+    assert [[item["item_id"] for item in body["items"]] for body in lists] == [[11, 10], [11, 10]]
+    assert world.released == [unit]
+
+
+class StumblingStore(MemoryStore):
+    """A store with a bug about item 20."""
+
+    async def append(self, appends, *, neighbours=(), limit=50):
+        if any(event.item_id == 20 for event in appends):
+            raise ZeroDivisionError("a bug")
+        return await super().append(appends, neighbours=neighbours, limit=limit)
+
+
+async def test_a_unit_that_cannot_be_appended_is_served_before_the_next_one():
+    world = World(StumblingStore())
+    first = world.unit(world.click(1, 10), world.click(2, 20))
+    await world.path.clicks(first)
+    assert world.released == [first]
+    await world.clicks(world.click(1, 11))
+    lists = world.outbox.bodies("recommendations")
+    assert [[item["item_id"] for item in body["items"]] for body in lists] == [[10], [11, 10]]
+    assert len(world.outbox.records("clicks.dead-letter")) == 1
+
+
+async def test_a_dead_letter_too_large_for_its_topic_costs_no_other_letter_its_bytes():
+    world = World()
+    world.outbox.most_bytes = 10_000
+    unit = await world.clicks(
+        world.line(b"1", b"small"),
+        world.line(b"1", b"x" * 20_000),
+        world.line(b"k" * 20_000, b"y", headers=[("h", b"z" * 20_000)]),
+    )
+    small, value, key = world.outbox.records("clicks.dead-letter")
+    assert small.value == b"small"
+    assert (value.key, value.value, dict(value.headers)["dropped"]) == (b"1", None, b"value")
+    assert (key.key, key.value, dict(key.headers)["offset"]) == (None, None, b"2")
+    assert dict(key.headers)["dropped"] == b"key, value, headers"
+    assert world.released == [unit]
+
+
 async def test_a_unit_of_nothing_but_bad_records_is_released():
     world = World()
     unit = await world.clicks(world.line(b"1", b"nope"))
@@ -158,6 +224,42 @@ async def test_while_redis_is_away_clicks_wait_and_a_degraded_list_goes_out_unde
     assert degraded["recommendation_id"] == full["recommendation_id"]
     assert [item["item_id"] for item in full["items"]] == [10]
     assert world.released == [unit]
+
+
+async def test_the_full_list_comes_after_the_degraded_one_though_kafka_is_slow():
+    world = World(FailingStore(3))
+    world.outbox.hold = asyncio.Event()
+    unit = world.unit(world.click(1, 10))
+    await world.path.clicks(unit)
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert world.ranking.asked == []
+    world.outbox.hold.set()
+    await world.path.drain(5.0)
+    assert ["degraded" in body for body in world.outbox.bodies("recommendations")] == [True, False]
+
+
+async def test_what_waited_for_redis_has_its_full_time_to_be_ranked_once_redis_is_back():
+    world = World(FailingStore(3), click_deadline_ms=1_000)
+    loop = asyncio.get_running_loop()
+    read = world.unit(world.click(1, 10))
+    await world.path.clicks(replace(read, received_s=loop.time() - 20))
+    back_s = loop.time()
+    # A unit that waited behind it, too.
+    await world.path.clicks(replace(world.unit(world.click(2, 20)), received_s=loop.time() - 20))
+    await world.path.drain(5.0)
+    assert all(asked.deadline_s > back_s + 0.9 for asked in world.ranking.asked)
+
+
+async def test_waiting_for_redis_is_told_for_as_long_as_it_lasts():
+    store = FailingStore(10**9)
+    world = World(store)
+    appending = asyncio.ensure_future(world.path.clicks(world.unit(world.click(1, 10))))
+    await eventually_async(lambda: world.path.waits_for_store)
+    store.failures = 0
+    await appending
+    assert not world.path.waits_for_store
+    await world.path.drain(5.0)
 
 
 async def test_a_request_is_answered_with_its_own_k_candidates_and_excludes():

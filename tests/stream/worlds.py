@@ -14,7 +14,7 @@ from features.sequence import unpack
 from features.statistics import ItemStatistics
 from inference.errors import InferenceError
 from inference.types import RankedList, RankRequest
-from stream.delivery import Record
+from stream.delivery import Record, Undeliverable
 from stream.metrics import StreamMetrics
 from stream.recommend import RequestPath
 from stream.settings import StreamSettings
@@ -36,14 +36,18 @@ class LogLine:
 
 @dataclass
 class Outbox:
-    """Where records go instead of Kafka. `hold` keeps `send` waiting, as a slow broker would."""
+    """Where records go instead of Kafka. `hold` keeps `send` waiting, as a slow broker would; of more
+    than `most_bytes` of key, value and headers no record is taken."""
 
     sent: list[tuple[str, Record]] = field(default_factory=list)
     hold: asyncio.Event | None = None
+    most_bytes: int | None = None
 
     async def send(self, topic: str, records: Sequence[Record]) -> None:
         if self.hold is not None:
             await self.hold.wait()
+        if self.most_bytes is not None and any(size(record) > self.most_bytes for record in records):
+            raise Undeliverable("too large")
         self.sent.extend((topic, record) for record in records)
 
     def bodies(self, topic: str) -> list[dict]:
@@ -53,15 +57,24 @@ class Outbox:
         return [record for name, record in self.sent if name == topic]
 
 
+def size(record: Record) -> int:
+    parts = [record.key, record.value, *(value for _, value in record.headers)]
+    return sum(len(part) for part in parts if part)
+
+
 class NewestFirst:
-    """A ranking whose list is the user's own history, newest first: what it saw can be read off it."""
+    """A ranking whose list is the user's own history, newest first: what it saw can be read off it.
+    It breaks over users in `poisonous`."""
 
     def __init__(self) -> None:
         self.asked: list[RankRequest] = []
         self.error: InferenceError | None = None
+        self.poisonous: set[int] = set()
 
     async def rank(self, requests: Sequence[RankRequest]) -> list[RankedList | InferenceError]:
         self.asked.extend(requests)
+        if any(request.user_id in self.poisonous for request in requests):
+            raise ZeroDivisionError("a bug")
         if self.error is not None:
             return [self.error] * len(requests)
         lists = []
