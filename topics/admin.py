@@ -1,6 +1,6 @@
 """The catalogue's topics on a broker: created where absent, checked where present.
 
-python -m topics.admin localhost:9092
+python -m topics.admin localhost:9092 [SUFFIX]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from kafka.admin import ConfigResource, ConfigResourceType, KafkaAdminClient
 from kafka.errors import KafkaError, TopicAlreadyExistsError
 
-from topics.catalog import TOPICS, Topic
+from topics.catalog import TOPICS, Topic, suffixed
 
 _log = logging.getLogger(__name__)
 
@@ -160,11 +160,11 @@ def _epoch(described: dict[str, Any]) -> int:
     return uuid.UUID(str(described["topic_id"])).int & 0xFFFF_FFFF
 
 
-def main(bootstrap: str) -> None:
-    for state in ensure_topics(bootstrap):
+def main(bootstrap: str = "localhost:9092", suffix: str = "") -> None:
+    for state in ensure_topics(bootstrap, suffixed(suffix)):
         made = "created" if state.created else "present"
         sys.stdout.write(f"{state.name}: {made}, {state.partitions} partitions, epoch {state.epoch}\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1] if len(sys.argv) > 1 else "localhost:9092")
+    main(*sys.argv[1:3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from topics.messages import BehaviorEvent, Message, ModelReleased, Recommendation, RecommendRequest
 
@@ -63,3 +63,8 @@ RELEASES = Topic(
 )
 
 TOPICS: tuple[Topic, ...] = (CLICKS, REQUESTS, RECOMMENDATIONS, DEAD_LETTERS, RELEASES)
+
+
+def suffixed(suffix: str) -> list[Topic]:
+    """The catalogue for an environment of its own on a shared broker: `.staging`, say."""
+    return [replace(topic, name=topic.name + suffix) for topic in TOPICS]

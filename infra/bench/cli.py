@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from infra.local.paths import registry_dir
+
 Command = Callable[..., Any]
 
 
@@ -37,8 +39,8 @@ def _registry(command: Command) -> Command:
         "--registry",
         type=click.Path(file_okay=False, path_type=Path),
         envvar="TAILRACE_REGISTRY",
-        default=Path(".tailrace/models"),
-        show_default=True,
+        default=registry_dir,
+        show_default=".tailrace/models of the checkout",
         help="Where the trained model is; `tailrace retrain` puts it there.",
     )(command)
 

@@ -22,6 +22,7 @@ from infra.bench import report
 from infra.bench.load import Record, poisson, send
 from infra.bench.rig import Rig, rig
 from infra.clients import reader
+from infra.local.paths import registry_dir
 from infra.local.worker import ROOT
 from topics.catalog import CLICKS, RECOMMENDATIONS
 from topics.messages import BehaviorEvent
@@ -55,7 +56,7 @@ class Drain:
 def run(clicks: Sequence[Record], *, rounds: int) -> list[Drain]:
     """Ours, stock, ours, stock … each under a group of its own on the same log."""
     drains: list[Drain] = []
-    with rig(Path(".tailrace/models")) as parts:
+    with rig(registry_dir()) as parts:
         send(parts.kafka.bootstrap, CLICKS.name, clicks, poisson(len(clicks), 0, 1))
         for number in range(rounds):
             for arm in ("tailrace", "stock faust"):

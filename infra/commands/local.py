@@ -7,6 +7,7 @@ import json
 
 import click
 
+from infra.commands import options
 from infra.local import stack
 from infra.local.endpoints import endpoints
 from infra.local.server import ServerFailed
@@ -16,8 +17,9 @@ from topics.admin import TopicMismatch
 @click.command()
 @click.option("--kafka-port", type=click.IntRange(1, 65535), help="Default 9092, or a free one.")
 @click.option("--redis-port", type=click.IntRange(1, 65535), help="Default 6379, or a free one.")
+@options.topic_suffix
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
-def up(kafka_port: int | None, redis_port: int | None, as_json: bool) -> None:
+def up(*, kafka_port: int | None, redis_port: int | None, topic_suffix: str, as_json: bool) -> None:
     """Start a Kafka broker and a Redis of this checkout's own, and create the topics.
 
     What already runs is left alone. Data, logs and the addresses are under .tailrace/local; the other
@@ -28,7 +30,7 @@ def up(kafka_port: int | None, redis_port: int | None, as_json: bool) -> None:
     tailrace up --kafka-port 19092 --redis-port 16379
     """
     try:
-        result = stack.up(kafka_port, redis_port)
+        result = stack.up(kafka_port, redis_port, topic_suffix)
     except (ServerFailed, TopicMismatch) as error:
         raise click.ClickException(str(error)) from error
     if as_json:

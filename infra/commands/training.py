@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from infra.commands import options
+from infra.local.paths import registry_dir
+
 if TYPE_CHECKING:
     from compression.pipeline import Retrained
 
-DEFAULT_REGISTRY = ".tailrace/models"
 SPLITS = ("leave-one-out", "temporal")
 RECIPES = ("laptop", "tiny", "full")
 
@@ -23,9 +25,9 @@ _FOLDER = click.Path(file_okay=False, path_type=Path)
 _registry = click.option(
     "--registry",
     type=_FOLDER,
-    default=DEFAULT_REGISTRY,
+    default=registry_dir,
     envvar="TAILRACE_REGISTRY",
-    show_default=True,
+    show_default=".tailrace/models of the checkout",
     show_envvar=True,
     help="Folder of released models.",
 )
@@ -82,6 +84,7 @@ def synth(
 @click.option("--alias", default="serving", show_default=True, help="Alias that will stand for the version.")
 @click.option("--no-promote", is_flag=True, help="Publish only; the alias stays as it is.")
 @click.option("--bootstrap", help="Announce the release on this broker's model-releases topic.")
+@options.topic_suffix
 @_json
 def retrain(
     *,
@@ -96,6 +99,7 @@ def retrain(
     alias: str,
     no_promote: bool,
     bootstrap: str | None,
+    topic_suffix: str,
     as_json: bool,
 ) -> None:
     """Train on a log and release the model: read, train, evaluate, export, verify, publish, promote.
@@ -135,7 +139,7 @@ def retrain(
             done = run(settings, bar)
     except (LogInvalid, ArtefactInvalid, ParityError) as error:
         raise click.ClickException(str(error)) from None
-    announced = bool(bootstrap and done.alias) and _announce(str(bootstrap), done)
+    announced = bool(bootstrap and done.alias) and _announce(str(bootstrap), topic_suffix, done)
     summary = _summary(done) | {"announced": announced}
     if as_json:
         _print_json(summary)
@@ -192,7 +196,7 @@ def evaluate(
 commands: list[click.Command] = [synth, retrain, evaluate]
 
 
-def _announce(bootstrap: str, done: Retrained) -> bool:
+def _announce(bootstrap: str, topic_suffix: str, done: Retrained) -> bool:
     """Say on `model-releases` which version the alias now stands for. False, with a sentence on stderr,
     when the broker cannot be reached: the version is promoted all the same."""
     from kafka import KafkaProducer
@@ -213,7 +217,7 @@ def _announce(bootstrap: str, done: Retrained) -> bool:
         producer = KafkaProducer(bootstrap_servers=bootstrap.split(","), acks="all")
         try:
             key = str(done.alias).encode()
-            producer.send(RELEASES.name, key=key, value=value, headers=headers).get(timeout=30)
+            producer.send(RELEASES.name + topic_suffix, key=key, value=value, headers=headers).get(timeout=30)
         finally:
             producer.close(timeout=5)
     except KafkaError as error:

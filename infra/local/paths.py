@@ -17,6 +17,11 @@ def home() -> Path:
     return base / ".tailrace"
 
 
+def registry_dir() -> Path:
+    """Where released models are, unless a command or `$TAILRACE_REGISTRY` says otherwise."""
+    return home() / "models"
+
+
 def local_dir() -> Path:
     """Data of the broker and Redis that `tailrace up` starts, and the file that says where they are."""
     return home() / "local"

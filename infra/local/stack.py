@@ -16,6 +16,7 @@ from infra.local.paths import local_dir
 from infra.local.redis import LocalRedis
 from infra.local.server import LocalServer, ServerFailed, free_port, is_free
 from topics.admin import TopicState, ensure_topics
+from topics.catalog import suffixed
 
 KAFKA_PORT = 9092
 REDIS_PORT = 6379
@@ -42,7 +43,7 @@ class ServerStatus:
     log: str
 
 
-def up(kafka_port: int | None = None, redis_port: int | None = None) -> Up:
+def up(kafka_port: int | None = None, redis_port: int | None = None, topic_suffix: str = "") -> Up:
     """Start what does not run yet, create the topics, and record where both are.
 
     A port given must be free; the default port is used where it is free, else one that is.
@@ -55,7 +56,7 @@ def up(kafka_port: int | None = None, redis_port: int | None = None) -> Up:
         found = Endpoints(bootstrap=kafka.bootstrap, redis_url=redis.url)
         state = {"bootstrap": found.bootstrap, "redis_url": found.redis_url}
         state_file().write_text(json.dumps(state, indent=2) + "\n")
-        topics = ensure_topics(found.bootstrap)
+        topics = ensure_topics(found.bootstrap, suffixed(topic_suffix))
     return Up(found, topics, [note for note in (kafka_note, redis_note) if note])
 
 

@@ -1,7 +1,7 @@
 """Broker and Redis in containers, with the controls of `infra.local`, for `pytest --brokers=containers`.
 
 The images are those of docker-compose.yml. With a Docker engine they are the public ones; without,
-`infra/containers/podman.sh` builds stand-ins of the same names.
+`infra/containers/with-engine.sh` builds stand-ins of the same names.
 """
 
 from __future__ import annotations
