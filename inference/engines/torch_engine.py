@@ -27,8 +27,8 @@ class TorchEngine(Engine):
         # One setting for the process: torch knows no threads per model.
         torch.set_num_threads(self.options.threads)
         self.model = artefact.manifest.model
-        network = Recommender(self.model)
         try:
+            network = Recommender(self.model)
             network.load_state_dict(load_safetensors(artefact.read(WEIGHTS)))
         except (RuntimeError, ValueError) as error:
             raise ModelUnavailable(f"torch refused the weights: {error}") from error
