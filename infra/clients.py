@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
@@ -12,6 +13,7 @@ from kafka.partitioner.default import murmur2
 from topics.codec import record_key
 
 REQUEST_TIMEOUT_MS = 15_000
+DELIVERY_TIMEOUT_S = 60.0
 
 
 class BrokerUnavailable(ConnectionError):
@@ -26,6 +28,43 @@ def producer(bootstrap: str, **options: Any) -> KafkaProducer:
         )
     except KafkaError as error:
         raise _unavailable(bootstrap, error) from error
+
+
+class Outgoing:
+    """Records on their way through a producer, at most `most` of them unacknowledged: kafka-python
+    bounds nothing itself. A record that is not taken is `BrokerUnavailable`."""
+
+    def __init__(self, client: Any, most: int = 10_000, *, timeout_s: float = DELIVERY_TIMEOUT_S) -> None:
+        self._client = client
+        self._most = most
+        self._timeout_s = timeout_s
+        self._unsent: deque[Any] = deque()
+
+    def send(
+        self,
+        topic: str,
+        *,
+        key: bytes | None,
+        value: bytes | None,
+        headers: Sequence[tuple[str, bytes]] = (),
+    ) -> None:
+        try:
+            self._unsent.append(self._client.send(topic, key=key, value=value, headers=list(headers)))
+        except KafkaError as error:
+            raise _not_taken(topic, error) from error
+        if len(self._unsent) >= self._most:
+            self._await_oldest()
+
+    def finish(self) -> None:
+        """Return when all are acknowledged."""
+        while self._unsent:
+            self._await_oldest()
+
+    def _await_oldest(self) -> None:
+        try:
+            self._unsent.popleft().get(timeout=self._timeout_s)
+        except KafkaError as error:
+            raise _not_taken("the topic", error) from error
 
 
 def reader(bootstrap: str, topic: str, **options: Any) -> KafkaConsumer:
@@ -66,6 +105,10 @@ def everything(consumer: KafkaConsumer) -> Iterator[Any]:
         for records in consumer.poll(timeout_ms=500).values():
             yield from records
         left = {partition: end for partition, end in left.items() if consumer.position(partition) < end}
+
+
+def _not_taken(topic: str, error: KafkaError) -> BrokerUnavailable:
+    return BrokerUnavailable(f"the broker did not take a record for {topic}: {error!r}")
 
 
 def _unavailable(bootstrap: str, error: KafkaError) -> BrokerUnavailable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import binascii
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,10 @@ import orjson
 from infra.commands import options
 
 SHOWN_BYTES = 60
+# Letters may be megabytes each.
+MAX_UNSENT = 100
+# Headers that a dead letter adds; the others came with the record and go back with it.
+OURS = ("reason", "detail", "topic", "partition", "offset", "attempts")
 MAX_LETTER_BYTES = 32 * 1024 * 1024
 
 
@@ -31,19 +36,22 @@ def dead_letters() -> None:
 def _letters(bootstrap: str, topic: str, reason: str | None) -> Iterator[dict[str, Any]]:
     from infra.clients import everything, reader
 
-    consumer = reader(bootstrap, topic, max_partition_fetch_bytes=MAX_LETTER_BYTES)
+    consumer = reader(bootstrap, topic, max_partition_fetch_bytes=# Headers that a dead letter adds; the others came with the record and go back with it.
+OURS = ("reason", "detail", "topic", "partition", "offset", "attempts")
+MAX_LETTER_BYTES)
     try:
         for record in everything(consumer):
-            headers = dict(record.headers)
-            if reason is not None and headers.get("reason", b"").decode("utf-8", "replace") != reason:
+            # A header's value may be null.
+            headers = {name: (value or b"").decode("utf-8", "replace") for name, value in record.headers}
+            if reason is not None and headers.get("reason", "") != reason:
                 continue
             yield {
                 "offset": record.offset,
                 **{
-                    name: headers.get(name, b"").decode("utf-8", "replace")
-                    for name in ("reason", "detail", "topic", "partition", "attempts")
+                    name: headers.get(name, "")
+                    for name in ("reason", "detail", "topic", "partition", "attempts", "dropped")
                 },
-                "source_offset": headers.get("offset", b"").decode("utf-8", "replace"),
+                "source_offset": headers.get("offset", ""),
                 **_text("key", record.key),
                 **_text("value", record.value),
             }
@@ -116,43 +124,53 @@ def replay(
     """Send dead letters to the topic they came from. `attempts` is carried along.
 
     A mended value that names its user gets that user's key. What still cannot be read comes back
-    as a new dead letter with `attempts` one higher.
+    as a new dead letter with `attempts` one higher. A letter that was too large to be kept whole is
+    left out.
 
     \b
     tailrace dead-letters replay --reason schema-version       after an upgrade of the worker
     tailrace dead-letters replay --file mended.jsonl
     """
-    from infra.clients import producer
+    from infra.clients import Outgoing, producer
     from topics.catalog import CLICKS, DEAD_LETTERS, REQUESTS
 
     known = {CLICKS.name + topic_suffix, REQUESTS.name + topic_suffix}
     letters = _from_file(file) if file else _letters(bootstrap, DEAD_LETTERS.name + topic_suffix, reason)
-    client = producer(bootstrap, max_request_size=MAX_LETTER_BYTES)
+    client = producer(bootstrap, max_request_size=# Headers that a dead letter adds; the others came with the record and go back with it.
+OURS = ("reason", "detail", "topic", "partition", "offset", "attempts")
+MAX_LETTER_BYTES)
     sent: Counter[str] = Counter()
-    unsent: list[Any] = []
+    outgoing = Outgoing(client, MAX_UNSENT)
+    left_out = 0
     try:
         for letter in letters:
             if reason is not None and letter.get("reason") != reason:
                 continue
             if sum(sent.values()) == limit:
                 break
+            if letter.get("dropped"):
+                left_out += 1
+                continue
             topic = letter.get("topic", "")
             if topic not in known:
                 raise click.ClickException(
                     f"a letter says it came from {topic!r}, which is not one of {sorted(known)}"
                 )
-            value = _bytes(letter, "value")
+            try:
+                value = _bytes(letter, "value")
+                key = _key(letter, value)
+            except (binascii.Error, TypeError, ValueError) as error:
+                raise click.ClickException(f"letter {letter.get('offset')}: no base64: {error}") from error
             attempts = str(letter.get("attempts", "1")).encode()
-            unsent.append(
-                client.send(topic, key=_key(letter, value), value=value, headers=[("attempts", attempts)])
-            )
+            outgoing.send(topic, key=key, value=value, headers=[("attempts", attempts)])
             sent[topic] += 1
-        for sending in unsent:
-            sending.get(timeout=60)
+        outgoing.finish()
     finally:
         client.close(timeout=10)
     for topic, count in sent.items():
         click.echo(f"{count:,} letters sent to {topic}")
+    if left_out:
+        click.echo(f"{left_out:,} letters left out: their bytes were too many to keep")
     if not sent:
         click.echo("no letters to send")
 

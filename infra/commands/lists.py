@@ -28,8 +28,8 @@ def _print(recommendation: Recommendation, as_json: bool) -> None:
     flag = (
         click.style(f" degraded: {recommendation.degraded}", fg="yellow") if recommendation.degraded else ""
     )
-    total = recommendation.timings_ms.get("total")
-    took = f" {total:.1f} ms" if total is not None else ""
+    timings_ms = recommendation.timings_ms
+    took = f" {timings_ms['rank']:.1f} ms" if "rank" in timings_ms else ""
     click.echo(
         f"{click.style(f'user {recommendation.user_id}', bold=True)} {cause}"
         f"  [{recommendation.model_version} {recommendation.engine}{took}]{flag}"
@@ -123,7 +123,7 @@ def recommend(
     """
     from kafka import TopicPartition
 
-    from infra.clients import partition_of, producer, reader, to_the_end
+    from infra.clients import Outgoing, partition_of, producer, reader, to_the_end
     from topics.catalog import RECOMMENDATIONS, REQUESTS
     from topics.codec import decode_recommendation, encode, record_key
     from topics.messages import RecommendRequest
@@ -144,15 +144,15 @@ def recommend(
     client = producer(bootstrap, linger_ms=0)
     try:
         value, headers = encode(request)
-        sending = client.send(
-            REQUESTS.name + topic_suffix, key=record_key(user), value=value, headers=headers
-        )
-        sending.get(timeout=timeout_s)
+        asking = Outgoing(client, timeout_s=timeout_s)
+        asking.send(REQUESTS.name + topic_suffix, key=record_key(user), value=value, headers=headers)
+        asking.finish()
         end_s = time.monotonic() + timeout_s
         while time.monotonic() < end_s:
             for records in consumer.poll(timeout_ms=200).values():
                 for record in records:
-                    if record.key == record_key(user) and request.request_id.encode() in record.value:
+                    told = record.value or b""
+                    if record.key == record_key(user) and request.request_id.encode() in told:
                         _print(decode_recommendation(record.value, record.headers), as_json)
                         return
     finally:

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections import deque
 from pathlib import Path
-from typing import Any
 
 import click
 import orjson
 
 from infra.commands import options
 
-MAX_UNSENT = 10_000
 # Events whose time has come are sent together; finer steps than this only cost wake-ups.
 STEP_S = 0.002
 
@@ -70,7 +67,7 @@ def replay(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from compression.log_reader import LogInvalid, LogReader, iter_events
-    from infra.clients import producer
+    from infra.clients import Outgoing, producer
     from topics.catalog import CLICKS
     from topics.codec import encode, record_key
 
@@ -79,7 +76,7 @@ def replay(
     topic = CLICKS.name + topic_suffix
     reader = LogReader(log)
     client = producer(bootstrap)
-    unsent: deque[Any] = deque()
+    outgoing = Outgoing(client)
     pace = Pace(rate, speed)
     sent = 0
     started_s = time.monotonic()
@@ -100,16 +97,13 @@ def replay(
                     client.flush()
                     time.sleep(max(0.0, pace.wait_s(sent, event.timestamp)))
                 value, headers = encode(event)
-                unsent.append(client.send(topic, key=record_key(event.user_id), value=value, headers=headers))
-                if len(unsent) >= MAX_UNSENT:
-                    unsent.popleft().get(timeout=60)
+                outgoing.send(topic, key=record_key(event.user_id), value=value, headers=headers)
                 sent += 1
                 if sent % 256 == 0:
                     bar.update(task, completed=sent)
                 if sent == limit:
                     break
-            while unsent:
-                unsent.popleft().get(timeout=60)
+            outgoing.finish()
             bar.update(task, completed=sent)
     except LogInvalid as error:
         raise click.ClickException(str(error)) from error

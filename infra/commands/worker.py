@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 import socket
+from pathlib import Path
 
 import click
 from pydantic import ValidationError
 
 from infra.commands import options
+from infra.local.paths import registry_dir
 
 
 @click.command()
 @options.bootstrap
 @options.redis_url
-@click.option("--registry", envvar="TAILRACE_REGISTRY", default=".tailrace/models", show_default=True)
+@click.option(
+    "--registry",
+    envvar=["TAILRACE_REGISTRY", "STREAM_REGISTRY"],
+    default=registry_dir,
+    show_default=".tailrace/models of the checkout",
+    help="Folder of released models.",
+)
 @click.option("--group", envvar="STREAM_GROUP", default="tailrace", show_default=True, help="Consumer group.")
 @click.option(
     "--instance-id",
@@ -44,7 +52,7 @@ def worker(
     *,
     bootstrap: str,
     redis_url: str,
-    registry: str,
+    registry: Path,
     group: str,
     instance_id: str,
     topic_suffix: str,
@@ -78,20 +86,13 @@ def worker(
     if log_level != "DEBUG":
         for chatty in ("aiokafka", "faust", "mode", "kafka", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-    if workers > 1:
-        arguments = [
-            *("--bootstrap", bootstrap, "--redis-url", redis_url, "--registry", registry, "--group", group),
-            *("--topic-suffix", topic_suffix, "--http-host", http_host, "--trigger", trigger),
-            *("--k", str(k), "--engine", engine, "--log-level", log_level),
-        ]
-        raise SystemExit(supervise(workers, arguments, instance_id, http_port))
     try:
         stream = StreamSettings.model_validate(
             {
                 **StreamSettings().model_dump(),
                 "bootstrap": bootstrap,
                 "redis_url": redis_url,
-                "registry": registry,
+                "registry": str(registry),
                 "group": group,
                 "instance_id": instance_id,
                 "topic_suffix": topic_suffix,
@@ -105,4 +106,20 @@ def worker(
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
     except ValidationError as error:
         raise click.ClickException(f"a setting is wrong: {error}") from error
+    if workers > 1:
+        arguments = [
+            *(
+                "--bootstrap",
+                bootstrap,
+                "--redis-url",
+                redis_url,
+                "--registry",
+                str(registry),
+                "--group",
+                group,
+            ),
+            *("--topic-suffix", topic_suffix, "--http-host", http_host, "--trigger", trigger),
+            *("--k", str(k), "--engine", engine, "--log-level", log_level),
+        ]
+        raise SystemExit(supervise(workers, arguments, instance_id, http_port))
     run(stream, features, inference, log_level=log_level)

@@ -124,7 +124,11 @@ async def test_a_record_that_fails_in_a_way_nobody_foresaw_is_buried_and_the_res
     unit = await world.clicks(world.click(1, 10), bad, world.click(1, 11))
     (letter,) = world.outbox.records("clicks.dead-letter")
     headers = dict(letter.headers)
-    assert (letter.value, headers["reason"], headers["offset"]) == (bad.value, b"unforeseen", b"%d" % bad.offset)
+    assert (letter.value, headers["reason"], headers["offset"]) == (
+        bad.value,
+        b"unforeseen",
+        b"%d" % bad.offset,
+    )
     assert b"a bug" in headers["detail"]
     lists = world.outbox.bodies("recommendations")
     # The append of 11 came first, and coming again it changes nothing.
