@@ -21,6 +21,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError, KafkaError
 
+from stream import header_keys
 from stream.metrics import StreamMetrics
 from stream.sequencer import AckSequencer, Slot
 from stream.settings import StreamSettings
@@ -97,6 +98,7 @@ class Feeder:
 
     async def start(self) -> None:
         self._progress_s = self._unassigned_s = _now()
+        header_keys.tolerate()
         await self._consumer.start()
         self._consumer.subscribe(list(self._hand_over), listener=_Listener(self))
 
