@@ -56,7 +56,7 @@ class ModelShape(BaseModel):
 
     dim: Annotated[int, Field(ge=2, le=4096)] = 64
     layers: Annotated[int, Field(ge=1, le=64)] = 2
-    heads: Annotated[int, Field(ge=1, le=64)] = 2
+    heads: Annotated[int, Field(ge=1, le=64)] = 1
     ffn: Annotated[int, Field(ge=1, le=65536)] = 128
     max_history: Annotated[int, Field(ge=1, le=4096)] = 100
     item_rows: Annotated[int, Field(ge=2)]
@@ -180,6 +180,10 @@ class Registry:
     def resolve(self, alias_or_version: str) -> str:
         """The version an alias stands for; a version stands for itself."""
         return self._resolve(alias_or_version)[0]
+
+    def manifest_sha256(self, version: str) -> str:
+        """The checksum that an announcement of the version carries."""
+        return self._read_manifest(version)[1]
 
     def promote(self, version: str, alias: str = SERVING) -> None:
         """Make the alias stand for a version, in one atomic step."""

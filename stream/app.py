@@ -85,7 +85,7 @@ def create_app(
         app.agent(channel, name=name)(agent)
         resources.hand_over[name] = _into(channel)
     announced = app.topic(names.releases, key_type=bytes, value_type=bytes, internal=True)
-    app.agent(announced, name=names.releases)(releases.agent(resources))
+    app.agent(announced, name=names.releases)(releases.agent(resources, stream.alias))
 
     class Feeding(Service):
         """Holds the resources open and the tap running for as long as the app runs."""

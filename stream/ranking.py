@@ -68,15 +68,15 @@ class ServingModel:
             return [ModelUnavailable("no model has been released yet")] * len(requests)
         return await serving.batcher.submit(requests)
 
-    async def load(self, wanted: str | None = None) -> bool:
-        """Serve a version (or what the alias names now). False where it serves already or cannot:
-        the version before it goes on serving, and the log says why."""
+    async def load(self, wanted: str | None = None, sha256: str | None = None) -> bool:
+        """Serve a version (or what the alias names now), if its manifest has that checksum. False where
+        it serves already or cannot: the version before it goes on serving, and the log says why."""
         async with self._loading:
             try:
                 version = await asyncio.to_thread(Registry(self._registry).resolve, wanted or self._alias)
                 if version == self.version:
                     return False
-                ranker = await asyncio.to_thread(self._open, version)
+                ranker = await asyncio.to_thread(self._open, version, sha256)
             except (ArtefactInvalid, InferenceError, FileNotFoundError, KeyError) as error:
                 log.warning("%s is not served: %s", wanted or f"alias {self._alias!r}", error)
                 return False
@@ -92,7 +92,9 @@ class ServingModel:
             task.add_done_callback(self._retiring.discard)
         return True
 
-    def _open(self, version: str) -> Ranker:
+    def _open(self, version: str, sha256: str | None) -> Ranker:
+        if sha256 is not None and sha256 != (found := Registry(self._registry).manifest_sha256(version)):
+            raise ArtefactInvalid(f"{version}: announced with checksum {sha256[:12]}…, found {found[:12]}…")
         return Ranker.open(self._registry, version, settings=self._settings, features=self._features)
 
     async def close(self) -> None:

@@ -87,9 +87,9 @@ class Resources:
         assert self.feeder is not None
         return [self.feeder.run(), self.feeder.commit_periodically(), self._maintain_statistics()]
 
-    async def load_model(self, wanted: str | None = None) -> None:
+    async def load_model(self, wanted: str | None = None, sha256: str | None = None) -> None:
         """Serve a version, or what the alias names now."""
-        if await self.model.load(wanted):
+        if await self.model.load(wanted, sha256):
             gc.collect()
             gc.freeze()
             self.metrics.model.clear()

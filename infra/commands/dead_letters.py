@@ -18,7 +18,7 @@ SHOWN_BYTES = 60
 # Letters may be megabytes each.
 MAX_UNSENT = 100
 # Headers that a dead letter adds; the others came with the record and go back with it.
-OURS = ("reason", "detail", "topic", "partition", "offset", "attempts")
+OURS = ("reason", "detail", "topic", "partition", "offset", "attempts", "dropped")
 MAX_LETTER_BYTES = 32 * 1024 * 1024
 
 
@@ -36,9 +36,7 @@ def dead_letters() -> None:
 def _letters(bootstrap: str, topic: str, reason: str | None) -> Iterator[dict[str, Any]]:
     from infra.clients import everything, reader
 
-    consumer = reader(bootstrap, topic, max_partition_fetch_bytes=# Headers that a dead letter adds; the others came with the record and go back with it.
-OURS = ("reason", "detail", "topic", "partition", "offset", "attempts")
-MAX_LETTER_BYTES)
+    consumer = reader(bootstrap, topic, max_partition_fetch_bytes=MAX_LETTER_BYTES)
     try:
         for record in everything(consumer):
             # A header's value may be null.
@@ -52,6 +50,11 @@ MAX_LETTER_BYTES)
                     for name in ("reason", "detail", "topic", "partition", "attempts", "dropped")
                 },
                 "source_offset": headers.get("offset", ""),
+                "headers": [
+                    {"name": name, **_text("value", value)}
+                    for name, value in record.headers
+                    if name not in OURS
+                ],
                 **_text("key", record.key),
                 **_text("value", record.value),
             }
@@ -136,9 +139,7 @@ def replay(
 
     known = {CLICKS.name + topic_suffix, REQUESTS.name + topic_suffix}
     letters = _from_file(file) if file else _letters(bootstrap, DEAD_LETTERS.name + topic_suffix, reason)
-    client = producer(bootstrap, max_request_size=# Headers that a dead letter adds; the others came with the record and go back with it.
-OURS = ("reason", "detail", "topic", "partition", "offset", "attempts")
-MAX_LETTER_BYTES)
+    client = producer(bootstrap, max_request_size=MAX_LETTER_BYTES)
     sent: Counter[str] = Counter()
     outgoing = Outgoing(client, MAX_UNSENT)
     left_out = 0
@@ -159,10 +160,13 @@ MAX_LETTER_BYTES)
             try:
                 value = _bytes(letter, "value")
                 key = _key(letter, value)
+                kept = [
+                    (str(header["name"]), _bytes(header, "value")) for header in letter.get("headers", [])
+                ]
             except (binascii.Error, TypeError, ValueError) as error:
                 raise click.ClickException(f"letter {letter.get('offset')}: no base64: {error}") from error
             attempts = str(letter.get("attempts", "1")).encode()
-            outgoing.send(topic, key=key, value=value, headers=[("attempts", attempts)])
+            outgoing.send(topic, key=key, value=value, headers=[*kept, ("attempts", attempts)])
             sent[topic] += 1
         outgoing.finish()
     finally:

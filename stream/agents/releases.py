@@ -12,18 +12,22 @@ log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    async def load_model(self, wanted: str | None = None) -> None: ...
+    async def load_model(self, wanted: str | None = None, sha256: str | None = None) -> None: ...
 
 
-def agent(loader: Loader) -> Callable[[Any], Awaitable[None]]:
-    async def releases(values: Any) -> None:
-        async for value in values:
+def agent(loader: Loader, alias: str) -> Callable[[Any], Awaitable[None]]:
+    """Takes what is announced under `alias`, the record's key; other aliases are other workers' matter."""
+
+    async def releases(announcements: Any) -> None:
+        async for event in announcements.events():
+            if event.key != alias.encode():
+                continue
             try:
-                release = decode_release(value)
+                release = decode_release(event.value)
             except DecodeError as error:
                 log.warning("A release announcement cannot be read: %s", error)
                 continue
             if release.stage == "serving":
-                await loader.load_model(release.version)
+                await loader.load_model(release.version, release.sha256)
 
     return releases

@@ -126,11 +126,16 @@ def test_a_release_reaches_the_running_worker(parts, registry, start_worker, tmp
     with Shop(parts) as shop:
         before = shop.answer(click(1, 5))
         shutil.copytree(registry, empty)
-        release = ModelReleased(version=version, uri="models", sha256="0" * 64, stage="serving")
-        shop.send(release, shop.topics.releases, key=b"serving")
+        digest = Registry(registry).manifest_sha256(version)
+        good = ModelReleased(version=version, uri="models", sha256=digest, stage="serving")
+        forged = good.model_copy(update={"sha256": "0" * 64})
+        shop.send(forged, shop.topics.releases, key=b"serving")
+        shop.send(good, shop.topics.releases, key=b"staging")
+        still = shop.answer(click(1, 7))
+        shop.send(good, shop.topics.releases, key=b"serving")
         eventually(lambda: worker.readiness()["model"] == version, 30)
         after = shop.answer(click(1, 6))
-    assert before.degraded == "popular"
+    assert before.degraded == still.degraded == "popular"
     assert after.degraded is None
     assert after.model_version == version
 
