@@ -27,6 +27,8 @@ from infra.local.worker import ROOT
 from topics.messages import BehaviorEvent
 
 QUIET_S = 30.0
+# Longer than a restart and than the control's longest step: no list comes later.
+SETTLE_S = 15.0
 STOCK = "stock Faust, kill -9"
 
 
@@ -148,7 +150,7 @@ def _scenario(
             send(bootstrap, parts.topics.clicks, prepared, poisson(len(prepared), rate, 1))
         if failures:
             raise failures[0]
-        collecting.wait(len(prepared), quiet_s=QUIET_S)
+        collecting.wait(len(prepared), quiet_s=QUIET_S, settle_s=SETTLE_S)
         account = Account.of(len(prepared), collecting.finish())
     wrong = None
     if name != STOCK:

@@ -121,13 +121,17 @@ class Collecting:
         if self._process.stdout is not None:
             self._process.stdout.close()
 
-    def wait(self, count: int, *, quiet_s: float, timeout_s: float = 600.0) -> None:
-        """Until `count` lists are in and none has come for half a second, or none has for `quiet_s`."""
+    def wait(self, count: int, *, quiet_s: float, settle_s: float = 0.5, timeout_s: float = 600.0) -> None:
+        """Until `count` lists are in and none has come for `settle_s`, or none has for `quiet_s`.
+
+        Duplicates are counted too: where there may be some, `settle_s` is longer than what delays the
+        last list.
+        """
         self.changed_s = time.monotonic()
         end_s = self.changed_s + timeout_s
         while time.monotonic() < end_s:
             idle_s = time.monotonic() - self.changed_s
-            if idle_s > quiet_s or (self.count >= count and idle_s > 0.5):
+            if idle_s > quiet_s or (self.count >= count and idle_s > settle_s):
                 return
             time.sleep(0.05)
 

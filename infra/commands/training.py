@@ -262,7 +262,7 @@ def _need_training_extra() -> None:
     from importlib.util import find_spec
 
     missing = [
-        name for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors") if not find_spec(name)
+        name for name in ("torch", "onnx", "onnxruntime", "safetensors") if not find_spec(name)
     ]
     if missing:
         raise click.ClickException(
