@@ -137,6 +137,11 @@ class Delivery:
                 await fresh.start()
             except KafkaError as error:
                 log.warning("Cannot open a new producer yet: %r", error)
+                await fresh.stop()
+                return
+            if self._producer is not broken:
+                # Stopped in the meantime.
+                await fresh.stop()
                 return
             self._producer = fresh
         retire = asyncio.ensure_future(broken.stop())

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any
@@ -39,6 +40,9 @@ STOP_TIMEOUT_S = 3.0
 # aiokafka tells an error of its coordination once and goes on; one that stays ends the worker.
 ERRORS_FOR_S = 30.0
 ERROR_BACKOFF_S = 0.25
+# Two workers under one instance id take it from each other at every heartbeat.
+SUSPECT_ASSIGNMENTS = 5
+SUSPECT_WITHIN_S = 30.0
 
 HandOver = Callable[[Unit], Awaitable[None]]
 
@@ -92,6 +96,7 @@ class Feeder:
         self._polling = True
         self._progress_s = 0.0
         self._unassigned_s: float | None = None
+        self._assigned_s: deque[float] = deque(maxlen=SUSPECT_ASSIGNMENTS)
         self.assigned = asyncio.Event()
 
     # Lifecycle ---------------------------------------------------------------------------------
@@ -267,6 +272,15 @@ class Feeder:
         self._progress_s = _now()
         self._unassigned_s = None
         log.info("Assigned %d partitions", len(partitions))
+        self._assigned_s.append(self._progress_s)
+        first_s = self._assigned_s[0]
+        if len(self._assigned_s) == SUSPECT_ASSIGNMENTS and self._progress_s - first_s < SUSPECT_WITHIN_S:
+            log.warning(
+                "%d assignments within %.0f s; does another worker run as %r?",
+                SUSPECT_ASSIGNMENTS,
+                self._progress_s - first_s,
+                self._settings.instance_id,
+            )
         self.assigned.set()
 
     def _forget(self) -> None:

@@ -90,6 +90,8 @@ class Resources:
     async def load_model(self, wanted: str | None = None, sha256: str | None = None) -> None:
         """Serve a version, or what the alias names now."""
         if await self.model.load(wanted, sha256):
+            # What was frozen with the model before may be garbage by now.
+            gc.unfreeze()
             gc.collect()
             gc.freeze()
             self.metrics.model.clear()

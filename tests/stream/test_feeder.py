@@ -292,3 +292,12 @@ async def test_polling_stops_at_the_bound_of_records_in_hand():
         assert (tap.consumer.polls, len(tap.units)) == (polls, 2)
         tap.units[0].release()
         await tap.handed(3)
+
+
+async def test_partitions_that_come_and_go_raise_the_question_of_a_second_worker_of_that_name(caplog):
+    async with Tap() as tap:
+        for _ in range(3):
+            await tap.rebalance()
+        assert "does another worker run as" not in caplog.text
+        await tap.rebalance()
+    assert "does another worker run as 'test'" in caplog.text
