@@ -80,6 +80,10 @@ class ServingModel:
             except (ArtefactInvalid, InferenceError, FileNotFoundError, KeyError) as error:
                 log.warning("%s is not served: %s", wanted or f"alias {self._alias!r}", error)
                 return False
+            except Exception:
+                # Whatever a library makes of damaged files, the version that serves goes on serving.
+                log.exception("%s is not served", wanted or f"alias {self._alias!r}")
+                return False
             batcher: Batcher[RankRequest, RankedList] = Batcher(
                 [partial(ranker.rank, statistics=self._statistics)] * self._settings.runners,
                 self._settings.batcher_limits(),

@@ -111,12 +111,17 @@ class Resources:
                     elapsed_s = 0.0
             except StoreUnavailable as error:
                 log.info("Item statistics wait for Redis: %s", error)
+            except Exception:
+                # Lists are poorer without them, and there all the same.
+                log.exception("Item statistics are not kept up")
 
     async def _maintain_statistics_once(self) -> None:
         try:
             await self.statistics.refresh()
         except StoreUnavailable as error:
             log.warning("Starting without item statistics: %s", error)
+        except Exception:
+            log.exception("Starting without item statistics")
 
     async def drain(self) -> None:
         """Stop reading, answer and commit what is in hand, within the drain timeout."""
