@@ -46,7 +46,7 @@ class Outgoing:
         *,
         key: bytes | None,
         value: bytes | None,
-        headers: Sequence[tuple[str, bytes]] = (),
+        headers: Sequence[tuple[str, bytes | None]] = (),
     ) -> None:
         try:
             self._unsent.append(self._client.send(topic, key=key, value=value, headers=list(headers)))

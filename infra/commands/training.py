@@ -261,9 +261,7 @@ class _ProgressBar:
 def _need_training_extra() -> None:
     from importlib.util import find_spec
 
-    missing = [
-        name for name in ("torch", "onnx", "onnxruntime", "safetensors") if not find_spec(name)
-    ]
+    missing = [name for name in ("torch", "onnx", "onnxruntime", "safetensors") if not find_spec(name)]
     if missing:
         raise click.ClickException(
             f"training needs {', '.join(missing)}: pip install 'tailrace[train]' brings what is missing"
