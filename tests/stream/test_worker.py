@@ -12,6 +12,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from stream.hard_stop import EXIT_CODE, HardStop
@@ -115,3 +116,16 @@ def test_a_worker_that_is_started_again_when_the_signal_comes_ends_too():
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_sigterm_ends_a_worker_whose_broker_has_gone_silent_since(parts, kafka, start_worker):
+    running = start_worker(environment={"STREAM_DRAIN_TIMEOUT_MS": "1000", "STREAM_CLOSE_TIMEOUT_MS": "4000"})
+    process = psutil.Process(running.pid)
+    kafka.pause()
+    try:
+        process.send_signal(signal.SIGTERM)
+        asked_s = time.monotonic()
+        eventually(lambda: running.pid is None, 15.0)
+        assert time.monotonic() - asked_s < 8
+    finally:
+        kafka.resume()
