@@ -32,7 +32,7 @@ class _App(faust.App):
         pass
 
 
-class _Units(Channel[Unit]):
+class UnitChannel(Channel[Unit]):
     """A channel that Faust's flow control does not reach.
 
     Whenever the consumer of `model-releases` rebalances, Faust empties every channel under its flow
@@ -81,9 +81,9 @@ def create_app(
         (names.clicks, clicks.agent(resources.path)),
         (names.requests, requests.agent(resources.path)),
     ):
-        channel = _Units(app, maxsize=CHANNEL_UNITS)
+        channel = UnitChannel(app, maxsize=CHANNEL_UNITS)
         app.agent(channel, name=name)(agent)
-        resources.hand_over[name] = _into(channel)
+        resources.hand_over[name] = into(channel)
     announced = app.topic(names.releases, key_type=bytes, value_type=bytes, internal=True)
     app.agent(announced, name=names.releases)(releases.agent(resources, stream.alias))
 
@@ -108,7 +108,7 @@ def create_app(
     return app
 
 
-def _into(channel: Any) -> HandOver:
+def into(channel: Any) -> HandOver:
     async def hand_over(unit: Unit) -> None:
         # Not `send`: it wraps the unit in an event, and a stream skips events while Faust rebalances.
         await channel.put(unit)

@@ -68,21 +68,27 @@ class ServingModel:
             return [ModelUnavailable("no model has been released yet")] * len(requests)
         return await serving.batcher.submit(requests)
 
-    async def load(self, wanted: str | None = None, sha256: str | None = None) -> bool:
-        """Serve a version (or what the alias names now), if its manifest has that checksum. False where
-        it serves already or cannot: the version before it goes on serving, and the log says why."""
+    async def load(self, announced: str | None = None, sha256: str | None = None) -> bool:
+        """Serve what the alias names now; if that is what was announced, with the announced checksum.
+
+        An announcement read late, after a restart say, does not bring an old version back. False
+        where the version serves already or cannot: the one before it goes on, and the log says why.
+        """
         async with self._loading:
             try:
-                version = await asyncio.to_thread(Registry(self._registry).resolve, wanted or self._alias)
+                version = await asyncio.to_thread(Registry(self._registry).resolve, self._alias)
                 if version == self.version:
                     return False
+                if announced not in (None, version):
+                    log.info("%s was announced; %r stands for %s by now", announced, self._alias, version)
+                    sha256 = None
                 ranker = await asyncio.to_thread(self._open, version, sha256)
             except (ArtefactInvalid, InferenceError, FileNotFoundError, KeyError) as error:
-                log.warning("%s is not served: %s", wanted or f"alias {self._alias!r}", error)
+                log.warning("%s is not served: %s", announced or f"alias {self._alias!r}", error)
                 return False
             except Exception:
                 # Whatever a library makes of damaged files, the version that serves goes on serving.
-                log.exception("%s is not served", wanted or f"alias {self._alias!r}")
+                log.exception("%s is not served", announced or f"alias {self._alias!r}")
                 return False
             batcher: Batcher[RankRequest, RankedList] = Batcher(
                 [partial(ranker.rank, statistics=self._statistics)] * self._settings.runners,

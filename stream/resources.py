@@ -87,9 +87,9 @@ class Resources:
         assert self.feeder is not None
         return [self.feeder.run(), self.feeder.commit_periodically(), self._maintain_statistics()]
 
-    async def load_model(self, wanted: str | None = None, sha256: str | None = None) -> None:
-        """Serve a version, or what the alias names now."""
-        if await self.model.load(wanted, sha256):
+    async def load_model(self, announced: str | None = None, sha256: str | None = None) -> None:
+        """Serve what the alias names now, checked against the announcement if there is one."""
+        if await self.model.load(announced, sha256):
             # What was frozen with the model before may be garbage by now.
             gc.unfreeze()
             gc.collect()

@@ -13,11 +13,11 @@ import uvloop
 from mode import Service
 
 from infra.bench.pass_through import LIST_HEADERS, list_value
+from stream.app import UnitChannel, into
 from stream.delivery import Delivery, Record
 from stream.feeder import Feeder
 from stream.metrics import StreamMetrics
 from stream.settings import StreamSettings
-from stream.work import Unit
 from topics.admin import topic_epoch
 from topics.catalog import CLICKS, RECOMMENDATIONS, RELEASES
 from topics.codec import decode_click
@@ -40,7 +40,7 @@ def create_app(bootstrap: str, group: str) -> faust.App:
         web_enabled=False,
         topic_disable_leader=True,
     )
-    channel = app.channel(maxsize=2)
+    channel = UnitChannel(app, maxsize=2)
     delivery = Delivery(bootstrap)
 
     async def pass_through(units: Any) -> None:
@@ -60,9 +60,6 @@ def create_app(bootstrap: str, group: str) -> faust.App:
 
     app.agent(app.topic(RELEASES.name, value_type=bytes), name="releases")(releases)
 
-    async def hand_over(unit: Unit) -> None:
-        await channel.send(value=unit)
-
     class Feeding(Service):
         """What `stream.app` does with its resources, with nothing else in them."""
 
@@ -71,7 +68,7 @@ def create_app(bootstrap: str, group: str) -> faust.App:
             self.feeder = Feeder(
                 settings=settings,
                 epochs={CLICKS.name: topic_epoch(bootstrap, CLICKS.name)},
-                hand_over={CLICKS.name: hand_over},
+                hand_over={CLICKS.name: into(channel)},
                 metrics=StreamMetrics(),
             )
             await self.feeder.start()

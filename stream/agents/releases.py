@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 
 
 class Loader(Protocol):
-    async def load_model(self, wanted: str | None = None, sha256: str | None = None) -> None: ...
+    async def load_model(self, announced: str | None = None, sha256: str | None = None) -> None: ...
 
 
 def agent(loader: Loader, alias: str) -> Callable[[Any], Awaitable[None]]:
