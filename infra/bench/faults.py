@@ -55,12 +55,12 @@ class Outcome:
 def kills(
     parts: Rig, events: Sequence[BehaviorEvent], *, duration_s: float, kills: int, seed: int
 ) -> Outcome:
-    """SIGKILL the worker at random moments of a replay; it is started again at once."""
+    """SIGKILL the worker at random moments of a replay, ready or not; it is started again at once."""
     worker = parts.worker().start()
 
     def kill() -> None:
         worker.kill()
-        worker.start()
+        worker.launch()
 
     try:
         return _scenario("kill -9", parts, events, duration_s, _moments(seed, kills, duration_s), kill)

@@ -84,6 +84,19 @@ class LocalServer(ABC):
         """Return once it answers its protocol. Does nothing where it already runs."""
         if self._process():
             return self
+        child = self.launch()
+        deadline_s = time.monotonic() + timeout_s
+        while not self._answers():
+            if child.poll() is not None:
+                raise ServerFailed(f"{self.name} ended with {child.returncode}{self._log_tail()}")
+            if time.monotonic() > deadline_s:
+                self.kill()
+                raise ServerFailed(f"{self.name} did not answer in {timeout_s:.0f} s{self._log_tail()}")
+            time.sleep(0.05)
+        return self
+
+    def launch(self) -> subprocess.Popen[bytes]:
+        """Start the process and do not wait for it to answer."""
         # Otherwise the stranger that listens there might answer for ours.
         if not is_free(self.port):
             raise ServerFailed(f"port {self.port} for {self.name} is taken by another program")
@@ -96,15 +109,7 @@ class LocalServer(ABC):
         process = psutil.Process(self._child.pid)
         record = {"pid": process.pid, "created_s": process.create_time(), "port": self.port}
         self._run_file.write_text(json.dumps(record))
-        deadline_s = time.monotonic() + timeout_s
-        while not self._answers():
-            if self._child.poll() is not None:
-                raise ServerFailed(f"{self.name} ended with {self._child.returncode}{self._log_tail()}")
-            if time.monotonic() > deadline_s:
-                self.kill()
-                raise ServerFailed(f"{self.name} did not answer in {timeout_s:.0f} s{self._log_tail()}")
-            time.sleep(0.05)
-        return self
+        return self._child
 
     def stop(self, *, timeout_s: float = 30.0) -> None:
         """SIGTERM and wait; SIGKILL past the timeout. The data stay. Does nothing where none runs."""
