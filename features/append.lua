@@ -28,8 +28,9 @@ local function widen(record)
 end
 
 local format, fences, body = NARROW, '', ''
-local value = redis.call('GET', KEYS[1])
-local stored_format, fence_count = byte(value or '', 1, 2)
+local value = redis.pcall('GET', KEYS[1])
+if type(value) ~= 'string' then value = '' end -- none, or a key of another type
+local stored_format, fence_count = byte(value, 1, 2)
 -- A value that is none of ours is written over: an error here would hold up its partition for
 -- ever, and the log can rebuild the sequence.
 if WIDTH[stored_format or 0] and fence_count then

@@ -84,7 +84,8 @@ class Recommendation(Message):
     """A ranked list, best first.
 
     `recommendation_id` is a function of the triggering record's topic, partition and offset: the
-    same click always carries the same id, so a consumer that keeps ids can drop duplicates.
+    same click always carries the same id. A consumer keeps the latest list per id: a repeated list
+    is the same answer again, and a ranked list may follow a degraded one.
     """
 
     recommendation_id: str
