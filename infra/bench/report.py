@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from rich.console import Console
 from rich.table import Table
+
+from infra.console import console
 
 LIBRARIES = (
     "aiokafka",
@@ -56,10 +57,10 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         drawn.add_column(column, justify="left" if place == 0 else "right", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    console = _console()
-    console.print(drawn)
+    out = console()
+    out.print(drawn)
     machine = environment()["machine"]
-    console.print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", style="dim")
+    out.print(f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB", style="dim")
 
 
 def _version(name: str) -> str | None:
@@ -87,10 +88,4 @@ def _revision() -> str | None:
 
 def note(text: str) -> None:
     """A remark under a table."""
-    _console().print(text, style="yellow")
-
-
-def _console() -> Console:
-    """Wide enough for a table where the output is a file or a pipe."""
-    console = Console()
-    return console if console.is_terminal else Console(width=140)
+    console().print(text, style="yellow")

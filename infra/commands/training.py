@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -296,8 +295,9 @@ def _print_summary(summary: dict[str, Any], registry: Path) -> None:
 
 
 def _print_metrics(report: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from infra.console import console
 
     if not report.get("targets"):
         click.echo("nothing to judge by: no user of the log has enough events")
@@ -313,7 +313,7 @@ def _print_metrics(report: dict[str, Any]) -> None:
             table.add_column(figure.upper(), justify="right")
         for name, values in zip(names, figures, strict=True):
             table.add_row(name.replace("_", "-"), *(f"{value:.4f}" for value in values.values()))
-        Console(file=sys.stdout).print(table)
+        console().print(table)
 
 
 def _print_json(value: dict[str, Any]) -> None:
