@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +22,7 @@ from infra.bench.load import Account, Collecting, Record, poisson, records, send
 from infra.bench.oracle import differing_users, expected_sequences
 from infra.bench.rig import Rig
 from infra.clients import everything, reader
-from infra.local.worker import ROOT
+from infra.local.worker import spawn
 from topics.messages import BehaviorEvent
 
 QUIET_S = 30.0
@@ -72,7 +71,7 @@ def control(
     parts: Rig, events: Sequence[BehaviorEvent], *, duration_s: float, kills: int, seed: int
 ) -> Outcome:
     """The same on stock Faust with concurrency 2, which loses what was in flight (issue 606)."""
-    with _StockFaust(parts.kafka.bootstrap) as stock:
+    with _StockFaust(parts) as stock:
         moments, fault = _moments(seed, kills, duration_s), stock.kill_and_start
         return _scenario(STOCK, parts, events, duration_s, moments, fault)
 
@@ -201,12 +200,13 @@ def _moments(seed: int, count: int, duration_s: float) -> list[float]:
 class _StockFaust:
     """The control arm's process."""
 
-    def __init__(self, bootstrap: str) -> None:
-        self._command = [sys.executable, "-m", "infra.bench.stock_faust", "rank", bootstrap, "stock", "2"]
+    def __init__(self, parts: Rig) -> None:
+        self._told = ("rank", parts.kafka.bootstrap, "stock", "2")
+        self._folder = parts.folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> _StockFaust:
-        self._process = subprocess.Popen(self._command, cwd=ROOT)
+        self._process = spawn("infra.bench.stock_faust", *self._told, folder=self._folder)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -7,7 +7,6 @@ generator down (coordinated omission).
 from __future__ import annotations
 
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from confluent_kafka import Producer
 
-from infra.local.worker import ROOT
+from infra.local.worker import spawn
 from topics.codec import encode, record_key
 from topics.messages import BehaviorEvent
 
@@ -101,8 +100,10 @@ class Collecting:
 
     def __init__(self, bootstrap: str, topic: str, folder: Path) -> None:
         self._out = folder / "collected.npz"
-        command = [sys.executable, "-m", "infra.bench.collector", bootstrap, topic, str(self._out)]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        told = (bootstrap, topic, str(self._out.resolve()))
+        self._process = spawn(
+            "infra.bench.collector", *told, folder=folder, stdout=subprocess.PIPE, text=True
+        )
         self.count = 0
         self.changed_s = time.monotonic()
         self._ready = threading.Event()

@@ -7,8 +7,6 @@ ranks nor touches Redis. The log is there before either starts, so what is measu
 from __future__ import annotations
 
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +21,7 @@ from infra.bench.load import Record, poisson, send
 from infra.bench.rig import Rig, rig
 from infra.clients import reader
 from infra.local.paths import registry_dir
-from infra.local.worker import ROOT
+from infra.local.worker import spawn
 from topics.catalog import CLICKS, RECOMMENDATIONS
 from topics.messages import BehaviorEvent
 
@@ -74,7 +72,7 @@ def _drain(parts: Rig, arm: str, group: str, expected: int) -> Drain:
         if arm == "tailrace"
         else ["infra.bench.stock_faust", "pass-through", bootstrap, group, "1"]
     )
-    process = subprocess.Popen([sys.executable, "-m", *module], cwd=ROOT)
+    process = spawn(*module, folder=parts.folder)
     watched = psutil.Process(process.pid)
     first_s = last_s = time.monotonic()
     first_count = count = 0

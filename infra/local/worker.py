@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -15,6 +17,13 @@ import psutil
 from infra.local.server import LocalServer
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def spawn(module: str, *arguments: str, folder: Path, **options: Any) -> subprocess.Popen[Any]:
+    """A module of ours as a process of its own, in a folder where what it leaves behind may lie."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.Popen(command, cwd=folder, env=environment, **options)
 
 
 class LocalWorker(LocalServer):
