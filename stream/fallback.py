@@ -7,11 +7,13 @@ memory, so they are there when Redis, the engine or both are not.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Protocol
 
 from features.statistics import ItemWeights
 from stream.replies import Answer
+from topics.messages import Degradation
 
 
 class PopularItems(Protocol):
@@ -38,43 +40,24 @@ class Fallback:
 
     def answer(self, answer: Answer) -> Answer:
         """The answer with a degraded list in it. Excludes hold; given candidates keep their order."""
-        if answer.candidates is not None:
-            kept = [item for item in answer.candidates if item not in answer.exclude][: answer.k]
-            return replace(
-                answer,
-                items=kept,
-                scores=[0.0] * len(kept),
-                sources=["request"] * len(kept),
-                degraded="popular",
-            )
         last = self._last.get(answer.user_id)
-        if last is not None and last.items:
-            rows = [
-                row
-                for row in zip(last.items, last.scores, last.sources, strict=True)
-                if row[0] not in answer.exclude
-            ][: answer.k]
-            return replace(
-                answer,
-                items=[row[0] for row in rows],
-                scores=[row[1] for row in rows],
-                sources=[row[2] for row in rows],
-                model_version=last.model_version,
-                engine=last.engine,
-                degraded="cached",
-            )
-        popular = self._popular.popular()
-        items = popular.items[: answer.k + len(answer.exclude)].tolist()
-        weights = popular.weights[: answer.k + len(answer.exclude)].tolist()
-        rows = [
-            (item, weight, "popular")
-            for item, weight in zip(items, weights, strict=True)
-            if item not in answer.exclude
-        ][: answer.k]
+        degraded: Degradation = "popular"
+        rows: Iterable[tuple[int, float, str]]
+        if answer.candidates is not None:
+            rows = ((item, 0.0, "request") for item in answer.candidates)
+        elif last is not None and last.items:
+            degraded = "cached"
+            answer = replace(answer, model_version=last.model_version, engine=last.engine)
+            rows = zip(last.items, last.scores, last.sources, strict=True)
+        else:
+            popular, most = self._popular.popular(), answer.k + len(answer.exclude)
+            pairs = zip(popular.items[:most].tolist(), popular.weights[:most].tolist(), strict=True)
+            rows = ((item, weight, "popular") for item, weight in pairs)
+        kept = [row for row in rows if row[0] not in answer.exclude][: answer.k]
         return replace(
             answer,
-            items=[row[0] for row in rows],
-            scores=[row[1] for row in rows],
-            sources=[row[2] for row in rows],
-            degraded="popular",
+            items=[item for item, _, _ in kept],
+            scores=[score for _, score, _ in kept],
+            sources=[source for _, _, source in kept],
+            degraded=degraded,
         )

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from features.statistics import ItemStatistics
 from features.store import Append, Appended, FeatureStore, StoreUnavailable
@@ -27,9 +27,12 @@ from stream.replies import Answer, dead_letter, place_only, recommendation_id, r
 from stream.settings import StreamSettings
 from stream.work import LogRecord, Unit
 from topics.codec import DecodeError, decode_click, decode_request
-from topics.messages import BEHAVIORS, AnsweredClick, BehaviorEvent, RecommendRequest
+from topics.messages import BEHAVIORS, AnsweredClick, BehaviorEvent, Message, RecommendRequest
 
 log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=Message)
+P = TypeVar("P")
 
 UNFORESEEN = "unforeseen"
 BEHAVIOR_CODES = {name: code for code, name in enumerate(BEHAVIORS)}
@@ -161,39 +164,31 @@ class RequestPath:
     # Reading -----------------------------------------------------------------------------------
 
     def _read_clicks(self, unit: Unit) -> tuple[list[Click], list[Record]]:
-        now_s = self._clock()
-        clicks: list[Click] = []
-        refused: list[Record] = []
-        for record in unit.records:
-            try:
-                event = decode_click(
-                    record.key,
-                    record.value,
-                    record.headers,
-                    now_s=now_s,
-                    max_bytes=self._settings.max_value_bytes,
-                )
-            except DecodeError as error:
-                refused.append(self._refuse(record, error))
-            else:
-                clicks.append(Click(record, event))
+        decode = partial(decode_click, now_s=self._clock(), max_bytes=self._settings.max_value_bytes)
+        clicks, refused = self._read(unit, decode, Click)
         self._metrics.clicks.inc(len(clicks))
         return clicks, refused
 
     def _read_requests(self, unit: Unit) -> tuple[list[Ask], list[Record]]:
-        asks: list[Ask] = []
+        decode = partial(decode_request, max_bytes=self._settings.max_value_bytes)
+        asks, refused = self._read(unit, decode, Ask)
+        self._metrics.requests.inc(len(asks))
+        return asks, refused
+
+    def _read(
+        self, unit: Unit, decode: Callable[..., M], pair: Callable[[LogRecord, M], P]
+    ) -> tuple[list[P], list[Record]]:
+        """Each record with its message, and a dead letter for each that has none."""
+        read: list[P] = []
         refused: list[Record] = []
         for record in unit.records:
             try:
-                request = decode_request(
-                    record.key, record.value, record.headers, max_bytes=self._settings.max_value_bytes
-                )
+                message = decode(record.key, record.value, record.headers)
             except DecodeError as error:
                 refused.append(self._refuse(record, error))
             else:
-                asks.append(Ask(record, request))
-        self._metrics.requests.inc(len(asks))
-        return asks, refused
+                read.append(pair(record, message))
+        return read, refused
 
     def _refuse(self, record: LogRecord, error: DecodeError) -> Record:
         self._metrics.dead_letters.labels(reason=error.reason).inc()
@@ -250,7 +245,7 @@ class RequestPath:
     async def _send_degraded(self, unit: Unit, clicks: Sequence[Click]) -> None:
         """Lists for clicks whose sequence cannot be written now. The full list follows later under
         the same id."""
-        answers = [self._degrade(self._click_answer(unit, [click])) for click in clicks]
+        answers = [self._fallback.answer(self._click_answer(unit, [click])) for click in clicks]
         await self._deliver(answers, [])
 
     # Answering ---------------------------------------------------------------------------------
@@ -291,7 +286,7 @@ class RequestPath:
     ) -> None:
         answers = [self._request_answer(unit, ask) for ask in asks]
         if sequences is None:
-            await self._deliver([self._degrade(answer) for answer in answers], refused)
+            await self._deliver([self._fallback.answer(answer) for answer in answers], refused)
             return
         default_ms = self._settings.click_deadline_ms
         asked = [
@@ -397,13 +392,10 @@ class RequestPath:
 
     def _finish(self, answer: Answer, outcome: RankedList | InferenceError, wait_ms: float) -> Answer:
         if isinstance(outcome, InferenceError):
-            return self._degrade(answer)
+            return self._fallback.answer(answer)
         ranked = answer.ranked(outcome, wait_ms)
         self._fallback.remember(ranked)
         return ranked
-
-    def _degrade(self, answer: Answer) -> Answer:
-        return self._fallback.answer(answer)
 
     def _spawn(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(answering)

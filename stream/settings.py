@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from topics.catalog import TOPICS
+from topics.catalog import suffixed
 
 
 class TopicNames(NamedTuple):
@@ -22,7 +22,7 @@ class TopicNames(NamedTuple):
 
     @classmethod
     def with_suffix(cls, suffix: str = "") -> TopicNames:
-        return cls(*(topic.name + suffix for topic in TOPICS))
+        return cls(*(topic.name for topic in suffixed(suffix)))
 
 
 class StreamSettings(BaseSettings):

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from infra.local.paths import registry_dir
+from infra.commands import options
 
 Command = Callable[..., Any]
 
@@ -31,17 +31,6 @@ def bench() -> None:
 def _json(command: Command) -> Command:
     return click.option(
         "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the figures here."
-    )(command)
-
-
-def _registry(command: Command) -> Command:
-    return click.option(
-        "--registry",
-        type=click.Path(file_okay=False, path_type=Path),
-        envvar="TAILRACE_REGISTRY",
-        default=registry_dir,
-        show_default=".tailrace/models of the checkout",
-        help="Where the trained model is; `tailrace retrain` puts it there.",
     )(command)
 
 
@@ -83,7 +72,7 @@ def _events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
 @click.option("--runs", type=click.IntRange(1, 20), default=1, show_default=True)
 @click.option("--engine", default="auto", show_default=True)
 @_log
-@_registry
+@options.registry
 @_seed
 @_json
 def stream(
@@ -137,7 +126,7 @@ def pass_through(*, clicks: int, rounds: int, seed: int, json_path: Path | None)
 @click.option("--clicks", type=click.IntRange(100), default=12_000, show_default=True)
 @click.option("--control/--no-control", default=True, help="Also stock Faust with concurrency 2.")
 @_log
-@_registry
+@options.registry
 @_seed
 @_json
 def kills(
@@ -170,7 +159,7 @@ def kills(
 @click.option("--duration-s", type=click.FloatRange(5), default=40.0, show_default=True)
 @click.option("--clicks", type=click.IntRange(100), default=4_000, show_default=True)
 @_log
-@_registry
+@options.registry
 @_seed
 @_json
 def outages(
@@ -203,7 +192,7 @@ def outages(
 @click.option("--bad", type=click.IntRange(1), default=1_000, show_default=True)
 @click.option("--rate", type=click.FloatRange(0), default=1_000, show_default=True)
 @_log
-@_registry
+@options.registry
 @_seed
 @_json
 def malformed(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -193,8 +193,3 @@ class Account:
             degraded=int((collected.degraded > 0).sum()),
             first_s=first_s,
         )
-
-
-def take(source: Iterator[BehaviorEvent], limit: int) -> list[BehaviorEvent]:
-    """The first `limit` events, the whole log where it is shorter."""
-    return [event for _, event in zip(range(limit), source, strict=False)]

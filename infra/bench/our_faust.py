@@ -9,10 +9,9 @@ import sys
 from typing import Any
 
 import faust
-import uvloop
 from mode import Service
 
-from infra.bench.pass_through import LIST_HEADERS, list_value
+from infra.bench.pass_through import LIST_HEADERS, list_value, run_app
 from stream.app import UnitChannel, into
 from stream.delivery import Delivery, Record
 from stream.feeder import Feeder
@@ -85,16 +84,7 @@ def create_app(bootstrap: str, group: str) -> faust.App:
 
 
 def main(bootstrap: str, group: str) -> None:
-    loop = uvloop.new_event_loop()
-    faust.Worker(
-        create_app(bootstrap, group),
-        loop=loop,
-        loglevel="WARNING",
-        quiet=True,
-        redirect_stdouts=False,
-        blocking_timeout=0.0,
-        override_logging=False,
-    ).execute_from_commandline()
+    run_app(create_app(bootstrap, group))
 
 
 if __name__ == "__main__":

@@ -41,6 +41,23 @@ def list_value(click: BehaviorEvent, record: Any) -> bytes:
     )
 
 
+def run_app(app: Any) -> None:
+    """Run an arm's Faust app until SIGTERM, both arms alike."""
+    import faust
+    import uvloop
+
+    # override_logging=False: Faust's own set-up turns on every library's debug records for its spinner.
+    faust.Worker(
+        app,
+        loop=uvloop.new_event_loop(),
+        loglevel="WARNING",
+        quiet=True,
+        redirect_stdouts=False,
+        blocking_timeout=0.0,
+        override_logging=False,
+    ).execute_from_commandline()
+
+
 @dataclass(frozen=True, slots=True)
 class Drain:
     """One arm's drain of the prepared log."""

@@ -23,7 +23,7 @@ from typing import Any
 import faust
 import uvloop
 
-from infra.bench.pass_through import LIST_HEADERS, list_value
+from infra.bench.pass_through import LIST_HEADERS, list_value, run_app
 from topics.catalog import CLICKS, RECOMMENDATIONS
 from topics.codec import decode_click
 
@@ -76,17 +76,7 @@ def create_app(mode: str, bootstrap: str, group: str, concurrency: int) -> faust
 def main(mode: str, bootstrap: str, group: str, concurrency: str) -> None:
     # As `faust -L uvloop` does it: the consumer's thread gets one too.
     asyncio.set_event_loop_policy(uvloop.EventLoopPolicy())
-    loop = uvloop.new_event_loop()
-    # override_logging=False: Faust's own set-up turns on every library's debug records for its spinner.
-    faust.Worker(
-        create_app(mode, bootstrap, group, int(concurrency)),
-        loop=loop,
-        loglevel="WARNING",
-        quiet=True,
-        redirect_stdouts=False,
-        blocking_timeout=0.0,
-        override_logging=False,
-    ).execute_from_commandline()
+    run_app(create_app(mode, bootstrap, group, int(concurrency)))
 
 
 if __name__ == "__main__":

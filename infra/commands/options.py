@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import click
 
 from infra.local.endpoints import endpoints
+from infra.local.paths import registry_dir
 
 Command = Callable[..., Any]
 
@@ -36,6 +38,19 @@ def topic_suffix(command: Command) -> Command:
     """--topic-suffix, for environments that share a broker."""
     return click.option(
         "--topic-suffix", envvar="STREAM_TOPIC_SUFFIX", default="", help="Appended to every topic's name."
+    )(command)
+
+
+def registry(command: Command) -> Command:
+    """--registry, else the environment, else the checkout's own."""
+    return click.option(
+        "--registry",
+        type=click.Path(file_okay=False, path_type=Path),
+        envvar=["TAILRACE_REGISTRY", "STREAM_REGISTRY"],
+        show_envvar=True,
+        default=registry_dir,
+        show_default=".tailrace/models of the checkout",
+        help="Folder of released models; `tailrace retrain` fills it.",
     )(command)
 
 

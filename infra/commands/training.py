@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from infra.commands import options
-from infra.local.paths import registry_dir
 
 if TYPE_CHECKING:
     from compression.pipeline import Retrained
@@ -21,15 +20,6 @@ RECIPES = ("laptop", "tiny", "full")
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 _FOLDER = click.Path(file_okay=False, path_type=Path)
-_registry = click.option(
-    "--registry",
-    type=_FOLDER,
-    default=registry_dir,
-    envvar="TAILRACE_REGISTRY",
-    show_default=".tailrace/models of the checkout",
-    show_envvar=True,
-    help="Folder of released models.",
-)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -71,7 +61,7 @@ def synth(
 
 @click.command()
 @click.option("--log", type=_LOG, required=True, help="Taobao-format log (.csv, .csv.gz).")
-@_registry
+@options.registry
 @click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
 @click.option(
@@ -148,7 +138,7 @@ def retrain(
 
 @click.command()
 @click.option("--log", type=_LOG, required=True, help="Taobao-format log (.csv, .csv.gz).")
-@_registry
+@options.registry
 @click.option("--version", default="serving", show_default=True, help="Version or alias.")
 @click.option("--split", type=click.Choice(SPLITS), default="leave-one-out", show_default=True)
 @click.option("--limit", type=click.IntRange(1), default=5_000, show_default=True, help="Targets at most.")

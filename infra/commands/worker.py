@@ -10,19 +10,12 @@ import click
 from pydantic import ValidationError
 
 from infra.commands import options
-from infra.local.paths import registry_dir
 
 
 @click.command()
 @options.bootstrap
 @options.redis_url
-@click.option(
-    "--registry",
-    envvar=["TAILRACE_REGISTRY", "STREAM_REGISTRY"],
-    default=registry_dir,
-    show_default=".tailrace/models of the checkout",
-    help="Folder of released models.",
-)
+@options.registry
 @click.option("--group", envvar="STREAM_GROUP", default="tailrace", show_default=True, help="Consumer group.")
 @click.option(
     "--instance-id",
