@@ -18,6 +18,8 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError, MessageSizeTooLargeError
 from aiokafka.partitioner import murmur2
 
+from stream import handshake
+
 log = logging.getLogger(__name__)
 
 MAX_BATCH_BYTES = 128 * 1024
@@ -76,6 +78,7 @@ class Delivery:
         self._renewing = asyncio.Lock()
 
     async def start(self) -> None:
+        handshake.bound()
         self._producer = AIOKafkaProducer(**self._options)
         await self._producer.start()
 

@@ -22,7 +22,7 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import CommitFailedError, CorruptRecordException, IllegalStateError, KafkaError
 
-from stream import header_keys
+from stream import handshake, header_keys
 from stream.metrics import StreamMetrics
 from stream.sequencer import AckSequencer, Slot
 from stream.settings import StreamSettings
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_TIMEOUT_MS = 250
 FETCH_MAX_WAIT_MS = 250
+REQUEST_MARGIN_MS = 5_000
 # A Redis outage keeps the feeder from polling for as long as it lasts; that is not a dead consumer.
 MAX_POLL_INTERVAL_MS = 24 * 3600 * 1000
 # aiokafka tries a commit again for as long as there is no coordinator, and stops no sooner.
@@ -69,6 +70,7 @@ class Feeder:
         self._epochs = epochs
         self._hand_over = hand_over
         self._metrics = metrics
+        rebalance_ms = max(settings.session_timeout_ms, 2 * settings.drain_timeout_ms)
         self._consumer = consumer or AIOKafkaConsumer(
             bootstrap_servers=settings.bootstrap,
             group_id=settings.group,
@@ -77,7 +79,9 @@ class Feeder:
             auto_offset_reset="earliest",
             session_timeout_ms=settings.session_timeout_ms,
             heartbeat_interval_ms=settings.session_timeout_ms // 5,
-            rebalance_timeout_ms=max(settings.session_timeout_ms, 2 * settings.drain_timeout_ms),
+            rebalance_timeout_ms=rebalance_ms,
+            # Joining is one request, answered when the slowest member has joined.
+            request_timeout_ms=rebalance_ms + REQUEST_MARGIN_MS,
             max_poll_interval_ms=MAX_POLL_INTERVAL_MS,
             fetch_max_wait_ms=FETCH_MAX_WAIT_MS,
         )
@@ -104,6 +108,7 @@ class Feeder:
     async def start(self) -> None:
         self._progress_s = self._unassigned_s = _now()
         header_keys.tolerate()
+        handshake.bound()
         await self._consumer.start()
         self._consumer.subscribe(list(self._hand_over), listener=_Listener(self))
 
