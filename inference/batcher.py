@@ -1,11 +1,14 @@
 """First item waits, the rest fill until size or time; an answer for every question.
 
-A batcher owns a bounded queue, a few threads and as many runners. Nothing ticks while it is empty.
-Every failure is a value in the answers, so one item's trouble is never another's:
+A batcher owns a bounded queue and the lanes of a dispatcher. Nothing ticks while it is empty. Every
+failure is a value in the answers, so one item's trouble is never another's:
 
->>> answers = await batcher.submit([request, request])
+>>> answers = await batcher.submit([request, request], key=version)
 >>> [type(answer).__name__ for answer in answers]
 ['RankedList', 'Overloaded']
+
+A batch holds items of one key only. What a lane fails at goes to another lane; a lane that hangs,
+keeps failing or answers with failures is taken out until a probe says that it is well.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, Protocol, TypeVar
 
 from inference import metrics
+from inference.dispatcher import SLOW, Dispatcher, Lane
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
 from inference.metrics import BatcherCounts
 from inference.types import Priority
@@ -28,8 +31,12 @@ logger = logging.getLogger(__name__)
 
 # Deadlines are looked at this often at most: an answer may be late by as much.
 _ALARM_STEP_S: Final = 0.002
+# A batch held back for a busy lane is looked at again after so long, should that lane be late.
+_HOLD_STEP_S: Final = 0.001
 # How often one failed batch may be run again in parts. Finding one bad item among 64 takes 12.
 _MAX_RETRIES: Final = 16
+# A lane that has become slow, and is not asked for it, is probed this often.
+_PROBE_EVERY_S: Final = 1.0
 _RANK: Final[dict[Priority, int]] = {"high": 0, "normal": 1, "low": 2}
 
 
@@ -44,31 +51,35 @@ class Work(Protocol):
 
 T = TypeVar("T", bound=Work)
 R = TypeVar("R")
-Run = Callable[[list[T]], Sequence[R | InferenceError]]
 
 
 @dataclass(frozen=True, slots=True)
 class BatcherLimits:
-    """`wait_ms` 0 dispatches as soon as a runner is idle, with everything that has arrived by then.
+    """`wait_ms` 0 dispatches as soon as a lane is idle, with everything that has arrived by then.
 
-    While one runner works, another starts on a full batch at once, and on less only when that has
-    waited `spread_ms`: items that come one by one gather behind the first runner and cost less
-    together than they would side by side.
+    While one lane works, another starts on a full batch at once, and on less only when that has
+    waited `spread_ms`: items that come one by one gather behind the first lane and cost less
+    together than they would side by side. A lane that has not answered a batch after `hang_ms`, and
+    ten times what was predicted, hangs.
     """
 
     max_batch: int = 32
     max_queue: int = 2_048
     wait_ms: float = 0.0
     spread_ms: float = 25.0
+    hang_ms: float = 1_000.0
 
 
 class _Group(Generic[T, R]):
     """The items of one `submit`, answered together once each has its answer."""
 
-    __slots__ = ("answers", "done", "entered_s", "items", "missing")
+    __slots__ = ("answers", "done", "entered_s", "items", "key", "missing")
 
-    def __init__(self, items: Sequence[T], done: asyncio.Future[None], entered_s: float) -> None:
+    def __init__(
+        self, items: Sequence[T], key: Hashable, done: asyncio.Future[None], entered_s: float
+    ) -> None:
         self.items = items
+        self.key = key
         self.answers: list[R | InferenceError | None] = [None] * len(items)
         self.missing = len(items)
         self.done = done
@@ -91,31 +102,44 @@ class _Group(Generic[T, R]):
 _Entry = tuple[_Group[T, R], int]
 
 
-class Batcher(Generic[T, R]):
-    """Groups in, batches to runners, answers out. Used from one event loop.
+@dataclass(slots=True, eq=False)
+class _Batch(Generic[T, R]):
+    """Entries that go through a lane together, and the lanes that have failed at them."""
 
-    Each runner is called by one thread at a time, with at most `max_batch` items, and must return as
-    many answers. One that raises is called again with parts of the batch, so that an item that
-    poisons it fails alone.
+    key: Hashable
+    entries: list[_Entry[T, R]]
+    tried: tuple[Lane, ...] = ()
+    started_s: float = 0.0
+    watch: asyncio.TimerHandle | None = None
+
+
+class Batcher(Generic[T, R]):
+    """Groups in, batches to lanes, answers out. Used from one event loop.
+
+    `replace` is called with a lane that was taken out: it may give the lane a new engine, in a thread
+    of its own, before the lane is probed.
     """
 
     def __init__(
         self,
-        runners: Sequence[Run[T, R]],
+        lanes: Sequence[Lane],
         limits: BatcherLimits | None = None,
         *,
-        executor: Executor | None = None,
+        replace: Callable[[Lane], None] | None = None,
     ) -> None:
         self.limits = limits or BatcherLimits()
         self.counts = BatcherCounts()
-        self._idle = list(runners)
-        self._executor = executor or ThreadPoolExecutor(len(self._idle), thread_name_prefix="batcher")
+        self.dispatcher = Dispatcher(lanes)
+        self._replace = replace
         self._queues: tuple[deque[_Entry[T, R]], ...] = (deque(), deque(), deque())
         self._queued = 0
-        self._running: dict[int, list[_Entry[T, R]]] = {}
+        self._again: deque[_Batch[T, R]] = deque()
+        self._running: dict[int, _Batch[T, R]] = {}
         self._wake: asyncio.Handle | None = None
         self._wake_at = 0.0
         self._alarm: asyncio.TimerHandle | None = None
+        self._probes: set[asyncio.Future[None]] = set()
+        self._pauses: set[asyncio.TimerHandle] = set()
         self._closing = False
         self._drained: asyncio.Future[None] | None = None
 
@@ -125,16 +149,16 @@ class Batcher(Generic[T, R]):
 
     @property
     def running(self) -> int:
-        return sum(map(len, self._running.values()))
+        return sum(len(batch.entries) for batch in (*self._running.values(), *self._again))
 
-    async def submit(self, items: Sequence[T]) -> list[R | InferenceError]:
+    async def submit(self, items: Sequence[T], key: Hashable = None) -> list[R | InferenceError]:
         """One answer per item, in order. Failures are returned, not raised; cancelling frees the queue."""
         if not items:
             return []
         if self._closing:
             return [ModelUnavailable("the batcher is closing") for _ in items]
         loop = asyncio.get_running_loop()
-        group: _Group[T, R] = _Group(items, loop.create_future(), loop.time())
+        group: _Group[T, R] = _Group(items, key, loop.create_future(), loop.time())
         self.counts.items += len(items)
         self._enqueue(group)
         try:
@@ -150,22 +174,28 @@ class Batcher(Generic[T, R]):
         What is left at the timeout is answered `ModelUnavailable`.
         """
         self._closing = True
-        if self._queued or self._running:
+        if self._busy():
             self._dispatch()
-        if self._queued or self._running:
+        if self._busy():
             self._drained = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._drained], timeout=timeout_s)
         left = self._queued + self.running
-        for entries in (*self._queues, *self._running.values()):
+        batches = (*self._running.values(), *self._again)
+        for entries in (*self._queues, *(batch.entries for batch in batches)):
             for group, position in entries:
                 group.answer(position, ModelUnavailable("the batcher closed before an engine answered"))
         for queue in self._queues:
             queue.clear()
+        self._again.clear()
         self._set_queued(0)
-        if self._alarm is not None:
-            self._alarm.cancel()
-        self._executor.shutdown(wait=not self._running, cancel_futures=True)
+        for handle in (self._alarm, *self._pauses, *(batch.watch for batch in batches)):
+            if handle is not None:
+                handle.cancel()
+        for lane in self.dispatcher.lanes:
+            lane.executor.shutdown(wait=not lane.busy and not self._probes, cancel_futures=True)
         return not left
+
+    # Entering ----------------------------------------------------------------------------------
 
     def _enqueue(self, group: _Group[T, R]) -> None:
         items = group.items
@@ -176,9 +206,10 @@ class Batcher(Generic[T, R]):
             positions = sorted(positions, key=lambda position: _RANK[items[position].priority])
             for position in positions[room:]:
                 group.answer(position, Overloaded(f"{self.limits.max_queue} items are queued already"))
-            self.counts.refused += len(items) - room
-            metrics.REFUSED.inc(len(items) - room)
+            self._refused(len(items) - room)
             positions = positions[:room]
+        if self._queued:
+            positions = self._in_time(group, positions)
         if not positions:
             return
         earliest: float | None = None
@@ -190,9 +221,31 @@ class Batcher(Generic[T, R]):
         self._set_queued(self._queued + len(positions))
         if earliest is not None:
             self._set_alarm(earliest)
-        if self._idle:
+        if self.dispatcher.has_idle or not self._running:
             # Not now: what is submitted in the same turn of the loop joins the batch.
             self._wake_soon(group.entered_s)
+
+    def _in_time(self, group: _Group[T, R], positions: Sequence[int]) -> Sequence[int]:
+        """Those that the queue before them lets through in time; the others are told so at once."""
+        ahead, waits_s = 0, []
+        for queue in self._queues:
+            ahead += len(queue)
+            waits_s.append(self.dispatcher.wait_s(group.key, ahead, self.limits.max_batch, group.entered_s))
+        kept = []
+        for position in positions:
+            item = group.items[position]
+            done_s = group.entered_s + waits_s[_RANK[item.priority]]
+            if item.deadline_s is None or done_s <= item.deadline_s:
+                kept.append(position)
+            elif group.answer(position, DeadlineExceeded("the queue is too long for the deadline")):
+                self._refused(1)
+        return kept
+
+    def _refused(self, items: int) -> None:
+        self.counts.refused += items
+        metrics.REFUSED.inc(items)
+
+    # Dispatching -------------------------------------------------------------------------------
 
     def _wake_soon(self, when_s: float) -> None:
         """Dispatch on the loop's next turn, or at a later time; the earlier of two wishes wins."""
@@ -209,81 +262,263 @@ class Batcher(Generic[T, R]):
         if self._wake is not None:
             self._wake.cancel()
             self._wake = None
-        while self._idle and self._queued:
+        now_s = asyncio.get_running_loop().time()
+        for _ in range(len(self._again)):
+            self._start_again(self._again.popleft(), now_s)
+        while self._queued:
             ripe_s = self._ripe_s()
-            now_s = asyncio.get_running_loop().time()
             if ripe_s > now_s:
-                self._wake_soon(ripe_s)
+                if self.dispatcher.has_idle:
+                    self._wake_soon(ripe_s)
                 break
-            batch = self._take(now_s)
-            if batch:
-                self._start(batch)
+            if not self._start_next(now_s):
+                break
         self._check_drained()
 
     def _ripe_s(self) -> float:
         """When the next batch should leave: now if it is full, urgent or nothing is gained by waiting."""
         urgent, *patient = self._queues
-        wait_ms = max(self.limits.wait_ms, self.limits.spread_ms if self._running else 0.0)
+        wait_ms = max(self.limits.wait_ms, self.limits.spread_ms if self.dispatcher.running else 0.0)
         if urgent or self._closing or not wait_ms or self._queued >= self.limits.max_batch:
             return 0.0
         return min(queue[0][0].entered_s for queue in patient if queue) + wait_ms / 1e3
 
-    def _take(self, now_s: float) -> list[_Entry[T, R]]:
+    def _start_next(self, now_s: float) -> bool:
+        """Start one batch from the queues; False where all of them are best left waiting."""
+        urgent = bool(self._queues[0])
+        head = next(queue for queue in self._queues if queue)[0][0]
+        waiting, most = len(self._queues[0]) if urgent else self._queued, self.limits.max_batch
+        lanes = self.dispatcher.lanes
+        sizes = [min(most, waiting - most * place) for place in range(min(len(lanes), -(-waiting // most)))]
+        choice = self.dispatcher.choose(head.key, sizes, now_s)
+        if choice is None:
+            if not self.dispatcher.able(head.key):
+                self._refuse_key(head.key)
+                return True
+            if self.dispatcher.has_idle:
+                self._wake_soon(now_s + _HOLD_STEP_S)
+            return False
+        entries = self._take(now_s, head.key, skip=choice.place * most, urgent=urgent)
+        if not entries and choice.place:
+            # The others are of other keys.
+            entries = self._take(now_s, head.key, skip=0, urgent=urgent)
+        if entries:
+            self._start(_Batch(head.key, entries), choice.lane, now_s)
+        return True
+
+    def _take(self, now_s: float, key: Hashable, *, skip: int, urgent: bool) -> list[_Entry[T, R]]:
+        """Up to `max_batch` entries of one key, highest priority first, past the first `skip` of them.
+        What is urgent goes without company that would make it wait."""
         batch: list[_Entry[T, R]] = []
-        taken, max_batch = 0, self.limits.max_batch
-        for queue in self._queues:
+        max_batch = self.limits.max_batch
+        for queue in self._queues[:1] if urgent else self._queues:
+            passed: list[_Entry[T, R]] = []
             while queue and len(batch) < max_batch:
                 entry = queue.popleft()
-                taken += 1
                 group, position = entry
+                if group.key != key or skip:
+                    skip -= group.key == key
+                    passed.append(entry)
+                    continue
                 deadline_s = group.items[position].deadline_s
                 if deadline_s is not None and deadline_s <= now_s:
                     self._expire(entry)
-                elif group.answers[position] is None and not group.done.done():
+                elif group.wants(position):
                     batch.append(entry)
-        self._set_queued(self._queued - taken)
+            queue.extendleft(reversed(passed))
+        self._set_queued(sum(map(len, self._queues)))
         return batch
 
-    def _start(self, batch: list[_Entry[T, R]]) -> None:
+    def _refuse_key(self, key: Hashable) -> None:
+        """No lane is well: nobody waits for one that may never be."""
+        for queue in self._queues:
+            kept = []
+            for group, position in queue:
+                if group.key != key:
+                    kept.append((group, position))
+                elif group.answer(position, ModelUnavailable("no engine is well at the moment")):
+                    self._refused(1)
+            queue.clear()
+            queue.extend(kept)
+        self._set_queued(sum(map(len, self._queues)))
+
+    def _start_again(self, batch: _Batch[T, R], now_s: float) -> None:
+        """A batch that a lane failed at, on another one; in parts where none is left that has not."""
+        batch.entries = [entry for entry in batch.entries if entry[0].wants(entry[1])]
+        if not batch.entries:
+            return
+        fresh = self.dispatcher.able(batch.key, batch.tried)
+        if not fresh:
+            for entry in batch.entries:
+                self._fail(entry, EngineFailed("every engine that is well has failed at this"))
+            return
+        choice = self.dispatcher.choose(batch.key, [len(batch.entries)], now_s, batch.tried)
+        if choice is None:
+            self._again.append(batch)
+            if self.dispatcher.has_idle:
+                self._wake_soon(now_s + _HOLD_STEP_S)
+            return
+        self._start(batch, choice.lane, now_s)
+
+    def _start(self, batch: _Batch[T, R], lane: Lane, now_s: float) -> None:
         loop = asyncio.get_running_loop()
-        runner = self._idle.pop()
-        items = [group.items[position] for group, position in batch]
+        items = [group.items[position] for group, position in batch.entries]
         self._running[id(batch)] = batch
         self.counts.batches += 1
-        self.counts.largest_batch = max(self.counts.largest_batch, len(batch))
-        started_s = loop.time()
-        metrics.BATCH_ITEMS.observe(len(batch))
-        metrics.WAIT_SECONDS.observe(started_s - batch[0][0].entered_s)
-        future = loop.run_in_executor(self._executor, partial(_answers, runner, items))
-        future.add_done_callback(partial(self._finish, runner, batch, started_s))
+        self.counts.largest_batch = max(self.counts.largest_batch, len(items))
+        batch.started_s = now_s
+        lane.started(len(items), now_s)
+        metrics.BATCH_ITEMS.observe(len(items))
+        metrics.WAIT_SECONDS.observe(now_s - batch.entries[0][0].entered_s)
+        # The last lane there is looks for the item that poisons the batch; before that another lane may do.
+        alone = len(self.dispatcher.able(batch.key, batch.tried)) == 1
+        work = partial(_answers, partial(lane.run, batch.key), items, in_parts=alone)
+        future = loop.run_in_executor(lane.executor, work)
+        future.add_done_callback(partial(self._finish, lane, batch))
+        hangs_s = now_s + lane.hangs_after_s(len(items), self.limits.hang_ms / 1e3)
+        batch.watch = loop.call_at(hangs_s, self._hung, lane, batch)
+
+    # Finishing ---------------------------------------------------------------------------------
 
     def _finish(
         self,
-        runner: Run[T, R],
-        batch: list[_Entry[T, R]],
-        started_s: float,
-        future: asyncio.Future[tuple[list[R | InferenceError], int]],
+        lane: Lane,
+        batch: _Batch[T, R],
+        future: asyncio.Future[tuple[list[R | InferenceError], int, bool]],
     ) -> None:
-        metrics.RUN_SECONDS.observe(future.get_loop().time() - started_s)
+        took_s = future.get_loop().time() - batch.started_s
+        metrics.RUN_SECONDS.observe(took_s)
+        whole = False
         error = None if future.cancelled() else future.exception()
         if future.cancelled() or error is not None:
-            answers: list[R | InferenceError] = [EngineFailed(f"the runner died: {error!r}") for _ in batch]
+            died = EngineFailed(f"the runner died: {error!r}")
+            answers: list[R | InferenceError] = [died] * len(batch.entries)
+            whole = True
         else:
-            answers, retries = future.result()
+            answers, retries, whole = future.result()
             self.counts.retried_batches += retries
-        failed = late = 0
-        for (group, position), answer in zip(batch, answers, strict=True):
-            if not group.answer(position, answer):
+        hung = self._running.pop(id(batch), None) is None
+        again: list[_Entry[T, R]] = []
+        answered = late = 0
+        elsewhere = bool(self.dispatcher.able(batch.key, (*batch.tried, lane)))
+        for entry, answer in zip(batch.entries, answers, strict=True):
+            group, position = entry
+            if isinstance(answer, EngineFailed):
+                if hung:
+                    continue
+                if elsewhere and group.wants(position):
+                    again.append(entry)
+                else:
+                    self._fail(entry, answer)
+            elif not group.answer(position, answer):
                 late += 1
             elif isinstance(answer, InferenceError):
-                failed += 1
-        self.counts.answered += len(batch) - failed - late
-        if failed:
-            self.counts.failed += failed
-            metrics.FAILED.inc(failed)
+                self._count_failed(1)
+            else:
+                answered += 1
+        self.counts.answered += answered
+        if not hung:
+            assert batch.watch is not None
+            batch.watch.cancel()
+            lane.finished(len(batch.entries), took_s)
+            if whole or 2 * len(again) > len(batch.entries):
+                self._failed(lane, f"failed at a batch of {len(batch.entries)}")
+            elif not again:
+                lane.succeeded()
+            if again:
+                self._again.append(_Batch(batch.key, again, (*batch.tried, lane)))
+            self._dispatch()
+        self._refresh_slow()
+
+    def _hung(self, lane: Lane, batch: _Batch[T, R]) -> None:
+        """A batch that should have been answered long ago: others take it, the lane gets a new thread."""
         del self._running[id(batch)]
-        self._idle.append(runner)
+        took_s = asyncio.get_running_loop().time() - batch.started_s
+        self._again.append(_Batch(batch.key, list(batch.entries), (*batch.tried, lane)))
+        lane.busy = False
+        lane.renew_thread()
+        self._failed(lane, f"hangs, {took_s:.1f} s at a batch of {len(batch.entries)}", hung=True)
         self._dispatch()
+
+    def _failed(self, lane: Lane, what: str, *, hung: bool = False) -> None:
+        metrics.LANE_FAILURES.labels(lane.name).inc()
+        if not lane.failed(hung=hung):
+            return
+        logger.warning("Lane %s %s and is taken out for %.2f s", lane.name, what, lane.pause_s)
+        metrics.LANE_UP.labels(lane.name).set(0)
+        if self._replace is not None:
+            self._replace(lane)
+        self._pause(lane)
+
+    def _pause(self, lane: Lane) -> None:
+        """Leave a lane alone for a while, then ask it whether it is well."""
+
+        def over() -> None:
+            self._pauses.discard(handle)
+            if self._closing:
+                return
+            if lane.probe is None:
+                lane.out = False  # the next live batch tells
+                self._dispatch()
+            else:
+                self._ask(lane)
+
+        handle = asyncio.get_running_loop().call_later(lane.pause_s, over)
+        self._pauses.add(handle)
+
+    def _ask(self, lane: Lane) -> None:
+        loop = asyncio.get_running_loop()
+        asked_s = lane.probed_s = loop.time()
+        asking = loop.run_in_executor(lane.executor, lane.probe or (lambda: None))
+        self._probes.add(asking)
+
+        def hung() -> None:
+            self._probes.discard(asking)
+            lane.renew_thread()
+            self._failed(lane, "hangs at its probe", hung=True)
+
+        def told(future: asyncio.Future[None]) -> None:
+            if future not in self._probes:
+                return
+            self._probes.discard(future)
+            watch.cancel()
+            if self._closing or future.cancelled():
+                return
+            error = future.exception()
+            if error is not None:
+                self._failed(lane, f"is not well yet ({error})", hung=lane.out)
+                return
+            if lane.out:
+                logger.info("Lane %s is back", lane.name)
+                metrics.LANE_UP.labels(lane.name).set(1)
+                lane.profile.restart()
+            else:
+                lane.profile.observe(1, loop.time() - asked_s)
+            lane.succeeded()
+            self._dispatch()
+
+        watch = loop.call_later(self.limits.hang_ms / 1e3, hung)
+        asking.add_done_callback(told)
+
+    def _refresh_slow(self) -> None:
+        """Ask lanes that became slow, and that nobody asks any more, whether they still are."""
+        now_s = asyncio.get_running_loop().time()
+        for lane in self.dispatcher.lanes:
+            if lane.probe is None or lane.busy or lane.out or lane.profile.scale < SLOW:
+                continue
+            if now_s - lane.probed_s >= _PROBE_EVERY_S and not self._closing:
+                self._ask(lane)
+
+    def _fail(self, entry: _Entry[T, R], error: InferenceError) -> None:
+        group, position = entry
+        if group.answer(position, error):
+            self._count_failed(1)
+
+    def _count_failed(self, items: int) -> None:
+        self.counts.failed += items
+        metrics.FAILED.inc(items)
+
+    # Deadlines ---------------------------------------------------------------------------------
 
     def _expire(self, entry: _Entry[T, R]) -> None:
         group, position = entry
@@ -303,7 +538,8 @@ class Batcher(Generic[T, R]):
         self._alarm = None
         now_s = asyncio.get_running_loop().time()
         next_s: float | None = None
-        for entries in (*self._queues, *self._running.values()):
+        batches = (*self._running.values(), *self._again)
+        for entries in (*self._queues, *(batch.entries for batch in batches)):
             for entry in entries:
                 group, position = entry
                 deadline_s = group.items[position].deadline_s
@@ -331,8 +567,11 @@ class Batcher(Generic[T, R]):
         self._set_queued(sum(map(len, self._queues)))
         self._check_drained()
 
+    def _busy(self) -> bool:
+        return bool(self._queued or self._running or self._again)
+
     def _check_drained(self) -> None:
-        if self._drained is not None and not self._drained.done() and not (self._queued or self._running):
+        if self._drained is not None and not self._drained.done() and not self._busy():
             self._drained.set_result(None)
 
     def _set_queued(self, items: int) -> None:
@@ -340,25 +579,31 @@ class Batcher(Generic[T, R]):
         metrics.QUEUE_ITEMS.set(items)
 
 
-def _answers(runner: Run[T, R], items: list[T]) -> tuple[list[R | InferenceError], int]:
-    """Run a batch, in parts where the whole fails; in the executor's thread. Also says how often again."""
+def _answers(
+    run: Callable[[list[Any]], Sequence[Any]], items: list[Any], *, in_parts: bool
+) -> tuple[list[Any], int, bool]:
+    """Run a batch, in the lane's thread; where the whole fails, in parts if told so. Also says how often
+    again, and whether the whole failed."""
     retries = 0
 
-    def attempt(part: list[T]) -> list[R | InferenceError]:
+    def attempt(part: list[Any]) -> tuple[list[Any], bool]:
         nonlocal retries
         try:
-            answers = list(runner(part))
+            answers = list(run(part))
         except (ModelUnavailable, DeadlineExceeded, Overloaded) as error:
-            return [error for _ in part]
+            return [error for _ in part], False
         except Exception as error:
             logger.exception("a batch of %d failed", len(part))
-            if len(part) > 1 and retries + 2 <= _MAX_RETRIES:
+            if in_parts and len(part) > 1 and retries + 2 <= _MAX_RETRIES:
                 retries += 2
                 half = len(part) // 2
-                return attempt(part[:half]) + attempt(part[half:])
-            return [EngineFailed(f"{type(error).__name__}: {error}") for _ in part]
+                first, second = attempt(part[:half]), attempt(part[half:])
+                return first[0] + second[0], first[1] and second[1]
+            return [EngineFailed(f"{type(error).__name__}: {error}") for _ in part], True
         if len(answers) != len(part):
-            return [EngineFailed(f"asked {len(part)} questions, got {len(answers)} answers") for _ in part]
-        return answers
+            told = f"asked {len(part)} questions, got {len(answers)} answers"
+            return [EngineFailed(told) for _ in part], True
+        return answers, False
 
-    return attempt(items), retries
+    answers, whole = attempt(items)
+    return answers, retries, whole

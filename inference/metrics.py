@@ -25,6 +25,10 @@ RUN_SECONDS: Final = Histogram(
 REFUSED: Final = Counter("tailrace_inference_refused", "Items refused because the queue was full")
 EXPIRED: Final = Counter("tailrace_inference_expired", "Items whose deadline passed before their answer")
 FAILED: Final = Counter("tailrace_inference_failed", "Items answered with an engine's failure")
+LANE_UP: Final = Gauge("tailrace_inference_lane_up", "Whether a lane takes batches", ["lane"])
+LANE_FAILURES: Final = Counter(
+    "tailrace_inference_lane_failures", "Batches a lane failed at or hung on", ["lane"]
+)
 STAGE_SECONDS: Final = Histogram(
     "tailrace_inference_stage_seconds", "Time of one stage of ranking, per batch", ["stage"], buckets=_SECONDS
 )

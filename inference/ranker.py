@@ -2,16 +2,16 @@
 
     unpack → encode → retrieve → candidates → score → select
 
-One released version is one ranker: vocabulary, item table, retrieval index and engines were published
-together and are opened together, so versions cannot mix. `rank` is synchronous and vectorised; a
-batcher calls it in a thread.
+One released version is one ranker: vocabulary, item table, retrieval index and graphs were published
+together and are opened together, so versions cannot mix. `rank` is synchronous and vectorised, and
+called in the thread of the lane whose warmed engine it is given (`inference.plane`).
 """
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -26,7 +26,7 @@ from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
-from inference.engines.base import Engine, Shape
+from inference.engines.base import Engine, EngineOptions
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lookup import ItemLookup
 from inference.retrieval import RetrievalIndex
@@ -41,34 +41,47 @@ Float32 = npt.NDArray[np.float32]
 Encoded = list[tuple[Cut, Tensors]]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Warmed:
+    """An engine that has run every shape of its buckets, which hold what each took. One thread at a time."""
+
+    engine: Engine
+    buckets: Buckets
+
+    @property
+    def name(self) -> str:
+        return self.engine.name
+
+    def cost_s(self) -> dict[int, float]:
+        """What the engine takes for the longest histories, by batch size: a lane's first guess."""
+        longest = self.buckets.histories[-1]
+        return {batch: self.buckets.cost(batch, longest) for batch in self.buckets.batches}
+
+    def close(self) -> None:
+        self.engine.close()
+
+
 class Ranker:
-    """A released version, warmed. Safe to call from as many threads as it has engines."""
+    """A released version: verified, indexed, and able to warm engines of its own."""
 
     def __init__(
         self,
-        version: str,
+        artefact: Artefact,
         vocabulary: Vocabulary,
         index: RetrievalIndex,
-        pool: Sequence[Engine],
-        buckets: Buckets,
         *,
-        retrieved: int,
+        settings: InferenceSettings,
         features: FeatureSettings,
     ) -> None:
-        self.version = version
-        self.engine = pool[0].name
-        self.precision = pool[0].precision
-        self.buckets = buckets
+        self.version = artefact.version
+        self.buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
+        self._artefact = artefact
         self._vocabulary = vocabulary
         self._lookup = ItemLookup(vocabulary)
         self._index = index
-        self._engines = list(pool)
-        self._free: queue.SimpleQueue[Engine] = queue.SimpleQueue()
-        for engine in pool:
-            self._free.put(engine)
-        self._retrieved = retrieved
+        self._retrieved = settings.retrieved
         self._features = features
-        self._model = pool[0].model
+        self._model = artefact.manifest.model
 
     @classmethod
     def open(
@@ -79,10 +92,8 @@ class Ranker:
         settings: InferenceSettings | None = None,
         features: FeatureSettings | None = None,
     ) -> Ranker:
-        """Verify, load, index, warm every bucket and check what comes out; then it is ready.
-
-        Raises `ModelUnavailable` with the reason. Takes seconds: not for the event loop's thread.
-        """
+        """Verify, load and index. Raises `ModelUnavailable` with the reason. Takes seconds: not for the
+        event loop's thread."""
         settings = settings or InferenceSettings()
         try:
             artefact = Registry(registry_root).open(alias)
@@ -96,42 +107,34 @@ class Ranker:
             exact_until=settings.exact_until,
             probes=settings.probes,
         )
-        buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
-        pool = [_warmed(artefact, buckets, settings) for _ in range(settings.runners)]
-        ranker = cls(
-            artefact.version,
-            vocabulary,
-            index,
-            [engine for engine, _ in pool],
-            buckets.with_costs(pool[0][1]),
-            retrieved=settings.retrieved,
-            features=features or FeatureSettings(),
-        )
-        ranker._check(table)
-        return ranker
+        return cls(artefact, vocabulary, index, settings=settings, features=features or FeatureSettings())
+
+    def warm(self, name: str = "auto", options: EngineOptions | None = None) -> Warmed:
+        """An engine with this version's graphs, every bucket run and what comes out checked; ready then.
+
+        Raises `ModelUnavailable` with the reason. Takes seconds.
+        """
+        engine = engines.create(name, options or EngineOptions())
+        engine.load(self._artefact, _GRAPHS)
+        try:
+            warmed = Warmed(engine, self.buckets.with_costs(engine.warm_up(self.buckets.shapes())))
+            self.check(warmed)
+        except EngineFailed as error:
+            engine.close()
+            raise ModelUnavailable(f"{self.version}: {error}") from error
+        except ModelUnavailable:
+            engine.close()
+            raise
+        return warmed
 
     def rank(
-        self, requests: Sequence[RankRequest], statistics: ItemStatistics
+        self, warmed: Warmed, requests: Sequence[RankRequest], statistics: ItemStatistics
     ) -> list[RankedList | InferenceError]:
         """One answer per request, in order. What an engine fails at raises `EngineFailed`."""
-        engine = self._free.get()
-        try:
-            return self._rank(engine, requests, statistics)
-        finally:
-            self._free.put(engine)
-
-    def close(self) -> None:
-        """Free the model. Nothing may be ranking."""
-        for engine in self._engines:
-            engine.close()
-
-    def _rank(
-        self, engine: Engine, requests: Sequence[RankRequest], statistics: ItemStatistics
-    ) -> list[RankedList | InferenceError]:
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
         clock.lap("unpack")
-        encoded, user_vectors = self._encode(engine, histories)
+        encoded, user_vectors = self._encode(warmed, histories)
         clock.lap("encode")
         retrieved = self._retrieve(requests, histories, user_vectors, statistics)
         clock.lap("retrieve")
@@ -145,20 +148,20 @@ class Ranker:
             settings=self._features,
         )
         clock.lap("candidates")
-        scores = self._score(engine, encoded, candidates)
+        scores = self._score(warmed, encoded, candidates)
         clock.lap("score")
-        return self._select(requests, candidates, scores, user_vectors, clock)
+        return self._select(warmed.name, requests, candidates, scores, user_vectors, clock)
 
-    def _encode(self, engine: Engine, histories: SequenceBatch) -> tuple[Encoded, Float32]:
+    def _encode(self, warmed: Warmed, histories: SequenceBatch) -> tuple[Encoded, Float32]:
         """What the engine made of every history, by cut; and the user vectors [users, dim]."""
         users = len(histories)
-        longest = fit(self.buckets.histories, int(histories.lengths.max(initial=0)))
+        longest = fit(warmed.buckets.histories, int(histories.lengths.max(initial=0)))
         arrays = encode_histories(histories, self._vocabulary, longest)
         user_vectors = np.empty((users, self._model.dim), np.float32)
         encoded: Encoded = []
-        for cut in self.buckets.cuts(histories.lengths):
+        for cut in warmed.buckets.cuts(histories.lengths):
             inputs = _cut_out(arrays, cut)
-            outputs = engine.run("encode", inputs)
+            outputs = warmed.engine.run("encode", inputs)
             user_vectors[cut.users] = outputs["user_vector"][: len(cut.users)]
             encoded.append((cut, {**outputs, "lengths": inputs["lengths"]}))
         return encoded, user_vectors
@@ -186,7 +189,7 @@ class Ranker:
         similarity[asks] = scores
         return ids, similarity
 
-    def _score(self, engine: Engine, encoded: Encoded, candidates: Candidates) -> Float32:
+    def _score(self, warmed: Warmed, encoded: Encoded, candidates: Candidates) -> Float32:
         """Scores [users, width]; minus infinity where there is no candidate."""
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
@@ -197,14 +200,14 @@ class Ranker:
             while len(places):
                 users = cut.users[places]
                 # A width that every one of them fills; who has more candidates goes on to the next.
-                width = fit(self.buckets.candidates, int(counts[users].min()) - column)
+                width = fit(warmed.buckets.candidates, int(counts[users].min()) - column)
                 columns = slice(column, column + width)
-                inputs = _at_places(states, places, cut, self.buckets)
+                inputs = _at_places(states, places, cut, warmed.buckets)
                 batch = len(inputs["lengths"])
                 asked = _padded(rows[users, columns], batch, width)
                 inputs["candidates"] = asked
                 inputs["candidate_categories"] = self._lookup.categories_of_rows(asked)
-                answer = engine.run("score", inputs)["scores"]
+                answer = warmed.engine.run("score", inputs)["scores"]
                 filled = min(width, items.shape[1] - column)
                 scores[users, columns] = answer[: len(users), :filled]
                 column += width
@@ -215,6 +218,7 @@ class Ranker:
 
     def _select(
         self,
+        engine: str,
         requests: Sequence[RankRequest],
         candidates: Candidates,
         scores: Float32,
@@ -237,7 +241,7 @@ class Ranker:
             zip(requests, candidates.counts.tolist(), wrong.tolist(), strict=True)
         ):
             if bad:
-                answers.append(EngineFailed(f"{self.engine}: numbers that are not finite"))
+                answers.append(EngineFailed(f"{engine}: numbers that are not finite"))
                 continue
             size = min(request.k, count)
             answers.append(
@@ -246,44 +250,43 @@ class Ranker:
                     scores=values[row][:size],
                     sources=[SOURCES[code] for code in sources[row][:size]],
                     model_version=self.version,
-                    engine=self.engine,
+                    engine=engine,
                     timings_ms=timings_ms,
                 )
             )
         return answers
 
-    def _check(self, table: Float32) -> None:
-        """Refuse a model whose answers have the wrong shape or are not finite."""
+    def check(self, warmed: Warmed) -> None:
+        """Raises `ModelUnavailable` where the engine's answers have the wrong shape or are not finite."""
+        for history in warmed.buckets.histories:
+            self._check_history(warmed, history)
+
+    def probe(self, warmed: Warmed) -> None:
+        """The same on the shortest history: cheap enough to ask an engine whether it is well."""
+        self._check_history(warmed, warmed.buckets.histories[0])
+
+    def _check_history(self, warmed: Warmed, history: int) -> None:
+        engine, buckets = warmed.engine, warmed.buckets
         known = len(self._vocabulary.item_ids)
-        rows = np.linspace(1, max(1, known), self.buckets.histories[-1]).astype(np.int32)
-        for engine in self._engines:
-            for history in self.buckets.histories:
-                shape = (1, history)
-                inputs: Tensors = {
-                    "items": rows[:history].reshape(shape),
-                    "categories": np.ones(shape, np.int32),
-                    "behaviors": np.ones(shape, np.int32),
-                    "gaps": np.ones(shape, np.int32),
-                    "lengths": np.array([history], np.int32),
-                }
-                batch = self.buckets.batches[0]
-                inputs = {name: pad_rows(array, batch) for name, array in inputs.items()}
-                states = engine.run("encode", inputs)
-                width = self.buckets.candidates[0]
-                candidates = np.resize(rows, (batch, width))
-                scores = engine.run(
-                    "score",
-                    {
-                        **states,
-                        "lengths": inputs["lengths"],
-                        "candidates": candidates,
-                        "candidate_categories": np.ones_like(candidates),
-                    },
-                )["scores"]
-                if states["user_vector"].shape != (batch, table.shape[1]) or scores.shape != (batch, width):
-                    raise ModelUnavailable(f"{self.version}: {self.engine} answers with the wrong shape")
-                if not (np.isfinite(states["user_vector"]).all() and np.isfinite(scores).all()):
-                    raise ModelUnavailable(f"{self.version}: {self.engine} gives numbers that are not finite")
+        rows = np.linspace(1, max(1, known), buckets.histories[-1]).astype(np.int32)
+        shape = (1, history)
+        inputs: Tensors = {
+            "items": rows[:history].reshape(shape),
+            "categories": np.ones(shape, np.int32),
+            "behaviors": np.ones(shape, np.int32),
+            "gaps": np.ones(shape, np.int32),
+            "lengths": np.array([history], np.int32),
+        }
+        batch, width = buckets.batches[0], buckets.candidates[0]
+        inputs = {name: pad_rows(array, batch) for name, array in inputs.items()}
+        states = engine.run("encode", inputs)
+        candidates = np.resize(rows, (batch, width))
+        asked = {"candidates": candidates, "candidate_categories": np.ones_like(candidates)}
+        scores = engine.run("score", {**states, "lengths": inputs["lengths"], **asked})["scores"]
+        if states["user_vector"].shape != (batch, self._model.dim) or scores.shape != (batch, width):
+            raise ModelUnavailable(f"{self.version}: {warmed.name} answers with the wrong shape")
+        if not (np.isfinite(states["user_vector"]).all() and np.isfinite(scores).all()):
+            raise ModelUnavailable(f"{self.version}: {warmed.name} gives numbers that are not finite")
 
 
 class _Stages:
@@ -304,17 +307,6 @@ class _Stages:
         self.lap(stage)
         self._ms["rank"] = round((self._last - self._started) * 1e3, 3)
         return self._ms
-
-
-def _warmed(
-    artefact: Artefact, buckets: Buckets, settings: InferenceSettings
-) -> tuple[Engine, dict[Shape, float]]:
-    engine = engines.create(settings.engine, settings.engine_options())
-    engine.load(artefact, _GRAPHS)
-    try:
-        return engine, engine.warm_up(buckets.shapes())
-    except EngineFailed as error:
-        raise ModelUnavailable(f"{artefact.version}: {error}") from error
 
 
 def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:

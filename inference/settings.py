@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from inference.batcher import BatcherLimits
 from inference.buckets import BATCHES, CANDIDATES, HISTORIES, Buckets
+from inference.engines import AUTO, names
 from inference.engines.base import EngineOptions, Precision
+from inference.lanes import LaneSpec, parse_lanes
 
 Sizes = Annotated[tuple[Annotated[int, Field(ge=1, le=4096)], ...], Field(min_length=1, max_length=16)]
 
@@ -19,7 +21,7 @@ class InferenceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="INFERENCE_", frozen=True)
 
-    engine: Literal["auto", "openvino", "onnx", "torch", "numpy"] = "auto"
+    engine: str = "auto"
     precision: Precision = "f32"
     provider: str = "CPUExecutionProvider"
     device: str = "CPU"
@@ -30,10 +32,14 @@ class InferenceSettings(BaseSettings):
     batches: Sizes = BATCHES
 
     runners: Annotated[int, Field(ge=1, le=64, description="threads that rank, each with an engine")] = 2
+    lanes: Annotated[str, Field(max_length=4096, description="unlike engines side by side")] = ""
+    """Instead of `runners` times `engine`, as `inference.lanes` reads it."""
+    spares: Annotated[int, Field(ge=0, le=16, description="warmed engines in reserve, per kind")] = 1
     max_batch: Annotated[int, Field(ge=1, le=1024)] = 32
     max_queue: Annotated[int, Field(ge=1)] = 2_048
     wait_ms: Annotated[float, Field(ge=0, le=100)] = 0.0
     spread_ms: Annotated[float, Field(ge=0, le=1000)] = 25.0
+    hang_ms: Annotated[float, Field(ge=10, le=600_000, description="a batch without an answer")] = 1_000.0
 
     retrieved: Annotated[int, Field(ge=1, le=1000, description="items from the model per user")] = 100
     exact_until: Annotated[int, Field(ge=0, description="items searched exactly; IVF beyond")] = 20_000
@@ -42,6 +48,9 @@ class InferenceSettings(BaseSettings):
     @model_validator(mode="after")
     def _buckets_are_valid(self) -> Self:
         self.buckets()
+        for spec in self.lane_specs():
+            if spec.engine not in (AUTO, *names()):
+                raise ValueError(f"no engine is called {spec.engine!r}; there are {', '.join(names())}")
         return self
 
     def buckets(self) -> Buckets:
@@ -50,5 +59,8 @@ class InferenceSettings(BaseSettings):
     def engine_options(self) -> EngineOptions:
         return EngineOptions(self.threads, self.precision, self.provider, self.device)
 
+    def lane_specs(self) -> list[LaneSpec]:
+        return parse_lanes(self.lanes or f"{self.engine}*{self.runners}", self.engine_options())
+
     def batcher_limits(self) -> BatcherLimits:
-        return BatcherLimits(self.max_batch, self.max_queue, self.wait_ms, self.spread_ms)
+        return BatcherLimits(self.max_batch, self.max_queue, self.wait_ms, self.spread_ms, self.hang_ms)

@@ -9,28 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from compression.registry import ArtefactInvalid, Registry
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
-from inference.batcher import Batcher
 from inference.errors import InferenceError, ModelUnavailable
-from inference.ranker import Ranker
+from inference.plane import Plane, Version
 from inference.settings import InferenceSettings
 from inference.types import RankedList, RankRequest
 
 log = logging.getLogger(__name__)
-
-DRAIN_S = 10.0
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Serving:
-    ranker: Ranker
-    batcher: Batcher[RankRequest, RankedList]
 
 
 class ServingModel:
@@ -47,26 +36,24 @@ class ServingModel:
     ) -> None:
         self._registry = registry
         self._alias = alias
-        self._statistics = statistics
-        self._settings = settings
-        self._features = features
-        self._serving: _Serving | None = None
+        self.plane = Plane(settings, features, statistics)
+        self._serving: Version | None = None
         self._loading = asyncio.Lock()
         self._retiring: set[asyncio.Task[None]] = set()
 
     @property
     def version(self) -> str | None:
-        return self._serving.ranker.version if self._serving else None
+        return self._serving.version if self._serving else None
 
     @property
     def engine(self) -> str | None:
-        return self._serving.ranker.engine if self._serving else None
+        return self._serving.engine if self._serving else None
 
     async def rank(self, requests: Sequence[RankRequest]) -> list[RankedList | InferenceError]:
         serving = self._serving
         if serving is None:
             return [ModelUnavailable("no model has been released yet")] * len(requests)
-        return await serving.batcher.submit(requests)
+        return await self.plane.rank(requests, serving)
 
     async def load(self, announced: str | None = None, sha256: str | None = None) -> bool:
         """Serve what the alias names now; if that is what was announced, with the announced checksum.
@@ -82,7 +69,7 @@ class ServingModel:
                 if announced not in (None, version):
                     log.info("%s was announced; %r stands for %s by now", announced, self._alias, version)
                     sha256 = None
-                ranker = await asyncio.to_thread(self._open, version, sha256)
+                opened = await self.plane.open(self._registry, version, sha256=sha256)
             except (ArtefactInvalid, InferenceError, FileNotFoundError, KeyError) as error:
                 log.warning("%s is not served: %s", announced or f"alias {self._alias!r}", error)
                 return False
@@ -90,31 +77,16 @@ class ServingModel:
                 # Whatever a library makes of damaged files, the version that serves goes on serving.
                 log.exception("%s is not served", announced or f"alias {self._alias!r}")
                 return False
-            batcher: Batcher[RankRequest, RankedList] = Batcher(
-                [partial(ranker.rank, statistics=self._statistics)] * self._settings.runners,
-                self._settings.batcher_limits(),
-            )
-            before, self._serving = self._serving, _Serving(ranker, batcher)
-            log.info("Serving %s on %s", ranker.version, ranker.engine)
+            before, self._serving = self._serving, opened
+            log.info("Serving %s on %s", opened.version, opened.engine)
         if before is not None:
-            task = asyncio.create_task(_retire(before))
+            task = asyncio.create_task(self.plane.retire(before))
             self._retiring.add(task)
             task.add_done_callback(self._retiring.discard)
         return True
 
-    def _open(self, version: str, sha256: str | None) -> Ranker:
-        if sha256 is not None and sha256 != (found := Registry(self._registry).manifest_sha256(version)):
-            raise ArtefactInvalid(f"{version}: announced with checksum {sha256[:12]}…, found {found[:12]}…")
-        return Ranker.open(self._registry, version, settings=self._settings, features=self._features)
-
     async def close(self) -> None:
-        if self._serving is not None:
-            serving, self._serving = self._serving, None
-            await _retire(serving)
         if self._retiring:
             await asyncio.wait(self._retiring)
-
-
-async def _retire(serving: _Serving) -> None:
-    await serving.batcher.drain(DRAIN_S)
-    await asyncio.to_thread(serving.ranker.close)
+        self._serving = None
+        await self.plane.close()

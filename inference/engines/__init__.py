@@ -60,7 +60,13 @@ _LIBRARIES: Final[dict[str, str]] = {
     "openvino": "openvino",
     "numpy": "onnx",
 }
+AUTO: Final = "auto"
 _AUTO: Final = ("onnx", "openvino", "torch")  # fastest first, as measured
+
+
+def names() -> list[str]:
+    """Every engine we know."""
+    return list(_FACTORIES)
 
 
 def usable() -> list[EngineStatus]:
@@ -70,7 +76,7 @@ def usable() -> list[EngineStatus]:
 
 def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
     """An engine by name; "auto" is the first of onnx, openvino, torch that is installed."""
-    if name == "auto":
+    if name == AUTO:
         name = next((choice for choice in _AUTO if _status(choice).usable), "")
         if not name:
             raise ModelUnavailable(f"no engine is installed here: pip install one of {', '.join(_AUTO)}")

@@ -6,12 +6,15 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 
 from inference.batcher import Batcher, BatcherLimits
+from inference.dispatcher import Lane
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
+from inference.profile import LatencyProfile
 from inference.types import Priority
 
 
@@ -42,7 +45,10 @@ class HeldExecutor(Executor):
 
     def finish(self) -> None:
         future, fn, args = self.held.pop(0)
-        future.set_result(fn(*args))
+        try:
+            future.set_result(fn(*args))
+        except Exception as error:  # noqa: BLE001  # as an executor does
+            future.set_exception(error)
 
 
 class World:
@@ -50,19 +56,29 @@ class World:
         self, run: Callable[[list[Question]], list[Any]] | None = None, runners: int = 1, **limits: Any
     ) -> None:
         self.batches: list[list[int]] = []
+        self.ran_on: list[int] = []
+        self.broken: dict[int, Callable[[list[Question]], list[Any]]] = {}
         self.executor = HeldExecutor()
         self._run = run or (lambda items: [item.number * 10 for item in items])
-        self.batcher: Batcher[Question, int] = Batcher(
-            [self.run] * runners, BatcherLimits(**limits), executor=self.executor
-        )
+        self.lanes = [
+            Lane(
+                f"lane-{number}",
+                partial(self.run, number),
+                new_thread=lambda _: self.executor,
+                profile=LatencyProfile({1: 0.02, 64: 0.02}),
+            )
+            for number in range(runners)
+        ]
+        self.batcher: Batcher[Question, int] = Batcher(self.lanes, BatcherLimits(**limits))
         self.loop = asyncio.get_running_loop()
 
-    def run(self, items: list[Question]) -> list[Any]:
+    def run(self, lane: int, key: Any, items: list[Question]) -> list[Any]:
         self.batches.append([item.number for item in items])
-        return self._run(items)
+        self.ran_on.append(lane)
+        return self.broken[lane](items) if lane in self.broken else self._run(items)
 
-    def ask(self, *items: Question) -> asyncio.Task[list[int | InferenceError]]:
-        return asyncio.ensure_future(self.batcher.submit(items))
+    def ask(self, *items: Question, key: Any = None) -> asyncio.Task[list[int | InferenceError]]:
+        return asyncio.ensure_future(self.batcher.submit(items, key))
 
     async def turn(self) -> None:
         for _ in range(5):
@@ -191,8 +207,9 @@ def test_high_goes_before_normal_before_low_and_does_not_wait_for_company() -> N
         await world.settle()
         assert world.batches == [[1, 2], [5, 7], [4, 3]]
         urgent = world.ask(Question(8, "high"))
-        await world.settle()
-        assert world.batches[3] == [8, 6]
+        await world.turn()
+        await world.finish()
+        assert world.batches[3] == [8], "alone: company would make it take longer"
         assert await urgent == [80]
 
     on_clock(story)
@@ -354,7 +371,7 @@ def test_draining_serves_what_was_accepted_and_refuses_the_rest() -> None:
 
 def test_draining_gives_up_on_a_hung_engine_and_still_answers_everyone() -> None:
     async def story() -> None:
-        world = World(max_batch=1)
+        world = World(max_batch=1, hang_ms=60_000)
         stuck = world.ask(*questions(1, 2))
         await world.turn()
         closing = asyncio.ensure_future(world.batcher.drain(timeout_s=3))
@@ -365,10 +382,140 @@ def test_draining_gives_up_on_a_hung_engine_and_still_answers_everyone() -> None
     on_clock(story)
 
 
+def raises(items: list[Question]) -> list[Any]:
+    raise RuntimeError("out of order")
+
+
+def not_finite(items: list[Question]) -> list[Any]:
+    return [EngineFailed("not finite") for _ in items]
+
+
+@pytest.mark.parametrize("how", [raises, not_finite])
+def test_what_one_engine_fails_at_another_answers_and_the_broken_one_is_left_alone(how: Any) -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=4)
+        world.broken[0] = how
+        for number in range(6):
+            asked = world.ask(Question(number), Question(100 + number))
+            await world.settle()
+            assert await asked == [number * 10, 1000 + number * 10]
+        assert world.ran_on.count(0) == 3, "three times it was tried"
+        assert world.lanes[0].out
+        assert world.batcher.counts.failed == 0
+
+    on_clock(story)
+
+
+def test_an_engine_that_hangs_loses_its_batch_to_another_and_comes_back_after_its_probe() -> None:
+    async def story() -> None:
+        world = World(runners=2, hang_ms=300)
+        well = False
+
+        def probe() -> None:
+            if not well:
+                raise RuntimeError("still ill")
+
+        world.lanes[0].probe = probe
+        stuck = world.ask(Question(1))
+        await world.turn()
+        hanging = world.executor.held.pop()
+        await world.advance(0.31)
+        await world.finish()
+        assert await stuck == [10]
+        assert world.ran_on == [1], "the other lane answered"
+        other = world.ask(Question(2))
+        await world.settle()
+        assert await other == [20]
+        assert world.lanes[0].out
+        await world.advance(0.26)
+        await world.finish()  # its probe
+        assert world.lanes[0].out, "the probe says it is not well"
+        well = True
+        await world.advance(0.51)
+        await world.finish()
+        assert not world.lanes[0].out
+        future, work, args = hanging
+        future.set_result(work(*args))  # too late: nobody is answered twice
+        await world.turn()
+        assert (world.batcher.counts.answered, world.batcher.running) == (2, 0)
+
+    on_clock(story)
+
+
+def test_when_no_engine_is_well_nobody_waits() -> None:
+    async def story() -> None:
+        world = World(hang_ms=300)
+        first, second = world.ask(Question(1)), world.ask(Question(2))
+        await world.turn()
+        world.executor.held.clear()
+        await world.advance(0.31)
+        assert [type(answer) for answer in (*await first, *await second)] == [EngineFailed] * 2
+        late = world.ask(Question(3))
+        await world.turn()
+        assert [type(answer) for answer in await late] == [ModelUnavailable]
+        await world.advance(0.26)
+        again = world.ask(Question(4))
+        await world.settle()
+        assert await again == [40], "without a probe, a live batch is tried"
+
+    on_clock(story)
+
+
+def test_a_poisoned_item_fails_alone_also_where_two_engines_try_it() -> None:
+    def run(items: list[Question]) -> list[int]:
+        if any(item.number == 13 for item in items):
+            raise ValueError("thirteen")
+        return [item.number for item in items]
+
+    async def story() -> None:
+        world = World(run, runners=2, max_batch=32)
+        asked = world.ask(*questions(*range(32)))
+        await world.settle()
+        answers = await asked
+        assert isinstance(answers.pop(13), EngineFailed)
+        assert answers == [number for number in range(32) if number != 13]
+        assert not any(lane.out for lane in world.lanes)
+
+    on_clock(story)
+
+
+def test_a_batch_holds_one_version_and_order_within_each_is_kept() -> None:
+    async def story() -> None:
+        world = World(max_batch=4)
+        world.ask(Question(0), key="a")
+        await world.turn()
+        tasks = [world.ask(Question(n), key="ab"[n % 2]) for n in range(1, 9)]
+        await world.settle()
+        assert world.batches == [[0], [1, 3, 5, 7], [2, 4, 6, 8]]
+        assert [await task for task in tasks] == [[n * 10] for n in range(1, 9)]
+
+    on_clock(story)
+
+
+def test_what_the_queue_would_make_late_is_told_so_at_once() -> None:
+    async def story() -> None:
+        world = World(max_batch=2)
+        for number in range(10):
+            world.ask(Question(number))
+        await world.turn()
+        # Five batches of 20 ms are ahead.
+        hurried = world.ask(Question(98, deadline_s=100.05))
+        patient = world.ask(Question(99, deadline_s=100.5))
+        urgent = world.ask(Question(97, "high", deadline_s=100.05))
+        await world.turn()
+        assert isinstance((await hurried)[0], DeadlineExceeded)
+        assert not patient.done()
+        assert not urgent.done(), "it goes before the others"
+        await world.settle()
+        assert (await patient, await urgent) == ([990], [970])
+
+    on_clock(story)
+
+
 @pytest.mark.parametrize("runners", [1, 3])
 async def test_in_real_threads_every_question_gets_its_own_answer(runners: int) -> None:
     batcher: Batcher[Question, int] = Batcher(
-        [lambda items: [item.number for item in items]] * runners,
+        [Lane(f"lane-{n}", lambda _, items: [item.number for item in items]) for n in range(runners)],
         BatcherLimits(max_batch=7, max_queue=10_000),
     )
     groups = [questions(*range(start, start + start % 23)) for start in range(300)]

@@ -16,7 +16,7 @@ from features.statistics import ItemStatistics
 from inference import engines
 from inference.engines.base import EngineOptions
 from inference.errors import EngineFailed, ModelUnavailable
-from inference.ranker import Ranker
+from inference.ranker import Ranker, Warmed
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
 from tests.inference.conftest import ITEMS, MAX_HISTORY, sequence
@@ -54,22 +54,35 @@ class Spy:
         return outputs
 
 
+class Opened:
+    """A version with one warmed engine."""
+
+    def __init__(self, registry_root: Path, settings: InferenceSettings = SETTINGS, **told: Any) -> None:
+        self.ranker = Ranker.open(registry_root, settings=settings, **told)
+        self.warmed = self.ranker.warm(settings.engine)
+
+    def rank(self, requests: list[RankRequest], statistics: ItemStatistics) -> list[Any]:
+        return self.ranker.rank(self.warmed, requests, statistics)
+
+    def close(self) -> None:
+        self.warmed.close()
+
+
 @pytest.fixture(scope="module")
-def opened(registry: Registry) -> Iterator[Ranker]:
-    ranker = Ranker.open(registry.root, settings=SETTINGS)
-    yield ranker
-    ranker.close()
+def opened(registry: Registry) -> Iterator[Opened]:
+    version = Opened(registry.root)
+    yield version
+    version.close()
 
 
 @pytest.fixture
-def spy(opened: Ranker) -> Iterator[Spy]:
+def spy(opened: Opened) -> Iterator[Spy]:
     """On the only engine there is."""
-    engine = opened._free.get()
-    seen = Spy(engine)
-    opened._free.put(seen)  # type: ignore[arg-type]
+    warmed = opened.warmed
+    seen = Spy(warmed.engine)
+    opened.warmed = Warmed(seen, warmed.buckets)  # type: ignore[arg-type]
     yield seen
-    opened._free.get()
-    opened._free.put(engine)
+    opened.warmed = warmed
 
 
 def user(number: int, length: int, **fields: Any) -> RankRequest:
@@ -83,7 +96,7 @@ def lists(answers: list[Any]) -> list[RankedList]:
 
 
 def test_a_list_is_best_first_without_repeats_and_says_who_made_it(
-    opened: Ranker, statistics: ItemStatistics
+    opened: Opened, statistics: ItemStatistics
 ) -> None:
     (answer,) = lists(opened.rank([user(1, 7, k=10)], statistics))
     assert len(answer.items) == len(set(answer.items)) == 10
@@ -93,7 +106,7 @@ def test_a_list_is_best_first_without_repeats_and_says_who_made_it(
     assert {"unpack", "encode", "retrieve", "candidates", "score", "select", "rank"} <= set(answer.timings_ms)
 
 
-def test_scores_do_not_depend_on_the_rest_of_the_batch(opened: Ranker, statistics: ItemStatistics) -> None:
+def test_scores_do_not_depend_on_the_rest_of_the_batch(opened: Opened, statistics: ItemStatistics) -> None:
     asked = tuple(int(item) for item in ITEMS[::11])
     requests = [user(number, length, k=50, candidates=asked) for number, length in enumerate(LENGTHS)]
     together = lists(opened.rank(requests, statistics))
@@ -105,9 +118,9 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(opened: Ranker, statistic
             assert score == pytest.approx(expected[item], abs=1e-5)
 
 
-def test_engines_agree_on_scores(opened: Ranker, registry: Registry, statistics: ItemStatistics) -> None:
+def test_engines_agree_on_scores(opened: Opened, registry: Registry, statistics: ItemStatistics) -> None:
     small = SETTINGS.model_copy(update={"engine": "numpy", "batches": (4,), "candidate_sizes": (50,)})
-    plain = Ranker.open(registry.root, settings=small)
+    plain = Opened(registry.root, small)
     requests = [
         user(1, 3, candidates=tuple(ITEMS[:40].tolist())),
         user(2, 12, candidates=tuple(ITEMS[:40].tolist())),
@@ -120,9 +133,9 @@ def test_engines_agree_on_scores(opened: Ranker, registry: Registry, statistics:
 
 
 def test_only_warmed_shapes_reach_the_engine_and_short_histories_are_not_padded_to_long_ones(
-    opened: Ranker, spy: Spy, statistics: ItemStatistics
+    opened: Opened, spy: Spy, statistics: ItemStatistics
 ) -> None:
-    warmed = set(opened.buckets.shapes())
+    warmed = set(opened.ranker.buckets.shapes())
     requests = [user(number, length) for number, length in enumerate([1] * 13 + [85] * 9)]
     assert len(lists(opened.rank(requests, statistics))) == 22
     opened.rank([user(1, 2, candidates=tuple(ITEMS[:130].tolist()))], statistics)
@@ -131,7 +144,7 @@ def test_only_warmed_shapes_reach_the_engine_and_short_histories_are_not_padded_
 
 
 def test_more_candidates_than_any_bucket_are_scored_in_parts_like_the_rest(
-    opened: Ranker, spy: Spy, statistics: ItemStatistics
+    opened: Opened, spy: Spy, statistics: ItemStatistics
 ) -> None:
     many = tuple(int(item) for item in ITEMS)
     few = many[:5]
@@ -148,7 +161,7 @@ def test_more_candidates_than_any_bucket_are_scored_in_parts_like_the_rest(
 
 
 def test_explicit_candidates_may_be_unknown_repeated_or_none_at_all(
-    opened: Ranker, statistics: ItemStatistics
+    opened: Opened, statistics: ItemStatistics
 ) -> None:
     unknown = 2**63 - 1
     requests = [
@@ -164,14 +177,14 @@ def test_explicit_candidates_may_be_unknown_repeated_or_none_at_all(
     assert np.isfinite(first.scores + newcomer.scores).all()
 
 
-def test_a_user_without_history_gets_what_is_popular(opened: Ranker, statistics: ItemStatistics) -> None:
+def test_a_user_without_history_gets_what_is_popular(opened: Opened, statistics: ItemStatistics) -> None:
     (answer,) = lists(opened.rank([RankRequest(1, None, k=1_000)], statistics))
     assert sorted(answer.items) == sorted(ITEMS[:20].tolist())
     assert set(answer.sources) == {"popular"}
 
 
 def test_when_everything_is_excluded_the_list_is_empty_and_the_neighbour_has_one(
-    opened: Ranker, statistics: ItemStatistics
+    opened: Opened, statistics: ItemStatistics
 ) -> None:
     everything = tuple(ITEMS.tolist())
     nothing, some = lists(opened.rank([user(1, 4, exclude=everything), user(2, 4)], statistics))
@@ -179,12 +192,12 @@ def test_when_everything_is_excluded_the_list_is_empty_and_the_neighbour_has_one
     assert len(some.items) == 10
 
 
-def test_no_requests_are_no_answers(opened: Ranker, statistics: ItemStatistics) -> None:
+def test_no_requests_are_no_answers(opened: Opened, statistics: ItemStatistics) -> None:
     assert opened.rank([], statistics) == []
 
 
 def test_a_number_that_is_not_finite_fails_its_own_list_only(
-    opened: Ranker, spy: Spy, statistics: ItemStatistics
+    opened: Opened, spy: Spy, statistics: ItemStatistics
 ) -> None:
     spy.nan_user = 1
     requests = [user(number, 3) for number in range(4)]
@@ -194,7 +207,7 @@ def test_a_number_that_is_not_finite_fails_its_own_list_only(
 
 
 def test_a_bought_item_is_gone_and_a_click_changes_the_list(
-    opened: Ranker, statistics: ItemStatistics
+    opened: Opened, statistics: ItemStatistics
 ) -> None:
     viewed = ITEMS[[40, 41, 42]].tolist()
     before, after = lists(
@@ -213,7 +226,7 @@ def test_a_bought_item_is_gone_and_a_click_changes_the_list(
 
 def test_a_cap_on_categories_holds(registry: Registry, statistics: ItemStatistics) -> None:
     features = FeatureSettings(category_cap=2, seen_filter="none")
-    ranker = Ranker.open(registry.root, settings=SETTINGS, features=features)
+    ranker = Opened(registry.root, features=features)
     (answer,) = lists(ranker.rank([user(1, 9, k=50)], statistics))
     categories = [int(np.searchsorted(ITEMS, item)) % 10 for item in answer.items]
     assert max(categories.count(category) for category in set(categories)) <= 2
@@ -245,7 +258,7 @@ def test_a_version_that_answers_with_nan_never_becomes_ready(
     create = engines.create
     monkeypatch.setattr(engines, "create", broken)
     with pytest.raises(ModelUnavailable, match="not finite"):
-        Ranker.open(registry.root, settings=SETTINGS)
+        Opened(registry.root)
 
 
 def test_settings_are_frozen_and_complain_aloud(monkeypatch: pytest.MonkeyPatch) -> None:

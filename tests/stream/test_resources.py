@@ -9,8 +9,8 @@ import pytest
 
 from compression.registry import Registry
 from features.settings import FeatureSettings
+from inference.ranker import Ranker
 from inference.settings import InferenceSettings
-from stream.ranking import ServingModel
 from stream.resources import Resources
 from stream.settings import StreamSettings
 from tests.support import eventually_async
@@ -25,11 +25,11 @@ async def resources(tmp_path):
 async def test_a_version_no_library_can_read_is_not_served_and_the_worker_goes_on(
     resources, monkeypatch, caplog
 ):
-    def breaks(*_):
+    def breaks(*_, **__):
         raise RuntimeError("protobuf parsing failed")
 
     monkeypatch.setattr(Registry, "resolve", lambda *_: "v2")
-    monkeypatch.setattr(ServingModel, "_open", breaks)
+    monkeypatch.setattr(Ranker, "open", breaks)
     await resources.load_model("v2")
     assert resources.model.version is None
     assert "protobuf parsing failed" in caplog.text

@@ -1,0 +1,249 @@
+"""The inference plane of a process: released versions on lanes, one dispatcher for all of them.
+
+A lane is a thread with one engine per open version. Versions share lanes, so a canary or a version
+that is being switched to takes no more of the machine than it answers. What an engine fails at, or
+hangs on, goes to another lane; the lane gets a spare engine that was warmed before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from compression.registry import ArtefactInvalid, Registry
+from features.settings import FeatureSettings
+from features.statistics import ItemStatistics
+from inference.batcher import Batcher
+from inference.dispatcher import Lane
+from inference.errors import EngineFailed, InferenceError, ModelUnavailable
+from inference.lanes import LaneSpec
+from inference.profile import LatencyProfile
+from inference.ranker import Ranker, Warmed
+from inference.settings import InferenceSettings
+from inference.types import RankedList, RankRequest
+
+log = logging.getLogger(__name__)
+
+DRAIN_S: Final = 10.0
+# Loading and warming leave the processor to what serves.
+_NICENESS: Final = 10
+
+A = TypeVar("A")
+
+
+class Version:
+    """A released version that is open: one warmed engine per lane, and spares."""
+
+    def __init__(self, ranker: Ranker) -> None:
+        self.ranker = ranker
+        self.warmed: dict[str, Warmed] = {}
+        self.spares: dict[tuple[str, object], list[Warmed]] = {}
+        self.cold_start_s = 0.0
+        self.in_flight = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    @property
+    def version(self) -> str:
+        return self.ranker.version
+
+    @property
+    def engine(self) -> str:
+        """The engines it runs on: `onnx`, or `onnx+openvino`."""
+        return "+".join(dict.fromkeys(warmed.name for warmed in self.warmed.values()))
+
+
+class Plane:
+    """Opens versions, ranks with them, frees them. Used from one event loop."""
+
+    def __init__(
+        self, settings: InferenceSettings, features: FeatureSettings, statistics: ItemStatistics
+    ) -> None:
+        self._settings = settings
+        self._features = features
+        self._statistics = statistics
+        self._specs = {spec.name: spec for spec in settings.lane_specs()}
+        self._versions: list[Version] = []
+        self._batcher: Batcher[RankRequest, RankedList] | None = None
+        self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming", initializer=_leave_room)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def batcher(self) -> Batcher[RankRequest, RankedList]:
+        """Made when it is first used: its threads belong to the loop that runs."""
+        if self._batcher is None:
+            lanes = [self._lane(spec) for spec in self._specs.values()]
+            self._batcher = Batcher(lanes, self._settings.batcher_limits(), replace=self._replace)
+        return self._batcher
+
+    @property
+    def versions(self) -> Sequence[Version]:
+        return tuple(self._versions)
+
+    async def open(self, registry_root: Path | str, alias: str, *, sha256: str | None = None) -> Version:
+        """Verify, load and warm a version on every lane; it serves nobody yet.
+
+        `sha256` is the manifest's, as announced. Raises `ModelUnavailable` with the reason. A lane whose
+        engine cannot be had is left out where it is on another machine; it is tried again when asked for.
+        """
+        started_s = time.perf_counter()
+        version = Version(await self._quietly(partial(self._ranker, registry_root, alias, sha256)))
+        lanes = {lane.name: lane for lane in self.batcher.dispatcher.lanes}
+        try:
+            for name, spec in self._specs.items():
+                try:
+                    version.warmed[name] = await self._quietly(
+                        partial(version.ranker.warm, spec.engine, spec.options)
+                    )
+                except ModelUnavailable as error:
+                    if spec.engine != "remote":
+                        raise
+                    log.warning("Lane %s does not serve %s: %s", name, version.version, error)
+            if not version.warmed:
+                raise ModelUnavailable(f"{version.version}: no lane could be warmed")
+        except BaseException:
+            self._free(version)
+            raise
+        if not self._versions:
+            for name, warmed in version.warmed.items():
+                lanes[name].profile = LatencyProfile(warmed.cost_s())
+        version.cold_start_s = time.perf_counter() - started_s
+        self._versions.append(version)
+        for spec in {(spec.engine, spec.options): spec for spec in self._specs.values()}.values():
+            for _ in range(self._settings.spares if spec.engine != "remote" else 0):
+                self._later(self._warm_spare(version, spec))
+        log.info("%s is warm on %s after %.1f s", version.version, version.engine, version.cold_start_s)
+        return version
+
+    async def rank(
+        self, requests: Sequence[RankRequest], version: Version
+    ) -> list[RankedList | InferenceError]:
+        """One answer per request, in order; failures are answers."""
+        version.in_flight += 1
+        version.idle.clear()
+        try:
+            return await self.batcher.submit(requests, version)
+        finally:
+            version.in_flight -= 1
+            if not version.in_flight:
+                version.idle.set()
+
+    async def retire(self, version: Version, timeout_s: float = DRAIN_S) -> None:
+        """Let a version finish what it has accepted, then free it. Nobody may ask it any more."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(version.idle.wait(), timeout_s)
+        # An answer that came too late for its deadline may still be computed.
+        loop = asyncio.get_running_loop()
+        lanes = self.batcher.dispatcher.lanes
+        await asyncio.wait(
+            [loop.run_in_executor(lane.executor, _nothing) for lane in lanes], timeout=timeout_s
+        )
+        if version in self._versions:
+            self._versions.remove(version)
+        await self._quietly(partial(self._free, version))
+
+    async def close(self) -> None:
+        """Drain, then free everything."""
+        for task in list(self._tasks):
+            task.cancel()
+        if self._batcher is not None:
+            await self._batcher.drain(DRAIN_S)
+        versions, self._versions = self._versions, []
+        for version in versions:
+            await self._quietly(partial(self._free, version))
+        self._quiet.shutdown(wait=False)
+
+    # Lanes -------------------------------------------------------------------------------------
+
+    def _lane(self, spec: LaneSpec) -> Lane:
+        return Lane(
+            spec.name,
+            partial(self._run, spec.name),
+            serves=lambda version: spec.name in version.warmed,
+            probe=partial(self._probe, spec.name),
+            hop_s=spec.hop_ms / 1e3,
+            region=spec.region,
+        )
+
+    def _run(
+        self, lane: str, version: Version, requests: list[RankRequest]
+    ) -> list[RankedList | InferenceError]:
+        return version.ranker.rank(version.warmed[lane], requests, self._statistics)
+
+    def _probe(self, lane: str) -> None:
+        """In the lane's thread: raises where one of its engines is not well."""
+        for version in list(self._versions):
+            warmed = version.warmed.get(lane)
+            if warmed is not None:
+                version.ranker.probe(warmed)
+
+    def _replace(self, lane: Lane) -> None:
+        """Give a lane that was taken out a warmed spare, and warm the next one."""
+        spec = self._specs[lane.name]
+        for version in self._versions:
+            spares = version.spares.get((spec.engine, spec.options))
+            if lane.name in version.warmed and spares:
+                # The engine before it may still be running: it goes when its thread lets go of it.
+                version.warmed[lane.name] = spares.pop()
+                lane.pause_s = min(lane.pause_s, 0.01)
+                log.info("Lane %s continues on a spare engine", lane.name)
+                self._later(self._warm_spare(version, spec))
+
+    async def _warm_spare(self, version: Version, spec: LaneSpec) -> None:
+        try:
+            warmed = await self._quietly(partial(version.ranker.warm, spec.engine, spec.options))
+        except (ModelUnavailable, EngineFailed) as error:
+            log.warning("No spare of %s for %s: %s", spec.name, version.version, error)
+            return
+        if version in self._versions:
+            version.spares.setdefault((spec.engine, spec.options), []).append(warmed)
+        else:
+            warmed.close()
+
+    def _later(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Loading -----------------------------------------------------------------------------------
+
+    def _ranker(self, root: Path | str, alias: str, sha256: str | None) -> Ranker:
+        if sha256 is not None:
+            try:
+                found = Registry(root).manifest_sha256(alias)
+            except ArtefactInvalid as error:
+                raise ModelUnavailable(str(error)) from error
+            if sha256 != found:
+                raise ModelUnavailable(
+                    f"{alias}: announced with checksum {sha256[:12]}…, found {found[:12]}…"
+                )
+        return Ranker.open(root, alias, settings=self._settings, features=self._features)
+
+    async def _quietly(self, work: Callable[[], A]) -> A:
+        return await asyncio.get_running_loop().run_in_executor(self._quiet, work)
+
+    @staticmethod
+    def _free(version: Version) -> None:
+        for warmed in (*version.warmed.values(), *(w for kept in version.spares.values() for w in kept)):
+            warmed.close()
+        version.warmed.clear()
+        version.spares.clear()
+
+
+def _leave_room() -> None:
+    """Give this thread a lower priority than the threads that serve, where the system knows threads."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
+def _nothing() -> None:
+    """What a lane's thread does after all that was given to it before."""
