@@ -76,6 +76,7 @@ class Plane:
         self._batcher: Batcher[RankRequest, RankedList] | None = None
         self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming", initializer=_leave_room)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = threading.Event()
 
     @property
     def batcher(self) -> Batcher[RankRequest, RankedList]:
@@ -102,7 +103,7 @@ class Plane:
             for name, spec in self._specs.items():
                 try:
                     version.warmed[name] = await self._quietly(
-                        partial(version.ranker.warm, spec.engine, spec.options)
+                        partial(version.ranker.warm, spec.engine, spec.options, self._closing.is_set)
                     )
                 except ModelUnavailable as error:
                     if spec.engine != "remote":
@@ -153,14 +154,15 @@ class Plane:
 
     async def close(self) -> None:
         """Drain, then free everything."""
+        self._closing.set()
         for task in list(self._tasks):
             task.cancel()
+        self._quiet.shutdown(wait=False, cancel_futures=True)
         if self._batcher is not None:
             await self._batcher.drain(DRAIN_S)
         versions, self._versions = self._versions, []
         for version in versions:
-            await self._quietly(partial(self._free, version))
-        self._quiet.shutdown(wait=False)
+            await asyncio.to_thread(self._free, version)
 
     # Lanes -------------------------------------------------------------------------------------
 
@@ -200,7 +202,8 @@ class Plane:
 
     async def _warm_spare(self, version: Version, spec: LaneSpec) -> None:
         try:
-            warmed = await self._quietly(partial(version.ranker.warm, spec.engine, spec.options))
+            warm = partial(version.ranker.warm, spec.engine, spec.options, self._closing.is_set)
+            warmed = await self._quietly(warm)
         except (ModelUnavailable, EngineFailed) as error:
             log.warning("No spare of %s for %s: %s", spec.name, version.version, error)
             return

@@ -10,7 +10,7 @@ called in the thread of the lane whose warmed engine it is given (`inference.pla
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -26,7 +26,7 @@ from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
-from inference.engines.base import Engine, EngineOptions
+from inference.engines.base import Engine, EngineOptions, Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lookup import ItemLookup
 from inference.retrieval import RetrievalIndex
@@ -109,15 +109,22 @@ class Ranker:
         )
         return cls(artefact, vocabulary, index, settings=settings, features=features or FeatureSettings())
 
-    def warm(self, name: str = "auto", options: EngineOptions | None = None) -> Warmed:
+    def warm(
+        self,
+        name: str = "auto",
+        options: EngineOptions | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Warmed:
         """An engine with this version's graphs, every bucket run and what comes out checked; ready then.
 
-        Raises `ModelUnavailable` with the reason. Takes seconds.
+        Raises `ModelUnavailable` with the reason, also when `stop` says so between two shapes. Takes
+        seconds.
         """
         engine = engines.create(name, options or EngineOptions())
         engine.load(self._artefact, _GRAPHS)
         try:
-            warmed = Warmed(engine, self.buckets.with_costs(engine.warm_up(self.buckets.shapes())))
+            costs_s = engine.warm_up(_until(stop, self.buckets.shapes()))
+            warmed = Warmed(engine, self.buckets.with_costs(costs_s))
             self.check(warmed)
         except EngineFailed as error:
             engine.close()
@@ -307,6 +314,13 @@ class _Stages:
         self.lap(stage)
         self._ms["rank"] = round((self._last - self._started) * 1e3, 3)
         return self._ms
+
+
+def _until(stop: Callable[[], bool], shapes: Iterable[Shape]) -> Iterator[Shape]:
+    for shape in shapes:
+        if stop():
+            raise ModelUnavailable("not needed any more")
+        yield shape
 
 
 def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:
