@@ -18,6 +18,14 @@ import numpy as np
 import orjson
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
+# A port that takes connections before its broker is there is given up soon: librdkafka would wait for a
+# minute, and the measurement end before it.
+IMPATIENT = {
+    "reconnect.backoff.max.ms": 500,
+    "socket.connection.setup.timeout.ms": 3_000,
+    "api.version.request.timeout.ms": 3_000,
+    "socket.timeout.ms": 5_000,
+}
 DEGRADED = {None: 0, "cached": 1, "popular": 2}
 
 
@@ -91,7 +99,7 @@ def _consumer(bootstrap: str, topic: str) -> Consumer:
             "group.id": "tailrace-collector",
             "enable.auto.commit": False,
             "fetch.wait.max.ms": 100,
-            "reconnect.backoff.max.ms": 500,
+            **IMPATIENT,
             "log_level": 2,
         }
     )

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from confluent_kafka import Producer
 
+from infra.bench.collector import IMPATIENT
 from infra.local.worker import spawn
 from topics.codec import encode, record_key
 from topics.messages import BehaviorEvent
@@ -64,7 +65,7 @@ def send(bootstrap: str, topic: str, clicks: Sequence[Record], due_s: npt.NDArra
             "enable.idempotence": True,
             "linger.ms": 0 if due_s.any() else 5,
             "queue.buffering.max.messages": MAX_UNSENT,
-            "reconnect.backoff.max.ms": 500,
+            **IMPATIENT,
             "log_level": 2,
         }
     )
