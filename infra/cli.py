@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import click
+
+from infra.lazy_group import LazyGroup
 
 # name -> (module, one line for `tailrace --help`). The module holds a click command of that name.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,25 +27,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 
 
-class LazyGroup(click.Group):
-    """Knows its commands by name and line; imports the one that runs."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in COMMANDS:
-            return None
-        module = importlib.import_module(COMMANDS[cmd_name][0])
-        return next(
-            value
-            for value in vars(module).values()
-            if isinstance(value, click.Command) and value.name == cmd_name
-        )
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+class _Tailrace(LazyGroup):
+    """The whole command."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -54,7 +38,7 @@ class LazyGroup(click.Group):
             raise click.ClickException(str(error)) from error
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_Tailrace, lazy=COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="tailrace")
 def main() -> None:
     """Clicks in, ranked lists out, before the next click.

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import click
 
+from infra.bench import options as bench_options
 from infra.commands import options
+from infra.lazy_group import LazyGroup
 
-Command = Callable[..., Any]
+# name -> (module, one line for --help): benches that hold their own command.
+BENCHES = {
+    "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
+}
 
 
-@click.group()
+@click.group(cls=LazyGroup, lazy=BENCHES)
 def bench() -> None:
     """Measure on real parts; each prints a table, --json FILE keeps it with machine and versions.
 
@@ -28,42 +30,6 @@ def bench() -> None:
     """
 
 
-def _json(command: Command) -> Command:
-    return click.option(
-        "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the figures here."
-    )(command)
-
-
-def _log(command: Command) -> Command:
-    return click.option(
-        "--log",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A Taobao-format log; a synthetic one otherwise.",
-    )(command)
-
-
-def _seed(command: Command) -> Command:
-    return click.option("--seed", default=1, show_default=True, help="Of arrivals and faults.")(command)
-
-
-def _events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
-    """Events to send, and what to call them."""
-    import tempfile
-
-    from compression.log_reader import iter_events
-
-    if log is not None:
-        return list(islice(iter_events(log), limit)), log.name
-    from compression.synth import SynthSettings, synthesize, write_log
-
-    with tempfile.TemporaryDirectory(prefix="tailrace-synth-") as folder:
-        path = Path(folder) / "synthetic.csv"
-        users = max(10, limit // 25)
-        made = SynthSettings(events=limit, users=users, items=2_000, categories=50, seed=seed)
-        write_log(path, synthesize(made))
-        return list(iter_events(path)), f"synthetic, seed {seed}"
-
-
 @bench.command()
 @click.option(
     "--rate", type=click.FloatRange(0), default=200, show_default=True, help="Per second; 0: at once."
@@ -71,10 +37,10 @@ def _events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
 @click.option("--clicks", type=click.IntRange(100), default=6_000, show_default=True)
 @click.option("--runs", type=click.IntRange(1, 20), default=1, show_default=True)
 @click.option("--engine", default="auto", show_default=True)
-@_log
+@bench_options.log
 @options.registry
-@_seed
-@_json
+@bench_options.seed
+@bench_options.json_path
 def stream(
     *,
     rate: float,
@@ -97,7 +63,7 @@ def stream(
     """
     from infra.bench import stream as measure
 
-    events, name = _events(log, clicks, seed)
+    events, name = bench_options.events(log, clicks, seed)
     results = [
         measure.run(events, registry=registry, rate=rate, seed=seed + number, options=["--engine", engine])
         for number in range(runs)
@@ -108,14 +74,14 @@ def stream(
 @bench.command(name="pass-through")
 @click.option("--clicks", type=click.IntRange(1_000), default=100_000, show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True)
-@_seed
-@_json
+@bench_options.seed
+@bench_options.json_path
 def pass_through(*, clicks: int, rounds: int, seed: int, json_path: Path | None) -> None:
     """What consuming and answering costs without ranking, against stock Faust, interleaved."""
     from infra.bench import pass_through as measure
     from infra.bench.load import records
 
-    events, _ = _events(None, clicks, seed)
+    events, _ = bench_options.events(None, clicks, seed)
     drains = measure.run(records(events), rounds=rounds)
     measure.show(drains, clicks=len(events), json_path=json_path)
 
@@ -125,10 +91,10 @@ def pass_through(*, clicks: int, rounds: int, seed: int, json_path: Path | None)
 @click.option("--duration-s", type=click.FloatRange(5), default=60.0, show_default=True)
 @click.option("--clicks", type=click.IntRange(100), default=12_000, show_default=True)
 @click.option("--control/--no-control", default=True, help="Also stock Faust with concurrency 2.")
-@_log
+@bench_options.log
 @options.registry
-@_seed
-@_json
+@bench_options.seed
+@bench_options.json_path
 def kills(
     *,
     kills: int,
@@ -144,7 +110,7 @@ def kills(
     from infra.bench import faults
     from infra.bench.rig import rig
 
-    events, name = _events(log, clicks, seed)
+    events, name = bench_options.events(log, clicks, seed)
     with rig(registry) as parts:
         outcomes = [faults.kills(parts, events, duration_s=duration_s, kills=kills, seed=seed)]
     if control:
@@ -158,10 +124,10 @@ def kills(
 @click.option("--outage-s", type=click.FloatRange(1), default=20.0, show_default=True)
 @click.option("--duration-s", type=click.FloatRange(5), default=40.0, show_default=True)
 @click.option("--clicks", type=click.IntRange(100), default=4_000, show_default=True)
-@_log
+@bench_options.log
 @options.registry
-@_seed
-@_json
+@bench_options.seed
+@bench_options.json_path
 def outages(
     *,
     outage_s: float,
@@ -176,7 +142,7 @@ def outages(
     from infra.bench import faults
     from infra.bench.rig import rig
 
-    events, name = _events(log, clicks, seed)
+    events, name = bench_options.events(log, clicks, seed)
     outcomes = []
     for what in ("kafka", "redis"):
         with rig(registry) as parts:
@@ -191,10 +157,10 @@ def outages(
 @click.option("--good", type=click.IntRange(10), default=10_000, show_default=True)
 @click.option("--bad", type=click.IntRange(1), default=1_000, show_default=True)
 @click.option("--rate", type=click.FloatRange(0), default=1_000, show_default=True)
-@_log
+@bench_options.log
 @options.registry
-@_seed
-@_json
+@bench_options.seed
+@bench_options.json_path
 def malformed(
     *, good: int, bad: int, rate: float, log: Path | None, registry: Path, seed: int, json_path: Path | None
 ) -> None:
@@ -202,7 +168,7 @@ def malformed(
     from infra.bench import faults
     from infra.bench.rig import rig
 
-    events, name = _events(log, good, seed)
+    events, name = bench_options.events(log, good, seed)
     with rig(registry) as parts:
         outcome = faults.malformed(parts, events, bad=bad, rate=rate, seed=seed)
     faults.show([outcome], log=name, seed=seed, json_path=json_path)
@@ -211,7 +177,7 @@ def malformed(
 
 @bench.command()
 @click.option("--users", type=click.IntRange(100), default=100_000, show_default=True)
-@_json
+@bench_options.json_path
 def memory(*, users: int, json_path: Path | None) -> None:
     """Redis memory per user with 100 events, key, expiry and hash tables included."""
     import tempfile

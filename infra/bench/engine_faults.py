@@ -1,0 +1,223 @@
+"""`tailrace bench engine-faults`: an engine that hangs, crashes, answers NaN and slows down, under load."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import click
+import numpy as np
+
+from features.settings import FeatureSettings
+from inference.engines.base import Engine
+from inference.errors import EngineFailed
+from inference.plane import Plane, Version
+from inference.ranker import Warmed
+from inference.settings import InferenceSettings
+from inference.types import Graph, RankRequest, Tensors
+from infra.bench import options as bench_options
+from infra.bench import report
+from infra.bench.in_process import Outcomes, capacity, drive, prepare, run_on_uvloop, tune
+from infra.bench.load import poisson
+from infra.commands import options
+from topics.messages import BehaviorEvent
+
+FAULTS: Final = ("hang", "crash", "NaN", "slow x10")
+RECOVERED_AFTER_S: Final = 2.0
+SETTLE_S: Final = 3.0  # longer than a lane's pauses by then
+_SLOWER: Final = 10.0
+_HANG_S: Final = 60.0
+
+
+class FaultyEngine:
+    """An engine that misbehaves while it is told to. Otherwise it is the one that it stands for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.fault = ""
+        self._released = threading.Event()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def tell(self, fault: str) -> None:
+        """Misbehave like this from now on; "" behaves again and lets go of what hangs."""
+        if fault:
+            self._released.clear()
+        else:
+            self._released.set()
+        self.fault = fault
+
+    def run(self, graph: Graph, inputs: Tensors) -> Tensors:
+        fault, began_s = self.fault, time.perf_counter()
+        if fault == "hang":
+            self._released.wait(_HANG_S)
+        elif fault == "crash":
+            raise EngineFailed("told to crash")
+        outputs = self._engine.run(graph, inputs)
+        if fault == "NaN":
+            outputs = {name: np.full_like(output, np.nan) for name, output in outputs.items()}
+        elif fault == FAULTS[3]:
+            self._released.wait((_SLOWER - 1) * (time.perf_counter() - began_s))
+        return outputs
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """One fault: percentiles of before it, of its first two seconds, and of the rest of it."""
+
+    fault: str
+    requests: int
+    unanswered: int
+    failed: int
+    steady_p99_ms: float
+    first_p99_ms: float
+    after_p99_ms: float
+    ratio: float
+    back_after: bool
+
+
+async def measure(
+    events: Sequence[BehaviorEvent], *, registry: Path, share: float, fault_s: float, spares: int, seed: int
+) -> tuple[list[Result], float]:
+    """Each fault in turn on one of two lanes; `share` is of what both lanes manage together."""
+    settings = InferenceSettings(lanes="onnx*2", spares=spares)
+    requests, statistics = await prepare(events)
+    plane = Plane(settings, FeatureSettings(), statistics)
+    version = await plane.open(registry, "serving")
+    tune()
+
+    async def ask(group: Sequence[RankRequest]) -> Any:
+        return await plane.rank(group, version)
+
+    most = await capacity(ask, requests, seconds=4.0)
+    results = []
+    for number, fault in enumerate(FAULTS):
+        results.append(
+            await _one(plane, version, requests, fault, most * share, fault_s=fault_s, seed=seed + number)
+        )
+    await plane.close()
+    return results, most
+
+
+async def _one(
+    plane: Plane,
+    version: Version,
+    requests: Sequence[RankRequest],
+    fault: str,
+    rate: float,
+    *,
+    fault_s: float,
+    seed: int,
+) -> Result:
+    import asyncio
+
+    lane = plane.batcher.dispatcher.lanes[0]
+    healthy = version.warmed[lane.name]
+    faulty = FaultyEngine(healthy.engine)
+    version.warmed[lane.name] = Warmed(faulty, healthy.buckets)  # type: ignore[arg-type]
+
+    async def ask(group: Sequence[RankRequest]) -> Any:
+        return await plane.rank(group, version)
+
+    due_s = poisson(int(rate * 3 * fault_s), rate, seed)
+    loop = asyncio.get_running_loop()
+    began = loop.call_later(0.05 + fault_s, faulty.tell, fault)
+    ended = loop.call_later(0.05 + 2 * fault_s, faulty.tell, "")
+    outcomes = await drive(ask, requests, due_s)
+    began.cancel()
+    ended.cancel()
+    faulty.tell("")
+    await asyncio.sleep(SETTLE_S)
+    version.warmed[lane.name] = healthy
+    lane.profile.restart()
+    return _result(fault, outcomes, fault_s)
+
+
+def _result(fault: str, outcomes: Outcomes, fault_s: float) -> Result:
+    due_s = outcomes.due_s
+    begun_s, ended_s = fault_s, 2 * fault_s
+    steady = (due_s > 1.0) & (due_s < begun_s)
+    first = (due_s >= begun_s) & (due_s < begun_s + RECOVERED_AFTER_S)
+    after = (due_s >= begun_s + RECOVERED_AFTER_S) & (due_s < ended_s)
+    steady_ms, after_ms = outcomes.p_ms(99, steady), outcomes.p_ms(99, after)
+    return Result(
+        fault=fault,
+        requests=len(due_s),
+        unanswered=outcomes.unanswered,
+        failed=outcomes.failed(),
+        steady_p99_ms=round(steady_ms, 2),
+        first_p99_ms=round(outcomes.p_ms(99, first), 2),
+        after_p99_ms=round(after_ms, 2),
+        ratio=round(after_ms / steady_ms, 2),
+        back_after=after_ms <= 1.5 * steady_ms,
+    )
+
+
+@click.command(name="engine-faults")
+@click.option(
+    "--share", type=click.FloatRange(0.05, 0.9), default=0.3, show_default=True, help="Of capacity."
+)
+@click.option("--fault-s", type=click.FloatRange(4, 120), default=8.0, show_default=True)
+@click.option("--spares", type=click.IntRange(0, 4), default=1, show_default=True)
+@click.option("--clicks", type=click.IntRange(1_000), default=20_000, show_default=True)
+@bench_options.log
+@options.registry
+@bench_options.seed
+@bench_options.json_path
+def engine_faults(
+    *,
+    share: float,
+    fault_s: float,
+    spares: int,
+    clicks: int,
+    log: Path | None,
+    registry: Path,
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """One of two engines hangs, crashes, answers NaN and slows down tenfold, each for --fault-s under load.
+
+    Shown are the p99 before the fault, in its first two seconds, and in the rest of it.
+
+    \b
+    tailrace bench engine-faults
+    tailrace bench engine-faults --spares 0 --share 0.2 --json faults.json
+    """
+    events, name = bench_options.events(log, clicks, seed)
+    results, most = run_on_uvloop(
+        measure(events, registry=registry, share=share, fault_s=fault_s, spares=spares, seed=seed)
+    )
+    report.table(
+        f"an engine out of two at fault, {share * most:,.0f} of {most:,.0f} lists/s: {name}",
+        ["fault", "requests", "unanswered", "failed", "p99 before", "first 2 s", "after 2 s", "ratio"],
+        [
+            [
+                result.fault,
+                f"{result.requests:,}",
+                str(result.unanswered),
+                str(result.failed),
+                f"{result.steady_p99_ms:.1f} ms",
+                f"{result.first_p99_ms:.1f} ms",
+                f"{result.after_p99_ms:.1f} ms",
+                f"{result.ratio:.2f}",
+            ]
+            for result in results
+        ],
+    )
+    report.write(
+        json_path,
+        "engine-faults",
+        {
+            "log": name,
+            "seed": seed,
+            "capacity_lists_per_s": round(most, 1),
+            "share": share,
+            "spares": spares,
+            "faults": [asdict(result) for result in results],
+        },
+    )

@@ -1,0 +1,47 @@
+"""Options that benches share, and the events they send."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import click
+
+Command = Callable[..., Any]
+
+
+def json_path(command: Command) -> Command:
+    return click.option(
+        "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="Keep the figures here."
+    )(command)
+
+
+def log(command: Command) -> Command:
+    return click.option(
+        "--log",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A Taobao-format log; a synthetic one otherwise.",
+    )(command)
+
+
+def seed(command: Command) -> Command:
+    return click.option("--seed", default=1, show_default=True, help="Of arrivals and faults.")(command)
+
+
+def events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
+    """Events to send, and what to call them."""
+    from compression.log_reader import iter_events
+
+    if log is not None:
+        return list(islice(iter_events(log), limit)), log.name
+    from compression.synth import SynthSettings, synthesize, write_log
+
+    with tempfile.TemporaryDirectory(prefix="tailrace-synth-") as folder:
+        path = Path(folder) / "synthetic.csv"
+        users = max(10, limit // 25)
+        made = SynthSettings(events=limit, users=users, items=2_000, categories=50, seed=seed)
+        write_log(path, synthesize(made))
+        return list(iter_events(path)), f"synthetic, seed {seed}"
