@@ -26,6 +26,7 @@ from inference.dispatcher import SLOW, Dispatcher, Lane
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
 from inference.metrics import BatcherCounts
 from inference.types import Priority
+from inference.waiting import Gather, Queue, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -126,8 +127,10 @@ class Batcher(Generic[T, R]):
         limits: BatcherLimits | None = None,
         *,
         replace: Callable[[Lane], None] | None = None,
+        waiting: Waiting | None = None,
     ) -> None:
         self.limits = limits or BatcherLimits()
+        self.waiting = waiting or Gather(self.limits.wait_ms / 1e3, self.limits.spread_ms / 1e3)
         self.counts = BatcherCounts()
         self.dispatcher = Dispatcher(lanes)
         self._replace = replace
@@ -266,7 +269,7 @@ class Batcher(Generic[T, R]):
         for _ in range(len(self._again)):
             self._start_again(self._again.popleft(), now_s)
         while self._queued:
-            ripe_s = self._ripe_s()
+            ripe_s = self._ripe_s(now_s)
             if ripe_s > now_s:
                 if self.dispatcher.has_idle:
                     self._wake_soon(ripe_s)
@@ -275,13 +278,20 @@ class Batcher(Generic[T, R]):
                 break
         self._check_drained()
 
-    def _ripe_s(self) -> float:
+    def _ripe_s(self, now_s: float) -> float:
         """When the next batch should leave: now if it is full, urgent or nothing is gained by waiting."""
         urgent, *patient = self._queues
-        wait_ms = max(self.limits.wait_ms, self.limits.spread_ms if self.dispatcher.running else 0.0)
-        if urgent or self._closing or not wait_ms or self._queued >= self.limits.max_batch:
+        if urgent or self._closing or self._queued >= self.limits.max_batch:
             return 0.0
-        return min(queue[0][0].entered_s for queue in patient if queue) + wait_ms / 1e3
+        queue = Queue(
+            oldest_s=min(queue[0][0].entered_s for queue in patient if queue),
+            queued=self._queued,
+            max_batch=self.limits.max_batch,
+            running=self.dispatcher.running,
+            now_s=now_s,
+            predicted_s=self.dispatcher.fastest_s,
+        )
+        return self.waiting.ripe_s(queue)
 
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
@@ -421,6 +431,7 @@ class Batcher(Generic[T, R]):
             assert batch.watch is not None
             batch.watch.cancel()
             lane.finished(len(batch.entries), took_s)
+            self.waiting.observe(len(batch.entries), batch.started_s - batch.entries[0][0].entered_s, took_s)
             if whole or 2 * len(again) > len(batch.entries):
                 self._failed(lane, f"failed at a batch of {len(batch.entries)}")
             elif not again:

@@ -120,6 +120,11 @@ class Dispatcher:
     def has_idle(self) -> bool:
         return any(not lane.busy and not lane.out for lane in self.lanes)
 
+    def fastest_s(self, items: int) -> float:
+        """What a batch of so many is predicted to take on the lane that takes least."""
+        well = [lane.seconds(items) for lane in self.lanes if not lane.out]
+        return min(well, default=float("inf"))
+
     def able(self, key: Hashable, avoid: Collection[Lane] = ()) -> list[Lane]:
         """The lanes that have an engine for a key and are well."""
         return [lane for lane in self.lanes if not lane.out and lane not in avoid and lane.serves(key)]
