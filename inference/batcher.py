@@ -604,7 +604,10 @@ def _answers(
         except (ModelUnavailable, DeadlineExceeded, Overloaded) as error:
             return [error for _ in part], False
         except Exception as error:
-            logger.exception("a batch of %d failed", len(part))
+            if isinstance(error, EngineFailed):
+                logger.warning("a batch of %d failed: %s", len(part), error)
+            else:
+                logger.exception("a batch of %d failed", len(part))
             if in_parts and len(part) > 1 and retries + 2 <= _MAX_RETRIES:
                 retries += 2
                 half = len(part) // 2
