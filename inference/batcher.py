@@ -38,14 +38,18 @@ _HOLD_STEP_S: Final = 0.001
 _MAX_RETRIES: Final = 16
 # A lane that has become slow, and is not asked for it, is probed this often.
 _PROBE_EVERY_S: Final = 1.0
-_RANK: Final[dict[Priority, int]] = {"high": 0, "normal": 1, "low": 2}
+_TIERS: Final = 16
+_RANK: Final[dict[Priority, int]] = {"high": 0, "normal": _TIERS, "low": 2 * _TIERS}
 
 
 class Work(Protocol):
-    """What the batcher reads from an item. `deadline_s` is on the event loop's clock."""
+    """What the batcher reads from an item. `deadline_s` is on the event loop's clock; within a priority
+    the higher `tier` goes first."""
 
     @property
     def priority(self) -> Priority: ...
+    @property
+    def tier(self) -> int: ...
     @property
     def deadline_s(self) -> float | None: ...
 
@@ -134,7 +138,7 @@ class Batcher(Generic[T, R]):
         self.counts = BatcherCounts()
         self.dispatcher = Dispatcher(lanes)
         self._replace = replace
-        self._queues: tuple[deque[_Entry[T, R]], ...] = (deque(), deque(), deque())
+        self._queues: dict[int, deque[_Entry[T, R]]] = {}  # by level, the first to go first
         self._queued = 0
         self._again: deque[_Batch[T, R]] = deque()
         self._running: dict[int, _Batch[T, R]] = {}
@@ -184,10 +188,10 @@ class Batcher(Generic[T, R]):
             await asyncio.wait([self._drained], timeout=timeout_s)
         left = self._queued + self.running
         batches = (*self._running.values(), *self._again)
-        for entries in (*self._queues, *(batch.entries for batch in batches)):
+        for entries in (*self._queues.values(), *(batch.entries for batch in batches)):
             for group, position in entries:
                 group.answer(position, ModelUnavailable("the batcher closed before an engine answered"))
-        for queue in self._queues:
+        for queue in self._queues.values():
             queue.clear()
         self._again.clear()
         self._set_queued(0)
@@ -206,7 +210,7 @@ class Batcher(Generic[T, R]):
         room = self.limits.max_queue - self._queued
         if len(items) > room:
             room = max(0, room)
-            positions = sorted(positions, key=lambda position: _RANK[items[position].priority])
+            positions = sorted(positions, key=lambda position: _level(items[position]))
             for position in positions[room:]:
                 group.answer(position, Overloaded(f"{self.limits.max_queue} items are queued already"))
             self._refused(len(items) - room)
@@ -218,7 +222,7 @@ class Batcher(Generic[T, R]):
         earliest: float | None = None
         for position in positions:
             item = items[position]
-            self._queues[_RANK[item.priority]].append((group, position))
+            self._queue(_level(item)).append((group, position))
             if item.deadline_s is not None and (earliest is None or item.deadline_s < earliest):
                 earliest = item.deadline_s
         self._set_queued(self._queued + len(positions))
@@ -228,16 +232,30 @@ class Batcher(Generic[T, R]):
             # Not now: what is submitted in the same turn of the loop joins the batch.
             self._wake_soon(group.entered_s)
 
+    def _queue(self, level: int) -> deque[_Entry[T, R]]:
+        queue = self._queues.get(level)
+        if queue is None:
+            self._queues[level] = queue = deque()
+            self._queues = dict(sorted(self._queues.items()))
+        return queue
+
+    @property
+    def _urgent(self) -> int:
+        """How many wait that go without company."""
+        return sum(len(queue) for level, queue in self._queues.items() if level < _TIERS)
+
     def _in_time(self, group: _Group[T, R], positions: Sequence[int]) -> Sequence[int]:
         """Those that the queue before them lets through in time; the others are told so at once."""
-        ahead, waits_s = 0, []
-        for queue in self._queues:
-            ahead += len(queue)
-            waits_s.append(self.dispatcher.wait_s(group.key, ahead, self.limits.max_batch, group.entered_s))
+        waits_s: dict[int, float] = {}
         kept = []
         for position in positions:
             item = group.items[position]
-            done_s = group.entered_s + waits_s[_RANK[item.priority]]
+            level = _level(item)
+            if level not in waits_s:
+                ahead = sum(len(queue) for before, queue in self._queues.items() if before <= level)
+                most = self.limits.max_batch
+                waits_s[level] = self.dispatcher.wait_s(group.key, ahead, most, group.entered_s)
+            done_s = group.entered_s + waits_s[level]
             if item.deadline_s is None or done_s <= item.deadline_s:
                 kept.append(position)
             elif group.answer(position, DeadlineExceeded("the queue is too long for the deadline")):
@@ -280,11 +298,10 @@ class Batcher(Generic[T, R]):
 
     def _ripe_s(self, now_s: float) -> float:
         """When the next batch should leave: now if it is full, urgent or nothing is gained by waiting."""
-        urgent, *patient = self._queues
-        if urgent or self._closing or self._queued >= self.limits.max_batch:
+        if self._urgent or self._closing or self._queued >= self.limits.max_batch:
             return 0.0
         queue = Queue(
-            oldest_s=min(queue[0][0].entered_s for queue in patient if queue),
+            oldest_s=min(queue[0][0].entered_s for queue in self._queues.values() if queue),
             queued=self._queued,
             max_batch=self.limits.max_batch,
             running=self.dispatcher.running,
@@ -295,9 +312,9 @@ class Batcher(Generic[T, R]):
 
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
-        urgent = bool(self._queues[0])
-        head = next(queue for queue in self._queues if queue)[0][0]
-        waiting, most = len(self._queues[0]) if urgent else self._queued, self.limits.max_batch
+        urgent, most = self._urgent, self.limits.max_batch
+        head = next(queue for queue in self._queues.values() if queue)[0][0]
+        waiting = urgent or self._queued
         lanes = self.dispatcher.lanes
         sizes = [min(most, waiting - most * place) for place in range(min(len(lanes), -(-waiting // most)))]
         choice = self.dispatcher.choose(head.key, sizes, now_s)
@@ -308,10 +325,10 @@ class Batcher(Generic[T, R]):
             if self.dispatcher.has_idle:
                 self._wake_soon(now_s + _HOLD_STEP_S)
             return False
-        entries = self._take(now_s, head.key, skip=choice.place * most, urgent=urgent)
+        entries = self._take(now_s, head.key, skip=choice.place * most, urgent=bool(urgent))
         if not entries and choice.place:
             # The others are of other keys.
-            entries = self._take(now_s, head.key, skip=0, urgent=urgent)
+            entries = self._take(now_s, head.key, skip=0, urgent=bool(urgent))
         if entries:
             self._start(_Batch(head.key, entries), choice.lane, now_s)
         return True
@@ -321,7 +338,9 @@ class Batcher(Generic[T, R]):
         What is urgent goes without company that would make it wait."""
         batch: list[_Entry[T, R]] = []
         max_batch = self.limits.max_batch
-        for queue in self._queues[:1] if urgent else self._queues:
+        for level, queue in self._queues.items():
+            if urgent and level >= _TIERS:
+                break
             passed: list[_Entry[T, R]] = []
             while queue and len(batch) < max_batch:
                 entry = queue.popleft()
@@ -336,12 +355,12 @@ class Batcher(Generic[T, R]):
                 elif group.wants(position):
                     batch.append(entry)
             queue.extendleft(reversed(passed))
-        self._set_queued(sum(map(len, self._queues)))
+        self._set_queued(sum(map(len, self._queues.values())))
         return batch
 
     def _refuse_key(self, key: Hashable) -> None:
         """No lane is well: nobody waits for one that may never be."""
-        for queue in self._queues:
+        for queue in self._queues.values():
             kept = []
             for group, position in queue:
                 if group.key != key:
@@ -350,7 +369,7 @@ class Batcher(Generic[T, R]):
                     self._refused(1)
             queue.clear()
             queue.extend(kept)
-        self._set_queued(sum(map(len, self._queues)))
+        self._set_queued(sum(map(len, self._queues.values())))
 
     def _start_again(self, batch: _Batch[T, R], now_s: float) -> None:
         """A batch that a lane failed at, on another one; in parts where none is left that has not."""
@@ -550,7 +569,7 @@ class Batcher(Generic[T, R]):
         now_s = asyncio.get_running_loop().time()
         next_s: float | None = None
         batches = (*self._running.values(), *self._again)
-        for entries in (*self._queues, *(batch.entries for batch in batches)):
+        for entries in (*self._queues.values(), *(batch.entries for batch in batches)):
             for entry in entries:
                 group, position = entry
                 deadline_s = group.items[position].deadline_s
@@ -570,12 +589,12 @@ class Batcher(Generic[T, R]):
 
     def _sweep(self) -> None:
         """Give back the room of queued items that no longer want an answer."""
-        for queue in self._queues:
+        for queue in self._queues.values():
             kept = [entry for entry in queue if entry[0].wants(entry[1])]
             if len(kept) < len(queue):
                 queue.clear()
                 queue.extend(kept)
-        self._set_queued(sum(map(len, self._queues)))
+        self._set_queued(sum(map(len, self._queues.values())))
         self._check_drained()
 
     def _busy(self) -> bool:
@@ -588,6 +607,11 @@ class Batcher(Generic[T, R]):
     def _set_queued(self, items: int) -> None:
         self._queued = items
         metrics.QUEUE_ITEMS.set(items)
+
+
+def _level(item: Work) -> int:
+    """Where in the order an item goes: by priority, within it by tier, the highest first."""
+    return _RANK[item.priority] + _TIERS - 1 - min(max(item.tier, 0), _TIERS - 1)
 
 
 def _answers(

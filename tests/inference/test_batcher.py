@@ -23,6 +23,7 @@ class Question:
     number: int
     priority: Priority = "normal"
     deadline_s: float | None = None
+    tier: int = 1
 
 
 class ClockLoop(asyncio.SelectorEventLoop):
@@ -211,6 +212,19 @@ def test_high_goes_before_normal_before_low_and_does_not_wait_for_company() -> N
         await world.finish()
         assert world.batches[3] == [8], "alone: company would make it take longer"
         assert await urgent == [80]
+
+    on_clock(story)
+
+
+def test_within_a_priority_the_higher_tier_goes_first() -> None:
+    async def story() -> None:
+        world = World(max_batch=2)
+        world.ask(Question(0))
+        await world.turn()
+        world.ask(Question(1, tier=0), Question(2, tier=2), Question(3), Question(4, tier=2))
+        world.ask(Question(5, "low", tier=2), Question(6, "high", tier=0))
+        await world.settle()
+        assert world.batches == [[0], [6], [2, 4], [3, 1], [5]]
 
     on_clock(story)
 
