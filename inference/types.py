@@ -17,7 +17,8 @@ class RankRequest:
     """One list to be made. `sequence` is the packed value (`features.sequence`), None without history.
 
     `candidates` None means "find them"; a tuple ranks exactly those. `deadline_s` is on the event
-    loop's monotonic clock; None is no deadline.
+    loop's monotonic clock; None is no deadline. `tier` is the user's service tier, 0 the lowest
+    (`inference.admission`): within a priority the higher one goes first.
     """
 
     user_id: int
@@ -27,6 +28,7 @@ class RankRequest:
     exclude: tuple[int, ...] = ()
     priority: Priority = "normal"
     deadline_s: float | None = None
+    tier: int = 1
 
 
 @dataclass(frozen=True, slots=True)
