@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -36,6 +37,11 @@ class Tier(BaseModel):
     @property
     def most(self) -> int:
         return 0 if self.rate is None else round(self.rate * self.window_s)
+
+    @property
+    def at_once(self) -> int | None:
+        """The client burst in force: what was given, else a second's worth."""
+        return None if self.client_rate is None else self.client_burst or math.ceil(self.client_rate)
 
     @model_validator(mode="after")
     def _limits_are_whole(self) -> Self:

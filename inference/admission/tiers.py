@@ -22,9 +22,7 @@ class Tiers:
         self.default = self.names.index(settings.default_tier)
         self._codes = {name: code for code, name in enumerate(self.names)}
         self.client_rate = np.array([tier.client_rate or np.inf for tier in self.tiers])
-        self.client_burst = np.array(
-            [tier.client_burst or max(1.0, float(np.ceil(tier.client_rate or 1.0))) for tier in self.tiers]
-        )
+        self.client_burst = np.array([float(tier.at_once or 1) for tier in self.tiers])
         self.any_client_limit = bool(np.isfinite(self.client_rate).any())
 
     def __len__(self) -> int:
