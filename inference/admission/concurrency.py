@@ -8,8 +8,8 @@ full processors with short queues are what one pays for; it makes the rise slow.
 
 Levels, 0 the least, are what is shed first. The limit holds for all but the top tier, the lower a
 level the smaller its share; at its least it is one list, let in when none is in hand. The top tier
-enters up to the ceiling: only when the others are down to that and lists still wait too long is it
-limited too, and it is the first to be let in again.
+enters up to the ceiling: only when the others are down to that, or none of theirs is in hand, and lists
+still wait too long is it limited too, and it is the first to be let in again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class AdaptiveLimit:
         self._is_top = np.arange(levels) >= lower
         self._limit = self._top = self._ceiling
         self._caps = self._new_caps()
-        self._peak = 0
+        self._peak = self._lower_peak = 0
+        self._lower_in_flight = 0
         self._waited_s, self._waited = 0.0, 0
         self._lags_s = [0.0] * _LAG_SAMPLES
         self._rest_until_s = -math.inf
@@ -86,12 +87,17 @@ class AdaptiveLimit:
         """Up to how many lists in hand each level is let in, [levels], rising."""
         return self._caps
 
-    def enter(self, lists: int) -> None:
+    def enter(self, lists: int, lower: int) -> None:
+        """So many lists are in hand now, `lower` of them below the top tier."""
         self.in_flight += lists
+        self._lower_in_flight += lower
         self._peak = max(self._peak, self.in_flight)
+        self._lower_peak = max(self._lower_peak, self._lower_in_flight)
 
-    def leave(self, lists: int) -> None:
+    def leave(self, lists: int, lower: int) -> None:
+        """And no longer."""
         self.in_flight -= lists
+        self._lower_in_flight -= lower
 
     def waited(self, queue_s: float, lists: int) -> None:
         """So long did lists wait for an engine that have now been answered."""
@@ -108,25 +114,29 @@ class AdaptiveLimit:
         lasting_s = min(self._lags_s)
         # How much longer than the targets is waited; at 1 a target is just met.
         pressure = 1000 * max(queue_s / limits.queue_target_ms, lasting_s / limits.lag_target_ms)
-        peak, self._peak = self._peak, self.in_flight
+        peak, lower_peak = self._peak, self._lower_peak
+        self._peak, self._lower_peak = self.in_flight, self._lower_in_flight
         if pressure > 1.0:
             if now_s >= self._rest_until_s:
-                self._cut(max(_CUT_MOST, 1.0 / pressure), peak)
+                self._cut(max(_CUT_MOST, 1.0 / pressure), peak, lower_peak)
                 self._rest_until_s = now_s + max(queue_s, lasting_s)
         elif pressure < _RISE_BELOW and self.is_limiting:
             busy = min(1.0, max(0.0, (cpu - limits.cpu_high) / (1.0 - limits.cpu_high)))
-            self._rise(1.0 - 0.9 * busy)
+            self._rise(1.0 - 0.9 * busy, peak)
         self._caps = self._new_caps()
 
-    def _cut(self, factor: float, peak: int) -> None:
-        if self._limit > 1.0:
+    def _cut(self, factor: float, peak: int, lower_peak: int) -> None:
+        if self._limit > 1.0 and lower_peak:
             self._limit = max(1.0, min(self._limit, peak) * factor)
         else:
+            self._limit = 1.0
             self._top = max(self._floor, min(self._top, peak) * factor)
 
-    def _rise(self, speed: float) -> None:
+    def _rise(self, speed: float, peak: int) -> None:
         if self._top < self._ceiling:
-            self._top = min(self._ceiling, self._top + speed * math.sqrt(self._top))
+            risen = self._top + speed * math.sqrt(self._top)
+            # A limit that nobody comes near keeps only the tiers below waiting.
+            self._top = self._ceiling if risen > 2 * peak else min(self._ceiling, risen)
         else:
             self._limit = min(self._ceiling, self._limit + speed * math.sqrt(self._limit))
 

@@ -51,6 +51,7 @@ class Ticket:
 
     number: int
     admitted: Sequence[RankRequest]
+    lower: int  # of the admitted, below the top tier
     refused: dict[int, Refusal]
 
 
@@ -75,10 +76,12 @@ class Admission:
         number = next(self._numbers)
         refused = self._refuse(requests, now_s)
         admitted = [r for at, r in enumerate(requests) if at not in refused] if refused else requests
+        top = len(self.tiers) - 1
+        lower = sum(request.tier < top for request in admitted)
         if admitted:
-            self.limit.enter(len(admitted))
+            self.limit.enter(len(admitted), lower)
             self._since_s[number] = now_s
-        return Ticket(number, admitted, refused)
+        return Ticket(number, admitted, lower, refused)
 
     def finish(
         self, ticket: Ticket, now_s: float, outcomes: Sequence[RankedList | InferenceError] = ()
@@ -87,7 +90,7 @@ class Admission:
         if not ticket.admitted:
             return
         took_s = now_s - self._since_s.pop(ticket.number)
-        self.limit.leave(len(ticket.admitted))
+        self.limit.leave(len(ticket.admitted), ticket.lower)
         took_ms, waited_ms, lists = took_s * 1000, 0.0, 0
         for outcome in outcomes:
             if isinstance(outcome, RankedList):

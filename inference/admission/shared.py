@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from features import keys
+from features.breaker import Breaker
 from inference.admission.settings import Tier
 
 if TYPE_CHECKING:
     from limits.aio.strategies import SlidingWindowCounterRateLimiter
 
 log = logging.getLogger(__name__)
+
+# A Redis that is away is asked this often: each time costs the timeout.
+RETRY_S: Final = 1.0
 
 
 class CountedRate:
@@ -32,7 +36,12 @@ class CountedRate:
         self._redis_url = redis_url
         self._timeout_s = timeout_s
         self._counters: _Counters | None = None
-        self.is_shared = redis_url is not None
+        self._breaker = Breaker(failures=1, open_s=RETRY_S)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other processes are counted, as far as the last call tells."""
+        return self._redis_url is not None and not self._breaker.is_open
 
     async def take(self, tier: Tier, tokens: int) -> int:
         """Take at most that many; how many it were. One call to Redis, three where it runs dry."""
@@ -40,18 +49,18 @@ class CountedRate:
             # Not sooner: it takes an eighth of a second and only limited tiers need it.
             self._counters = _Counters(self._redis_url, self._timeout_s)
         counters = self._counters
-        if counters.together is not None:
+        if counters.together is not None and self._breaker.allow():
             try:
                 async with asyncio.timeout(self._timeout_s):
                     taken = await counters.take(counters.together, tier, tokens)
             except counters.failures as error:
-                if self.is_shared:
+                if not self._breaker.is_open:
                     log.warning("Rates are not shared, each process counts alone: %r", error)
-                self.is_shared = False
+                self._breaker.failed()
             else:
-                if not self.is_shared:
+                if self._breaker.is_open:
                     log.info("Rates are shared again")
-                self.is_shared = True
+                self._breaker.succeeded()
                 return taken
         return await counters.take(counters.alone, tier, tokens)
 

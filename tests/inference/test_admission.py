@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from inference.admission.tiers import Tiers
 from inference.errors import DeadlineExceeded, Overloaded
 from inference.types import RankedList, RankRequest
 from infra.local.server import free_port
+from tests.support import eventually_async
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LIMITS = ConcurrencyLimits(16, 10_000, 1_000.0, 500.0, 0.9)
@@ -280,6 +282,29 @@ async def test_without_redis_a_process_counts_alone_and_says_so_once(caplog):
     assert [await rate.take(tier, 400) for _ in range(3)] == [400, 200, 0]
     assert not rate.is_shared
     assert len([line for line in caplog.messages if "each process counts alone" in line]) == 1
+    await rate.close()
+
+
+async def test_a_redis_that_hangs_costs_the_timeout_now_and_then_and_is_used_again_when_it_answers(
+    redis_server, redis_url
+):
+    rate = CountedRate(redis_url, timeout_s=0.1)
+    tier = Tier(name="free", rate=10, burst=6_000)
+    assert await rate.take(tier, 5) == 5
+    redis_server.pause()
+    try:
+        started_s = time.monotonic()
+        assert [await rate.take(tier, 1) for _ in range(50)] == [1] * 50
+        assert time.monotonic() - started_s < 0.8
+        assert not rate.is_shared
+    finally:
+        redis_server.resume()
+
+    async def shared_again() -> bool:
+        await rate.take(tier, 1)
+        return rate.is_shared
+
+    await eventually_async(shared_again)
     await rate.close()
 
 

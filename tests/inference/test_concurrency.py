@@ -181,6 +181,24 @@ def test_a_top_tier_that_alone_is_too_much_is_limited_when_nobody_else_is_let_in
     assert service.ranked / 8.0 > 0.8 * Engine.capacity
 
 
+@pytest.mark.parametrize("tiers", ["one tier", "three tiers"])
+def test_when_all_users_are_of_the_top_tier_it_is_limited_as_soon_as_another_would_be(tiers):
+    if tiers == "one tier":
+        service = Service(admission(tiers=[{"name": "all"}], default_tier="all"))
+    else:
+        service = Service(admission())
+    service.run(3.0, 1.5, mix=(0.0, 0.0, 1.0))
+    service.clear()
+    service.run(5.0, 1.5, mix=(0.0, 0.0, 1.0))
+    assert 0.25 < service.shed_of(PREMIUM) < 0.45
+    assert max(service.in_flight) < 0.2 * Engine.capacity
+    assert service.ranked / 5.0 > 0.9 * Engine.capacity
+    service.run(3.0, 0.5)
+    service.clear()
+    service.run(3.0, 0.5)
+    assert not service.shed
+
+
 def test_an_engine_that_hangs_is_noticed_without_any_answer_and_used_again_when_it_answers():
     service = Service(admission())
     service.run(2.0, 0.6)
@@ -199,10 +217,10 @@ def limit_after(*, lag_s: float = 0.0, cpu: float = 0.0, cut: bool = False, upda
     """Where a limit stands after as many updates, started at 100 lists if `cut`."""
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
     if cut:
-        limit.enter(200)
+        limit.enter(200, 150)
         limit.waited(2 * LIMITS.queue_target_ms / 1000, 200)
         limit.update(0.0, oldest_s=0.0, lag_s=0.0, cpu=0.0)
-        limit.leave(200)
+        limit.leave(200, 150)
         assert limit.limit == 100
     for number in range(updates):
         limit.update(1.0 + number * UPDATE_S, oldest_s=0.0, lag_s=lag_s, cpu=cpu)
@@ -222,7 +240,7 @@ def test_with_all_processors_busy_the_limit_rises_a_tenth_as_fast():
 
 def test_around_the_target_the_limit_stays_where_it_is():
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
-    limit.enter(200)
+    limit.enter(200, 150)
     limit.update(0.0, oldest_s=0.08, lag_s=0.0, cpu=0.0)
     for number, share in enumerate((0.75, 0.95, 0.8, 1.0)):
         limit.waited(share * LIMITS.queue_target_ms / 1000, 10)
@@ -232,7 +250,7 @@ def test_around_the_target_the_limit_stays_where_it_is():
 
 def test_a_cut_waits_for_the_answers_that_tell_what_the_one_before_did():
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
-    limit.enter(400)
+    limit.enter(400, 300)
     for at_s in (0.0, 0.05, 0.1, 0.15):
         limit.update(at_s, oldest_s=0.2, lag_s=0.0, cpu=0.0)
         assert limit.limit == 200
