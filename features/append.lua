@@ -1,12 +1,12 @@
 -- Appends one or more events of one user to the packed sequence (layout: features/sequence.py).
 --
--- KEYS[1]  the sequence
+-- KEYS[1]  the sequence               KEYS[2]  the name of the user's tier
 -- ARGV[1]  the most events kept       ARGV[2]  lifetime in ms
 -- then per event, in order:
 --   fence   16 bytes: topic epoch u32, partition u32, offset f64
 --   record  12 bytes (narrow) or 24 (wide)
 --   the oldest timestamp kept
--- Returns per event: 1 or 0 (applied, or seen before) and the sequence just after it.
+-- Returns per event: 1 or 0 (applied, or seen before) and the sequence just after it; last, the tier.
 --
 -- All events of one user in a batch come in one call, so they are applied together or not at all:
 -- with a call each, a first one that fails (out of memory, script not loaded) before a second one
@@ -84,4 +84,6 @@ for i = 3, #ARGV, 3 do
   answer[#answer + 1] = value
 end
 if changed then redis.call('SET', KEYS[1], value, 'PX', ARGV[2]) end
+local tier = redis.pcall('GET', KEYS[2])
+answer[#answer + 1] = type(tier) == 'string' and tier -- false is null
 return answer

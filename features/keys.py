@@ -4,9 +4,11 @@ Each key carries one hash tag, so a script touches one slot of a Redis Cluster. 
 because a user's whole sequence has 1.5 KiB to live in, key included.
 
     s:{user}       string      the packed behaviour sequence (`features.sequence`)
+    q:{user}       string      the name of the user's service tier; no key, no lifetime: the default tier
     t:{item}       sorted set  what users did right after this item: item to log2 weight
     c:{category}   sorted set  the popular items of a category: item to log2 weight
     p:{all}        sorted set  the popular items of all: item to log2 weight
+    a:{tier/…}     string      what a tier has used of its rate, in two windows (`inference.admission`)
 
 Members of the sorted sets are item ids of 8 bytes, little-endian (shorter than digits, and exact
 past 2⁵³).
@@ -34,11 +36,19 @@ _CATEGORY: Final = Bound(members=256, ttl_s=30 * DAY_S)
 _POPULAR: Final = Bound(members=4096, ttl_s=30 * DAY_S)
 
 POPULAR: Final = "p:{all}"
+TIER_USE_PREFIX: Final = "a"
+TIER_USE_NAMESPACE: Final = "tier"
+"""The rest of those names is made by the library `limits`, in braces: one slot per tier."""
 
 
 def sequence(user_id: int) -> str:
     """The behaviour sequence of a user."""
     return f"s:{{{user_id}}}"
+
+
+def tier(user_id: int) -> str:
+    """The service tier of a user, in the slot of the sequence: both are read in one go."""
+    return f"q:{{{user_id}}}"
 
 
 def transitions(item_id: int) -> str:

@@ -23,7 +23,7 @@ from features.sequence import (
     pack_fence,
 )
 from features.settings import FeatureSettings
-from features.store import Append, Appended, Neighbours, log2_add
+from features.store import Append, Appended, Neighbours, User, log2_add
 
 _TIMESTAMP_AT = {NARROW: 4, WIDE: 16}
 
@@ -40,6 +40,7 @@ class MemoryStore:
         self._settings = settings or FeatureSettings()
         self._clock = clock
         self._sequences: dict[int, tuple[bytes, float]] = {}
+        self._tiers: dict[int, str] = {}
         self._statistics: dict[str, tuple[dict[int, float], float]] = {}
 
     async def append(
@@ -48,8 +49,14 @@ class MemoryStore:
         answers = [self._append(event) for event in appends]
         return answers, await self.neighbours(neighbours, limit)
 
-    async def read(self, user_ids: Sequence[int]) -> list[bytes | None]:
-        return [self._sequence(user) for user in user_ids]
+    async def read(self, user_ids: Sequence[int]) -> list[User]:
+        return [User(self._sequence(user), self._tiers.get(user)) for user in user_ids]
+
+    async def set_tier(self, user_id: int, tier: str | None) -> None:
+        if tier is None:
+            self._tiers.pop(user_id, None)
+        else:
+            self._tiers[user_id] = tier
 
     async def neighbours(self, names: Sequence[str], limit: int) -> list[Neighbours]:
         return [self._neighbours(name, limit) for name in names]
@@ -74,6 +81,7 @@ class MemoryStore:
         fence = pack_fence(event.epoch, event.partition, event.offset)
         record = pack_event(event.item_id, event.category_id, event.behavior, event.timestamp)
         value = self._sequence(event.user_id) or bytes((NARROW, 0))
+        tier = self._tiers.get(event.user_id)
         body_at = HEADER_BYTES + FENCE_BYTES * value[1]
         kind, body = value[0], value[body_at:]
         fences = [value[at : at + FENCE_BYTES] for at in range(HEADER_BYTES, body_at, FENCE_BYTES)]
@@ -81,7 +89,7 @@ class MemoryStore:
         if at is None:
             fences = [*fences[-(MAX_FENCES - 1) :], fence]
         elif fences[at][:4] == fence[:4] and event.offset <= struct.unpack("<d", fences[at][8:])[0]:
-            return Appended(False, value)
+            return Appended(False, value, tier)
         else:
             fences[at] = fence
         if kind == NARROW and len(record) == WIDTH[WIDE]:
@@ -94,7 +102,7 @@ class MemoryStore:
             del kept[0]
         value = bytes((kind, len(fences))) + b"".join(fences) + b"".join(kept)
         self._sequences[event.user_id] = (value, self._clock() + settings.sequence_ttl_s)
-        return Appended(True, value)
+        return Appended(True, value, tier)
 
     def _sequence(self, user_id: int) -> bytes | None:
         value, expires_s = self._sequences.get(user_id, (None, 0.0))

@@ -20,7 +20,7 @@ from features import keys
 from features.breaker import Breaker
 from features.sequence import pack_event, pack_fence
 from features.settings import FeatureSettings
-from features.store import Append, Appended, Neighbours, StoreUnavailable
+from features.store import Append, Appended, Neighbours, StoreUnavailable, User
 
 CLUSTER_SCHEME: Final = "redis+cluster://"
 # Lua's unpack() is bounded by its stack; this is far below.
@@ -83,8 +83,9 @@ class RedisStore:
                 argument = arguments[user] = [
                     b"EVALSHA",
                     _APPEND.sha,
-                    b"1",
+                    b"2",
                     keys.sequence(user),
+                    keys.tier(user),
                     *self._sequence_options,
                 ]
                 places[user] = []
@@ -99,14 +100,19 @@ class RedisStore:
         replies = await self._call(commands)
         answers: list[Appended] = [_NOT_APPLIED] * len(appends)
         for own, reply in zip(places.values(), replies, strict=False):
-            at = 0
+            at, tier = 0, _text(reply[-1])
             for place in own:
-                answers[place] = Appended(reply[at] == 1, reply[at + 1])
+                answers[place] = Appended(reply[at] == 1, reply[at + 1], tier)
                 at += 2
         return answers, [_neighbours(reply) for reply in replies[len(places) :]]
 
-    async def read(self, user_ids: Sequence[int]) -> list[bytes | None]:
-        return await self._call([(b"GET", keys.sequence(user)) for user in user_ids])
+    async def read(self, user_ids: Sequence[int]) -> list[User]:
+        replies = await self._call([(b"MGET", keys.sequence(user), keys.tier(user)) for user in user_ids])
+        return [User(sequence, _text(tier)) for sequence, tier in replies]
+
+    async def set_tier(self, user_id: int, tier: str | None) -> None:
+        key = keys.tier(user_id)
+        await self._call([(b"DEL", key) if tier is None else (b"SET", key, tier)])
 
     async def neighbours(self, names: Sequence[str], limit: int) -> list[Neighbours]:
         replies = await self._call([_read_neighbours(name, limit) for name in names])
@@ -161,6 +167,10 @@ class RedisStore:
 
 
 _NOT_APPLIED: Final = Appended(False, b"")
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode(errors="replace")
 
 
 def _read_neighbours(name: str, limit: int) -> Command:

@@ -136,7 +136,7 @@ class ItemStatistics:
             return
         behaviors = self._behaviors
         per_popularity, per_transition = self._per_popularity, self._per_transition
-        for (_, item, category, behavior, timestamp, _, _, _), (applied, sequence) in zip(
+        for (_, item, category, behavior, timestamp, _, _, _), (applied, sequence, _) in zip(
             appends, appended, strict=True
         ):
             if not applied:

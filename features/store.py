@@ -33,10 +33,20 @@ class Append(NamedTuple):
 
 class Appended(NamedTuple):
     """The user's packed sequence just after one append. `applied` is False where the fence had
-    already seen that offset: the sequence is then as it stands now, and nothing changed."""
+    already seen that offset: the sequence is then as it stands now, and nothing changed. `tier` as in
+    `User`."""
 
     applied: bool
     sequence: bytes
+    tier: str | None = None
+
+
+class User(NamedTuple):
+    """What the store has of a user: the packed sequence, None without history; the name of the service
+    tier, None for the default one."""
+
+    sequence: bytes | None
+    tier: str | None
 
 
 class Neighbours(NamedTuple):
@@ -71,8 +81,12 @@ class FeatureStore(Protocol):
         """
         ...
 
-    async def read(self, user_ids: Sequence[int]) -> list[bytes | None]:
-        """The packed sequences of users; None for a user without history."""
+    async def read(self, user_ids: Sequence[int]) -> list[User]:
+        """What is kept of users, in the order asked for."""
+        ...
+
+    async def set_tier(self, user_id: int, tier: str | None) -> None:
+        """Put a user into a tier, until told otherwise; None takes the user out of any."""
         ...
 
     async def neighbours(self, names: Sequence[str], limit: int) -> list[Neighbours]:

@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "watch": ("infra.commands.lists", "Follow the ranked lists."),
     "recommend": ("infra.commands.lists", "Ask for one user's list, once."),
     "dead-letters": ("infra.commands.dead_letters", "Clicks that could not be read: list, replay."),
+    "tiers": ("infra.commands.tiers", "Service tiers: who is in which, and what each may use."),
     "synth": ("infra.commands.training", "A Taobao-format log with learnable structure."),
     "retrain": ("infra.commands.training", "Train, evaluate, export and publish a model."),
     "evaluate": ("infra.commands.training", "A model's accuracy on a log."),

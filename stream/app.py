@@ -14,6 +14,7 @@ from mode import Service
 from mode.utils.queues import FlowControlEvent, ThrowableQueue
 
 from features.settings import FeatureSettings
+from inference.admission.settings import AdmissionSettings
 from inference.settings import InferenceSettings
 from stream.agents import clicks, releases, requests
 from stream.feeder import HandOver
@@ -53,6 +54,7 @@ def create_app(
     stream: StreamSettings | None = None,
     features: FeatureSettings | None = None,
     inference: InferenceSettings | None = None,
+    admission: AdmissionSettings | None = None,
 ) -> faust.App:
     """A Faust app that serves clicks, requests and releases. `app.resources` is what it holds open."""
     stream = stream or StreamSettings()
@@ -74,7 +76,7 @@ def create_app(
         producer_request_timeout=15,
         processing_guarantee="at_least_once",
     )
-    resources = Resources(stream, features or FeatureSettings(), inference or InferenceSettings())
+    resources = Resources(stream, features or FeatureSettings(), inference or InferenceSettings(), admission)
     app.resources = resources
     names = stream.topics
     for name, agent in (

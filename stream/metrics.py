@@ -29,6 +29,18 @@ class StreamMetrics:
         self.rank_s = Histogram(
             "tailrace_rank_seconds", "Ranking one unit, waiting included", buckets=_SECONDS, registry=r
         )
+        self.shed = Counter(
+            "tailrace_stream_shed",
+            "Lists not ranked, or not in time, and answered degraded",
+            ["reason", "tier"],
+            registry=r,
+        )
+        self.lists_limit = Gauge(
+            "tailrace_stream_lists_limit", "Lists that may be ranked at once, below the top tier", registry=r
+        )
+        self.loop_lag_s = Gauge(
+            "tailrace_stream_loop_lag_seconds", "How late the event loop ran a timer", registry=r
+        )
         self.store_failures = Counter(
             "tailrace_store_failures", "Appends that Redis did not take", registry=r
         )

@@ -1,9 +1,10 @@
 """The request path, without Faust: records in, ranked lists out.
 
-`clicks` is the page to read: decode → append → rank → reply → release. Reading and appending happen
-in arrival order; ranking and replying overlap with the units that follow. No exception leaves it:
-what cannot be read becomes a dead letter, what cannot be ranked in time becomes a degraded list, and
-a record that fails in a way nobody foresaw is found, buried, and the rest of its unit answered.
+`clicks` is the page to read: decode → append → admit → rank → reply → release. Reading and appending
+happen in arrival order; ranking and replying overlap with the units that follow. No exception leaves
+it: what cannot be read becomes a dead letter, what is not admitted or cannot be ranked in time becomes
+a degraded list, and a record that fails in a way nobody foresaw is found, buried, and the rest of its
+unit answered.
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from features.statistics import ItemStatistics
-from features.store import Append, Appended, FeatureStore, StoreUnavailable
-from inference.errors import InferenceError
+from features.store import Append, Appended, FeatureStore, StoreUnavailable, User
+from inference.admission.control import Admission, Ticket
+from inference.errors import DeadlineExceeded, InferenceError, Overloaded
 from inference.types import RankedList, RankRequest
 from stream.delivery import Record, Undeliverable
 from stream.fallback import Fallback
@@ -74,6 +76,7 @@ class RequestPath:
         store: FeatureStore,
         statistics: ItemStatistics,
         ranking: Ranking,
+        admission: Admission,
         results: Sender,
         dead_letters: Sender,
         settings: StreamSettings,
@@ -83,6 +86,8 @@ class RequestPath:
         self._store = store
         self._statistics = statistics
         self._ranking = ranking
+        self._admission = admission
+        self._tier_code = admission.tiers.code
         self._results = results
         self._dead_letters = dead_letters
         self._settings = settings
@@ -153,13 +158,11 @@ class RequestPath:
     async def _take_requests(self, unit: Unit) -> Answering:
         asks, refused = self._read_requests(unit)
         try:
-            sequences: Sequence[bytes | None] | None = await self._store.read(
-                [ask.request.user_id for ask in asks]
-            )
+            users: Sequence[User] | None = await self._store.read([ask.request.user_id for ask in asks])
         except StoreUnavailable as error:
             log.warning("Answering %d requests without history: %s", len(asks), error)
-            sequences = None
-        return partial(self._answer_requests, unit, asks, sequences, refused)
+            users = None
+        return partial(self._answer_requests, unit, asks, users, refused)
 
     # Reading -----------------------------------------------------------------------------------
 
@@ -269,6 +272,7 @@ class RequestPath:
                 sequence=appended[group[-1]].sequence,
                 k=self._settings.k,
                 deadline_s=deadline_s,
+                tier=self._tier_code(appended[group[-1]].tier),
             )
             for group in answered
         ]
@@ -281,25 +285,26 @@ class RequestPath:
         self,
         unit: Unit,
         asks: Sequence[Ask],
-        sequences: Sequence[bytes | None] | None,
+        users: Sequence[User] | None,
         refused: Sequence[Record],
     ) -> None:
         answers = [self._request_answer(unit, ask) for ask in asks]
-        if sequences is None:
+        if users is None:
             await self._deliver([self._fallback.answer(answer) for answer in answers], refused)
             return
         default_ms = self._settings.click_deadline_ms
         asked = [
             RankRequest(
                 user_id=ask.request.user_id,
-                sequence=sequence,
+                sequence=user.sequence,
                 k=ask.request.k,
                 candidates=None if ask.request.candidates is None else tuple(ask.request.candidates),
                 exclude=tuple(ask.request.exclude),
                 priority=ask.request.priority,
                 deadline_s=unit.received_s + (ask.request.deadline_ms or default_ms) / 1000,
+                tier=self._tier_code(user.tier),
             )
-            for ask, sequence in zip(asks, sequences, strict=True)
+            for ask, user in zip(asks, users, strict=True)
         ]
         await self._rank_and_deliver(unit, answers, asked, refused)
 
@@ -317,12 +322,32 @@ class RequestPath:
         if not asked:
             return []
         started_s = _now()
+        ticket = self._admission.admit(asked, started_s)
+        ranked: Sequence[RankedList | InferenceError] = []
         try:
-            return await self._ranking.rank(asked)
+            ranked = await self._ranking.rank(ticket.admitted) if ticket.admitted else []
         except InferenceError as error:
-            return [error] * len(asked)
+            ranked = [error] * len(ticket.admitted)
         finally:
-            self._metrics.rank_s.observe(_now() - started_s)
+            ended_s = _now()
+            self._admission.finish(ticket, ended_s, ranked)
+            self._metrics.rank_s.observe(ended_s - started_s)
+        self._count_shed(asked, ticket, ranked)
+        if not ticket.refused:
+            return ranked
+        rest = iter(ranked)
+        return [ticket.refused[at].error if at in ticket.refused else next(rest) for at in range(len(asked))]
+
+    def _count_shed(
+        self, asked: Sequence[RankRequest], ticket: Ticket, ranked: Sequence[RankedList | InferenceError]
+    ) -> None:
+        names = self._admission.tiers.names
+        for at, refusal in ticket.refused.items():
+            self._metrics.shed.labels(reason=refusal.reason, tier=names[asked[at].tier]).inc()
+        for request, outcome in zip(ticket.admitted, ranked, strict=True):
+            if isinstance(outcome, (DeadlineExceeded, Overloaded)):
+                reason = "late" if isinstance(outcome, DeadlineExceeded) else "queue"
+                self._metrics.shed.labels(reason=reason, tier=names[request.tier]).inc()
 
     async def _deliver(self, answers: Sequence[Answer], refused: Sequence[Record]) -> None:
         """Lists and dead letters into Kafka; returns when the broker has them."""

@@ -15,9 +15,14 @@ from features.redis_store import RedisStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
+from inference.admission.concurrency import ConcurrencyLimits
+from inference.admission.control import Admission
+from inference.admission.settings import AdmissionSettings
+from inference.admission.shared import CountedRate
 from inference.settings import InferenceSettings
 from stream.delivery import Backoff, Delivery
 from stream.feeder import Feeder, HandOver
+from stream.load import LoadProbe
 from stream.metrics import StreamMetrics
 from stream.ranking import ServingModel
 from stream.recommend import RequestPath
@@ -28,6 +33,8 @@ from topics.admin import topic_epoch
 log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_S = 2.0
+# Of a click's deadline, waiting for an engine.
+QUEUE_SHARE = 0.75
 
 
 class Resources:
@@ -37,13 +44,19 @@ class Resources:
     """
 
     def __init__(
-        self, stream: StreamSettings, features: FeatureSettings, inference: InferenceSettings
+        self,
+        stream: StreamSettings,
+        features: FeatureSettings,
+        inference: InferenceSettings,
+        admission: AdmissionSettings | None = None,
     ) -> None:
         self.settings = stream
         self.metrics = StreamMetrics()
         self.store = RedisStore(stream.redis_url, settings=features)
         self.statistics = ItemStatistics(self.store, settings=features)
         self.model = ServingModel(Path(stream.registry), stream.alias, self.statistics, inference, features)
+        self.admission = admission_of(stream, admission or AdmissionSettings())
+        self.load = LoadProbe(self.admission, self.metrics)
         backoff = Backoff(stream.retry_min_ms / 1000, stream.retry_max_ms / 1000)
         self.results = Delivery(stream.bootstrap, backoff)
         self.dead_letters = Delivery(stream.bootstrap, backoff, idempotent=False)
@@ -51,6 +64,7 @@ class Resources:
             store=self.store,
             statistics=self.statistics,
             ranking=self.model,
+            admission=self.admission,
             results=self.results,
             dead_letters=self.dead_letters,
             settings=stream,
@@ -73,6 +87,7 @@ class Resources:
         await self.load_model()
         self._loaded = True
         await self._maintain_statistics_once()
+        await self.admission.leases.renew()
         epochs = {
             name: await asyncio.to_thread(topic_epoch, self.settings.bootstrap, name)
             for name in self.hand_over
@@ -85,7 +100,13 @@ class Resources:
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
         """What runs as long as the worker does. If one ends with an error, so does the worker."""
         assert self.feeder is not None
-        return [self.feeder.run(), self.feeder.commit_periodically(), self._maintain_statistics()]
+        tasks = [
+            self.feeder.run(),
+            self.feeder.commit_periodically(),
+            self._maintain_statistics(),
+            self.load.run(),
+        ]
+        return [*tasks, self.admission.leases.run()] if self.admission.leases.any_limit else tasks
 
     async def load_model(self, announced: str | None = None, sha256: str | None = None) -> None:
         """Serve what the alias names now, checked against the announcement if there is one."""
@@ -143,6 +164,7 @@ class Resources:
             await self.statistics.flush()
         except StoreUnavailable as error:
             log.info("The last item statistics were not written: %s", error)
+        await self.admission.leases.close()
         await self.store.close()
         if self._runner is not None:
             await self._runner.cleanup()
@@ -183,3 +205,17 @@ class Resources:
             "redis": redis,
             "instance": self.settings.instance_id,
         }
+
+
+def admission_of(stream: StreamSettings, settings: AdmissionSettings) -> Admission:
+    """The admission control of a worker: what is left unset follows from the stream's own bounds."""
+    limits = ConcurrencyLimits(
+        floor=settings.floor,
+        # The feeder stops reading at max_in_flight and may have one more poll in hand then.
+        ceiling=settings.ceiling or stream.max_in_flight + stream.poll_max_records,
+        queue_target_ms=settings.queue_target_ms or QUEUE_SHARE * stream.click_deadline_ms,
+        lag_target_ms=settings.lag_target_ms,
+        cpu_high=settings.cpu_high,
+    )
+    rate = CountedRate(stream.redis_url if settings.shared else None, settings.lease_timeout_ms / 1000)
+    return Admission(settings, limits, rate)

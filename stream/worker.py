@@ -15,6 +15,7 @@ from types import FrameType
 import uvloop
 
 from features.settings import FeatureSettings
+from inference.admission.settings import AdmissionSettings
 from inference.settings import InferenceSettings
 from stream.hard_stop import HardStop
 from stream.settings import StreamSettings
@@ -28,6 +29,7 @@ def run(
     stream: StreamSettings,
     features: FeatureSettings,
     inference: InferenceSettings,
+    admission: AdmissionSettings,
     *,
     log_level: str = "INFO",
 ) -> None:
@@ -40,7 +42,7 @@ def run(
 
     _tune()
     loop = uvloop.new_event_loop()
-    app = create_app(stream, features, inference)
+    app = create_app(stream, features, inference, admission)
     hard_stop = HardStop((stream.drain_timeout_ms + stream.close_timeout_ms) / 1000, app.resources.left)
 
     class Worker(faust.Worker):  # type: ignore[misc]  # faust has no types

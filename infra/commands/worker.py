@@ -63,7 +63,7 @@ def worker(
     more. A worker that has not ended by then, because a broker that is gone holds it, logs what is
     left and ends hard with exit code 75; the next owner of its partitions reads that again.
 
-    Everything else is set by STREAM_*, FEATURES_* and INFERENCE_* in the environment.
+    Everything else is set by STREAM_*, FEATURES_*, INFERENCE_* and ADMISSION_* in the environment.
 
     \b
     tailrace worker
@@ -71,6 +71,7 @@ def worker(
     STREAM_DRAIN_TIMEOUT_MS=5000 tailrace worker --instance-id $POD_NAME
     """
     from features.settings import FeatureSettings
+    from inference.admission.settings import AdmissionSettings
     from inference.settings import InferenceSettings
     from stream.settings import StreamSettings
     from stream.worker import run, supervise
@@ -96,6 +97,7 @@ def worker(
             }
         )
         features = FeatureSettings()
+        admission = AdmissionSettings()
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
     except ValidationError as error:
         raise click.ClickException(f"a setting is wrong: {error}") from error
@@ -115,4 +117,4 @@ def worker(
             *("--k", str(k), "--engine", engine, "--log-level", log_level),
         ]
         raise SystemExit(supervise(workers, arguments, instance_id, http_port))
-    run(stream, features, inference, log_level=log_level)
+    run(stream, features, inference, admission, log_level=log_level)

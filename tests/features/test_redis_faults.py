@@ -126,7 +126,8 @@ async def test_a_key_of_another_type_is_written_over_and_holds_nothing_up(redis_
     batch = [event(0, 1), event(1, 2), event(2, 3), event(3, 2), event(4, 1)]
     answers, _ = await store.append(batch)
     assert all(answer.applied for answer in answers)
-    assert [items(value) for value in await store.read([1, 2, 3])] == [[1000, 1004], [1001, 1003], [1002]]
+    users = await store.read([1, 2, 3])
+    assert [items(user.sequence) for user in users] == [[1000, 1004], [1001, 1003], [1002]]
     await store.close()
 
 
@@ -161,7 +162,7 @@ async def test_a_cancelled_call_leaves_no_reply_behind_for_the_next(
             await call
     finally:
         redis_server.resume()
-    assert items((await store.read([2]))[0]) == [1001]
+    assert items((await store.read([2]))[0].sequence) == [1001]
     await store.close()
 
 
@@ -217,14 +218,18 @@ async def test_a_cluster_answers_like_one_server(cluster: list[ClusterNode]) -> 
     assert (near.items.tolist(), far.items.tolist()) == ([5, 2**62], [9])
     again, _ = await store.append(batch)
     assert not any(answer.applied for answer in again)
-    values = await store.read(range(31))
+    values = [user.sequence for user in await store.read(range(31))]
     for user in range(30):
         assert items(values[user]) == [1000 + offset for offset in range(user, 200, 30)]
     assert values[30] is None
+    await store.set_tier(30, "premium")
+    assert await store.read([30]) == [(None, "premium")]
+    assert (await store.append([event(900, user=30)]))[0][0].tier == "premium"
+    await store.set_tier(30, None)
     held = []
     for node in cluster:
         with redis.Redis.from_url(node.url) as client:
             held.append(client.dbsize())
-    assert sum(held) == 32
+    assert sum(held) == 33
     assert min(held) > 0
     await store.close()

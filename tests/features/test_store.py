@@ -76,7 +76,11 @@ def items_of(value: bytes | None) -> list[int]:
 
 async def value_of(store: FeatureStore, user: int = 1) -> bytes | None:
     (value,) = await store.read([user])
-    return value
+    return value.sequence
+
+
+async def values_of(store: FeatureStore, users: Sequence[int]) -> list[bytes | None]:
+    return [user.sequence for user in await store.read(users)]
 
 
 class Oracle:
@@ -119,7 +123,7 @@ async def test_every_field_survives(store: FeatureStore) -> None:
 
 async def test_a_user_without_history_reads_as_none_in_its_place(store: FeatureStore) -> None:
     await store.append([event(0, user_id=0), event(1, user_id=MAX_ID)])
-    values = await store.read([5, MAX_ID, 6, 0])
+    values = await values_of(store, [5, MAX_ID, 6, 0])
     assert [items_of(value) for value in values] == [[], [1001], [], [1000]]
     assert values[0] is None and values[2] is None
 
@@ -320,6 +324,48 @@ async def test_in_redis_sequences_expire_and_applied_events_renew_them(
         await eventually_async(gone)
 
 
+async def test_a_users_tier_comes_with_every_append_and_every_read(store: FeatureStore) -> None:
+    await store.set_tier(2, "premium")
+    await store.set_tier(MAX_ID, "free")
+    batch = [event(0), event(1, user_id=2), event(2, user_id=2), event(3, user_id=MAX_ID)]
+    for _ in range(2):  # a duplicate tells it too
+        answers, _ = await store.append(batch)
+        assert [answer.tier for answer in answers] == [None, "premium", "premium", "free"]
+    assert [user.tier for user in await store.read([MAX_ID, 1, 2, 9])] == ["free", None, "premium", None]
+    assert items_of(await value_of(store, 2)) == [1001, 1002]
+
+
+async def test_a_tier_changes_with_the_next_click_and_can_be_taken_away(store: FeatureStore) -> None:
+    tiers = []
+    for offset, tier in enumerate(["free", "premium", "premium", None, None]):
+        await store.set_tier(1, tier)
+        answers, _ = await store.append([event(offset)])
+        tiers.append(answers[0].tier)
+    assert tiers == ["free", "premium", "premium", None, None]
+
+
+async def test_a_tier_has_no_lifetime_and_needs_no_history(redis_store: RedisStore, redis_url: str) -> None:
+    await redis_store.set_tier(1, "premium")
+    assert await redis_store.read([1]) == [(None, "premium")]
+    with redis.Redis.from_url(redis_url) as client:
+        assert client.pttl(keys.tier(1)) == -1
+
+
+@pytest.mark.parametrize("kind", ["a list", "bytes that are no text"])
+async def test_a_tier_that_is_none_of_ours_holds_nothing_up(
+    redis_store: RedisStore, redis_url: str, kind: str
+) -> None:
+    with redis.Redis.from_url(redis_url) as client:
+        if kind == "a list":
+            client.lpush(keys.tier(1), "premium")
+        else:
+            client.set(keys.tier(1), b"\xff\x00")
+    answers, _ = await redis_store.append([event(0), event(1)])
+    assert [answer.applied for answer in answers] == [True, True]
+    assert items_of(await value_of(redis_store)) == [1000, 1001]
+    assert answers[0].tier in (None, "\ufffd\x00")
+
+
 async def test_a_batch_is_one_round_trip(redis_store: RedisStore, redis_url: str) -> None:
     await redis_store.append([event(0)])
     with redis.Redis.from_url(redis_url) as client:
@@ -330,6 +376,7 @@ async def test_a_batch_is_one_round_trip(redis_store: RedisStore, redis_url: str
         reads = client.info("stats")["total_reads_processed"]
     assert calls["cmdstat_evalsha"] == 40  # one per user
     assert calls["cmdstat_set"] == 40
+    assert calls["cmdstat_get"] == 2 * 40  # inside the scripts: the sequence and the tier
     assert calls["cmdstat_zrevrange"] == 2
     # The server reads its socket in pieces; a round trip per event would be hundreds of reads.
     assert reads < 20
@@ -418,7 +465,7 @@ async def check_delivery(store: FeatureStore, log: list[Append], batches: list[l
         assert oracle.append(each)
     assert await deliver(store, batches) == len(log)
     users = list(oracle.events)
-    values = await store.read(users)
+    values = await values_of(store, users)
     assert {user: events_of(value) for user, value in zip(users, values, strict=True)} == oracle.events
 
 
@@ -461,7 +508,7 @@ async def test_writers_at_once_neither_lose_nor_repeat_events(redis_url: str) ->
     stores = [RedisStore(redis_url, settings=SETTINGS) for _ in range(2)]
     applied = await asyncio.gather(*(deliver(store, batches) for store in stores))
     assert sum(applied) == 200
-    values = await stores[0].read(range(5))
+    values = await values_of(stores[0], range(5))
     for user, value in enumerate(values):
         assert items_of(value) == [1000 + offset for offset in range(user, 200, 5)]
     for store in stores:

@@ -12,11 +12,13 @@ import orjson
 from features.memory_store import MemoryStore
 from features.sequence import unpack
 from features.statistics import ItemStatistics
+from inference.admission.settings import AdmissionSettings
 from inference.errors import InferenceError
 from inference.types import RankedList, RankRequest
 from stream.delivery import Record, Undeliverable
 from stream.metrics import StreamMetrics
 from stream.recommend import RequestPath
+from stream.resources import admission_of
 from stream.settings import StreamSettings
 from stream.work import Unit
 
@@ -92,20 +94,24 @@ class NewestFirst:
 class World:
     """A request path with everything it touches at hand."""
 
-    def __init__(self, store=None, **settings) -> None:
+    def __init__(self, store=None, *, admission: AdmissionSettings | None = None, **settings) -> None:
         self.store = store or MemoryStore()
         self.statistics = ItemStatistics(self.store)
         self.ranking = NewestFirst()
         self.outbox = Outbox()
         self.released: list[Unit] = []
+        stream = StreamSettings(instance_id="test", retry_min_ms=1, retry_max_ms=1, **settings)
+        self.metrics = StreamMetrics()
+        self.admission = admission_of(stream, admission or AdmissionSettings(shared=False))
         self.path = RequestPath(
             store=self.store,
             statistics=self.statistics,
             ranking=self.ranking,
+            admission=self.admission,
             results=self.outbox,
             dead_letters=self.outbox,
-            settings=StreamSettings(instance_id="test", retry_min_ms=1, retry_max_ms=1, **settings),
-            metrics=StreamMetrics(),
+            settings=stream,
+            metrics=self.metrics,
             clock=lambda: float(NOW_S),
         )
         self._offsets = itertools.count()

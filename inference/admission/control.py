@@ -1,0 +1,163 @@
+"""THE PAGE TO READ: requests in, who is refused out.
+
+    deadline → the user's own rate → the tier's rate → room in hand
+
+Each step sees only whom the one before let through, the highest level (tier, then priority) first, and
+tokens are taken at the end for those who pass them all: a user over his rate costs his tier nothing. A
+batch costs the same few numpy calls whatever its size. Used from one event loop; the clock is the
+loop's, in seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Final, Literal
+
+import numpy as np
+
+from inference.admission.clients import ClientBuckets, places
+from inference.admission.concurrency import AdaptiveLimit, ConcurrencyLimits
+from inference.admission.leases import Leases, SharedRate
+from inference.admission.settings import AdmissionSettings
+from inference.admission.tiers import PRIORITIES, PRIORITY_CODES, Tiers
+from inference.errors import DeadlineExceeded, InferenceError, Overloaded
+from inference.types import RankedList, RankRequest
+
+Reason = Literal["deadline", "client-rate", "tier-rate", "concurrency"]
+_REASONS: Final[tuple[Reason, ...]] = ("deadline", "client-rate", "tier-rate", "concurrency")
+_ERRORS: Final[tuple[InferenceError, ...]] = (
+    DeadlineExceeded("less time is left than a list takes"),
+    Overloaded("the user's rate is used up"),
+    Overloaded("the tier's rate is used up"),
+    Overloaded("no room among the lists in hand"),
+)
+# The fastest list of the last second or two tells what cannot be done in less.
+_FASTEST_FOR_S: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Why the request at a position is not ranked."""
+
+    reason: Reason
+    error: InferenceError
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What came of one batch. `admitted` are in hand until `Admission.finish`; `refused` by position."""
+
+    number: int
+    admitted: Sequence[RankRequest]
+    lower: int  # of the admitted, below the top tier
+    refused: dict[int, Refusal]
+
+
+class Admission:
+    """One per process, in front of everything that ranks."""
+
+    def __init__(self, settings: AdmissionSettings, limits: ConcurrencyLimits, rate: SharedRate) -> None:
+        self.tiers = Tiers(settings)
+        self.leases = Leases(settings, rate)
+        self.limit = AdaptiveLimit(limits, PRIORITIES * len(self.tiers), PRIORITIES)
+        self._adaptive = settings.adaptive
+        self._ceiling = limits.ceiling
+        self._clients = ClientBuckets(settings.clients_kept) if self.tiers.any_client_limit else None
+        self._any_rate = self.leases.any_limit or self._clients is not None
+        self._numbers = count()
+        self._since_s: dict[int, float] = {}  # batches in hand, oldest first
+        self._fastest_s = self._fastest_before_s = 0.0
+        self._fastest_from_s = 0.0
+
+    def admit(self, requests: Sequence[RankRequest], now_s: float) -> Ticket:
+        """Let in whom there is room for. Each ticket must be finished, whatever becomes of it."""
+        number = next(self._numbers)
+        refused = self._refuse(requests, now_s)
+        admitted = [r for at, r in enumerate(requests) if at not in refused] if refused else requests
+        top = len(self.tiers) - 1
+        lower = sum(request.tier < top for request in admitted)
+        if admitted:
+            self.limit.enter(len(admitted), lower)
+            self._since_s[number] = now_s
+        return Ticket(number, admitted, lower, refused)
+
+    def finish(
+        self, ticket: Ticket, now_s: float, outcomes: Sequence[RankedList | InferenceError] = ()
+    ) -> None:
+        """The admitted have these outcomes, or none, and are no longer in hand."""
+        if not ticket.admitted:
+            return
+        took_s = now_s - self._since_s.pop(ticket.number)
+        self.limit.leave(len(ticket.admitted), ticket.lower)
+        took_ms, waited_ms, lists = took_s * 1000, 0.0, 0
+        for outcome in outcomes:
+            if isinstance(outcome, RankedList):
+                ranked_ms = outcome.timings_ms.get("rank", 0.0)
+                waited_ms += outcome.timings_ms.get("queue", took_ms - ranked_ms)
+                if ranked_ms and (not self._fastest_s or ranked_ms < self._fastest_s * 1000):
+                    self._fastest_s = ranked_ms / 1000
+            elif isinstance(outcome, (DeadlineExceeded, Overloaded)):
+                waited_ms += took_ms
+            else:
+                continue
+            lists += 1
+        if lists:
+            self.limit.waited(max(0.0, waited_ms / lists / 1000), lists)
+
+    def update(self, now_s: float, *, lag_s: float, cpu: float) -> None:
+        """Adapt the limit; called many times a second. `lag_s`: how late the loop ran this call."""
+        if now_s - self._fastest_from_s >= _FASTEST_FOR_S:
+            self._fastest_before_s, self._fastest_s = self._fastest_s, 0.0
+            self._fastest_from_s = now_s
+        if self._adaptive:
+            oldest_s = now_s - next(iter(self._since_s.values())) if self._since_s else 0.0
+            self.limit.update(now_s, oldest_s=max(0.0, oldest_s - self.fastest_s), lag_s=lag_s, cpu=cpu)
+
+    @property
+    def fastest_s(self) -> float:
+        """No list of late was ranked in less; 0 where none was ranked."""
+        known = [s for s in (self._fastest_s, self._fastest_before_s) if s]
+        return min(known) if known else 0.0
+
+    def _refuse(self, requests: Sequence[RankRequest], now_s: float) -> dict[int, Refusal]:
+        size = len(requests)
+        latest_s = now_s + self.fastest_s
+        in_time = all(r.deadline_s is None or r.deadline_s >= latest_s for r in requests)
+        has_room = not self.limit.is_limiting and self.limit.in_flight + size <= self._ceiling
+        if in_time and has_room and not self._any_rate:
+            return {}
+        tiers = np.minimum(np.fromiter((r.tier for r in requests), np.int64, size), len(self.tiers) - 1)
+        priorities = np.fromiter((PRIORITY_CODES[r.priority] for r in requests), np.int64, size)
+        levels = PRIORITIES * tiers + priorities
+        order = np.argsort(-levels, kind="stable")
+        tiers, levels = tiers[order], levels[order]
+        reasons = np.full(size, -1, np.int64)
+        if not in_time:
+            deadlines = (np.inf if r.deadline_s is None else r.deadline_s for r in requests)
+            reasons[np.fromiter(deadlines, np.float64, size)[order] < latest_s] = 0
+        if self._clients is not None:
+            users = np.fromiter((r.user_id for r in requests), np.int64, size)[order]
+            rate, burst = self.tiers.client_rate[tiers], self.tiers.client_burst[tiers]
+            asked = np.flatnonzero((reasons < 0) & np.isfinite(rate))
+            left = self._clients.tokens(users[asked], rate[asked], burst[asked], now_s)
+            reasons[asked[places(users[asked]) + 1 > left + 1e-9]] = 1
+        if self.leases.any_limit:
+            asked = np.flatnonzero(reasons < 0)
+            left = self.leases.tokens[tiers[asked]]
+            reasons[asked[places(tiers[asked]) + 1 > left]] = 2
+        asked = np.flatnonzero(reasons < 0)
+        # Caps fall along the order, so who comes after one without room has none either.
+        reasons[asked[self.limit.in_flight + np.arange(len(asked)) >= self.limit.caps[levels[asked]]]] = 3
+        passed = np.flatnonzero(reasons < 0)
+        if self.leases.any_limit:
+            self.leases.take(np.bincount(tiers[passed], minlength=len(self.tiers)))
+        if self._clients is not None:
+            passed = passed[np.isfinite(rate[passed])]
+            self._clients.take(users[passed], rate[passed], burst[passed], now_s)
+        shed = np.flatnonzero(reasons >= 0)
+        return {
+            at: Refusal(_REASONS[reason], _ERRORS[reason])
+            for at, reason in zip(order[shed].tolist(), reasons[shed].tolist(), strict=True)
+        }
