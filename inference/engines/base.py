@@ -10,17 +10,26 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
 
 from compression.registry import Artefact, ModelShape
+from inference.errors import ModelUnavailable
 from inference.types import Graph, Tensors
 
-Precision = Literal["f32", "bf16"]
+Precision = Literal["f32", "bf16", "f16", "int8"]
 
 WEIGHTS: Final = "weights.safetensors"
 GRAPHS: Final[tuple[Graph, ...]] = ("encode", "score", "rank")
+_HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
+_CANDIDATES: Final = ("candidates", "candidate_categories")
+INPUTS: Final[dict[Graph, tuple[str, ...]]] = {
+    "encode": _HISTORY,
+    "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
+    "rank": (*_HISTORY, *_CANDIDATES),
+}
 OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": ("user_vector", "keys", "values"),
     "score": ("scores",),
@@ -42,12 +51,16 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's."""
+    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's.
+
+    `plans` is the folder of TensorRT's built engines; None is the user's cache folder.
+    """
 
     threads: int = 1
     precision: Precision = "f32"
     provider: str = "CPUExecutionProvider"
     device: str = "CPU"
+    plans: Path | None = None
 
 
 class Engine(ABC):
@@ -58,9 +71,14 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]] = ("f32",)
     model: ModelShape
 
     def __init__(self, options: EngineOptions) -> None:
+        if options.precision not in self.precisions:
+            raise ModelUnavailable(
+                f"the {self.name} engine computes in {' or '.join(self.precisions)}, not {options.precision}"
+            )
         self.options = options
 
     @property
