@@ -36,8 +36,9 @@ OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "rank": ("scores", "user_vector"),
 }
 # Largest difference from torch in f32 of any output, per precision. Scores and vectors are of order 1;
-# a reordered f32 sum moves the last digits, and bf16 keeps 8 bits of mantissa through every layer.
-TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 1e-1}
+# a reordered f32 sum moves the last digits, bf16 keeps 8 bits of mantissa through every layer and f16 11,
+# int8 rounds weights to 127 steps. About twice the worst that trained and random models showed (LOG.md).
+TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 1e-1, "f16": 2e-2, "int8": 0.25}
 
 
 class Shape(NamedTuple):

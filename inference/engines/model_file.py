@@ -101,10 +101,8 @@ def _check_nodes(model: onnx.ModelProto) -> None:
 
 def _check_constants(model: onnx.ModelProto) -> None:
     """Every tensor in the file is whole, in the file, and finite."""
-    count = 0
-    for name, tensor in _tensors(model):
-        count += 1
-        if count > MAX_CONSTANTS:
+    for count, (name, tensor) in enumerate(_tensors(model)):
+        if count >= MAX_CONSTANTS:
             raise ValueError(f"it has more than {MAX_CONSTANTS} constants")
         if tensor.data_location == TensorProto.EXTERNAL or tensor.external_data:
             raise ValueError(f"its constant {name!r} lies in another file")

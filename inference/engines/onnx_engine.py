@@ -37,8 +37,10 @@ _SETTINGS: Final = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # f32 means f32
 
 
 def providers() -> list[str]:
-    """Names of the providers that this installation can use, as `provider` takes them."""
-    return [name.removesuffix(_SUFFIX).lower() for name in ort.get_available_providers()]
+    """Names of the providers that this installation can use, as `provider` takes them. Azure's sends
+    what it is asked to a server elsewhere and is left out."""
+    short = [str(name).removesuffix(_SUFFIX).lower() for name in ort.get_available_providers()]
+    return [name for name in short if name != "azure"]
 
 
 def provider_name(asked: str) -> str:
@@ -50,9 +52,8 @@ def provider_name(asked: str) -> str:
             return str(name)
     known = any(str(name).removesuffix(_SUFFIX).lower() == short for name in ort.get_all_providers())
     why = f"was built without {asked}" if known else f"knows no provider {asked}"
-    raise ModelUnavailable(
-        f"ONNX Runtime here {why}; it has {', '.join(providers())} ({', '.join(ort.get_available_providers())})"
-    )
+    has = ", ".join(ort.get_available_providers())
+    raise ModelUnavailable(f"ONNX Runtime here {why}; it has {has}")
 
 
 class OnnxEngine(Engine):

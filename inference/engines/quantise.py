@@ -1,19 +1,22 @@
-"""A graph with its weights in int8: matrices and tables, a scale per column or row. Deterministic.
+"""Graphs in int8, made from checked ones. Deterministic.
 
-    f32 constant  becomes  int8 constant → DequantizeLinear
-
-Engines multiply by the scale where they read the weight. What is small, has one dimension (norms,
-reaches with their -1e9) or is read in another way stays as it is.
+`weights_in_int8` rounds matrices and tables, a scale per column or row, and leaves the arithmetic as it
+is; `activations_in_int8` makes the products themselves integer ones.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper, numpy_helper
+
+from inference.types import Tensors
 
 SMALLEST: Final = 512  # numbers; below it a scale and an operator cost more than they save
 
@@ -22,7 +25,9 @@ _WEIGHTS: Final = {("Gather", 0): 0, ("MatMul", 1): 1}
 
 
 def weights_in_int8(content: bytes) -> bytes:
-    """The same graph, checked before, with its weights rounded to 127 steps either way."""
+    """The same graph, its weights rounded to 127 steps either way: f32 constant becomes int8 constant →
+    DequantizeLinear. What is small, has one dimension (norms, reaches with their -1e9) or is read in
+    another way stays as it is."""
     model = onnx.ModelProto.FromString(content)
     axes: dict[str, int] = {}
     other: set[str] = set()
@@ -66,3 +71,36 @@ def _rounded(
     scales = np.where(largest > 0, largest / 127, 1).astype(np.float32)
     divided = weights / (scales[:, None] if axis == 0 else scales)
     return np.rint(divided).astype(np.int8), scales
+
+
+def activations_in_int8(content: bytes, samples: Sequence[Tensors]) -> bytes:
+    """The same graph with Q/DQ pairs around its weighted matrix products, the form that TensorRT reads:
+    symmetric, signed, weights by column; ranges are the largest that the samples reach."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._left = iter(samples)
+
+        def get_next(self) -> Tensors | None:
+            return next(self._left, None)
+
+    with tempfile.TemporaryDirectory(prefix="tailrace-quantise-") as folder:
+        target = Path(folder) / "quantised.onnx"
+        quantize_static(
+            onnx.ModelProto.FromString(content),
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["MatMul"],
+            per_channel=True,
+            activation_type=QuantType.QInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={
+                "ActivationSymmetric": True,
+                "WeightSymmetric": True,
+                "MatMulConstBOnly": True,
+                "QuantizeBias": False,
+            },
+        )
+        return target.read_bytes()

@@ -121,7 +121,7 @@ class TorchEngine(Engine):
         """Record one shape. Casts are not shared between calls: a graph must own all that it reads."""
         example = self.example(shape)
         inputs = {name: torch.from_numpy(array).to(self._device) for name, array in example.items()}
-        aside = torch.cuda.Stream(self._device)
+        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(aside):  # libraries choose their kernels before the recording
             for _ in range(3):
