@@ -20,6 +20,9 @@ from inference.types import Tensors
 
 SMALLEST: Final = 512  # numbers; below it a scale and an operator cost more than they save
 
+# Largest difference from torch in f32 of a graph with its activations in int8 (LOG.md).
+INTEGER_TOLERANCE: Final = 0.6
+
 # Which input of an operator is a weight, and along which axis its scales lie.
 _WEIGHTS: Final = {("Gather", 0): 0, ("MatMul", 1): 1}
 

@@ -28,8 +28,6 @@ from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
 WORKSPACE_BYTES: Final = 2**30
-# Largest difference of the int8 graph from torch in f32, as measured without a GPU (LOG.md).
-INT8_TOLERANCE: Final = 0.5
 _FLAGS: Final = {"f32": (), "bf16": ("BF16",), "f16": ("FP16",), "int8": ("INT8", "FP16")}
 
 
