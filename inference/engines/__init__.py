@@ -66,7 +66,7 @@ _AUTO: Final = ("onnx", "openvino", "torch")  # fastest first, as measured
 
 def names() -> list[str]:
     """Every engine we know."""
-    return list(_FACTORIES)
+    return list(_KINDS)
 
 
 def usable() -> list[EngineStatus]:
@@ -96,15 +96,19 @@ def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
 def places(name: str) -> dict[str, tuple[Precision, ...]]:
     """Devices, or ONNX Runtime's providers, that a usable engine can be given here, and the precisions
     each computes in. Imports the engine's library."""
-    found: dict[str, tuple[Precision, ...]] = {}
-    for place in _places(name):
-        options = EngineOptions(provider=place) if name == "onnx" else EngineOptions(device=place)
-        found[place] = tuple(
+    return {
+        place: tuple(
             precision
             for precision in _KINDS[name].precisions
-            if _accepts(name, replace(options, precision=precision))
+            if _accepts(name, placed(name, place, EngineOptions(precision=precision)))
         )
-    return found
+        for place in _places(name)
+    }
+
+
+def placed(name: str, place: str, options: EngineOptions) -> EngineOptions:
+    """The same options for one of an engine's `places`."""
+    return replace(options, provider=place) if name == "onnx" else replace(options, device=place)
 
 
 def _places(name: str) -> list[str]:

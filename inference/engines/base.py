@@ -10,7 +10,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar, Final, Literal, NamedTuple
 
 import numpy as np
@@ -54,14 +53,14 @@ class Shape(NamedTuple):
 class EngineOptions:
     """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's.
 
-    `plans` is the folder of TensorRT's built engines; None is the user's cache folder.
+    `plans` is the folder of TensorRT's built engines; empty is one in the user's cache folder.
     """
 
     threads: int = 1
     precision: Precision = "f32"
     provider: str = "CPUExecutionProvider"
     device: str = "CPU"
-    plans: Path | None = None
+    plans: str = ""
 
 
 class Engine(ABC):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -54,7 +55,7 @@ class TensorRtEngine(Engine):
             self._gpu = _ok(cuda.cudaGetDeviceProperties(0))
         except RuntimeError as error:
             raise ModelUnavailable(f"TensorRT finds no NVIDIA GPU here: {error}") from error
-        self._plans = PlanCache(options.plans)
+        self._plans = PlanCache(Path(options.plans) if options.plans else None)
 
     def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
         self.model = artefact.manifest.model

@@ -18,9 +18,9 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper, numpy_helper
 
-from compression.registry import Artefact
+from compression.registry import Artefact, Registry
 from inference import engines
-from inference.engines.base import INPUTS, OUTPUTS, WEIGHTS, Engine, EngineOptions, Shape
+from inference.engines.base import INPUTS, OUTPUTS, TOLERANCE, WEIGHTS, Engine, EngineOptions, Shape
 from inference.engines.calibration import draw, samples
 from inference.engines.model_file import check_graph
 from inference.engines.plan_cache import PlanCache, PlanKey
@@ -323,6 +323,30 @@ def test_tailrace_engines_prints_version_places_and_precisions() -> None:
     assert "cpu: f32 bf16" in said
 
 
+def test_the_bench_gives_every_engine_a_row_and_a_machine_without_a_gpu_rows_that_say_so(
+    registry: Registry, tmp_path: Path
+) -> None:
+    from infra.bench.engines import engines as command
+
+    told = ["--registry", str(registry.root), "--rounds", "1", "--seconds", "0.01", "--engine", "onnx"]
+    ran = CliRunner().invoke(
+        command, [*told, "--engine", "tensorrt", "--json", str(tmp_path / "figures.json")]
+    )
+    assert ran.exit_code == 0, ran.output
+    rows = {
+        (row["engine"], row["place"], row["precision"]): row
+        for row in json.loads((tmp_path / "figures.json").read_text())["rows"]
+    }
+    measured = rows["onnx", "cpu", "f32"]
+    assert measured["error"] <= TOLERANCE["f32"]
+    assert measured["kept_of_ten"] == 10
+    assert set(measured["lists_per_s"]) == {"1", "8", "32"}
+    assert 10 < measured["memory_mib"] <= measured["peak_mib"]
+    if not list(Path("/dev").glob("nvidia[0-9]*")):
+        assert rows["tensorrt", "cuda", "f16"]["not_measured"]
+        assert "not measured" in ran.output
+
+
 # torch on a GPU, without one
 
 
@@ -490,7 +514,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def tensorrt(plans: Path, **options: Any) -> Engine:
     module = importlib.import_module("inference.engines.tensorrt_engine")
-    engine: Engine = module.TensorRtEngine(EngineOptions(plans=plans, **options))
+    engine: Engine = module.TensorRtEngine(EngineOptions(plans=str(plans), **options))
     return engine
 
 
