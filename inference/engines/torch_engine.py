@@ -8,6 +8,7 @@ happens on one follows torch's documentation and is not measured here.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Final
@@ -45,6 +46,7 @@ class TorchEngine(Engine):
         super().__init__(options)
         self._network: Recommender | None = None
         self._captured: dict[Key, _Captured] = {}
+        self._pool: Any = None
         self._dtype = _DTYPES[options.precision]
         try:
             self._device = torch.device(options.device.lower())
@@ -100,6 +102,7 @@ class TorchEngine(Engine):
 
     def close(self) -> None:
         self._captured.clear()
+        self._pool = None
         self._network = None
 
     def _eager(self, graph: Graph, inputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -120,25 +123,29 @@ class TorchEngine(Engine):
     def _capture(self, shape: Shape) -> None:
         """Record one shape. Casts are not shared between calls: a graph must own all that it reads."""
         example = self.example(shape)
-        inputs = {name: torch.from_numpy(array).to(self._device) for name, array in example.items()}
-        aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(aside):  # libraries choose their kernels before the recording
-            for _ in range(3):
-                self._within(shape.graph, inputs, keep_casts=False)
-        torch.cuda.current_stream(self._device).wait_stream(aside)
-        recording = torch.cuda.CUDAGraph()
-        # Another engine's thread may be using the GPU meanwhile.
-        with torch.cuda.graph(recording, capture_error_mode="thread_local"):
-            outputs = self._within(shape.graph, inputs, keep_casts=False)
+        if self._pool is None:
+            # One for all shapes: their outputs are kept, so only what lies between is written over.
+            self._pool = torch.cuda.graph_pool_handle()
+        with torch.cuda.device(self._device):
+            inputs = {name: torch.from_numpy(array).to(self._device) for name, array in example.items()}
+            aside = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+            aside.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(aside):  # libraries choose their kernels before the recording
+                for _ in range(3):
+                    self._within(shape.graph, inputs, keep_casts=False)
+            torch.cuda.current_stream(self._device).wait_stream(aside)
+            recording = torch.cuda.CUDAGraph()
+            # Another engine's thread may be using the GPU meanwhile.
+            with torch.cuda.graph(recording, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = self._within(shape.graph, inputs, keep_casts=False)
         self._captured[_key(shape.graph, example)] = _Captured(recording, inputs, outputs)
 
-    @staticmethod
-    def _replay(captured: _Captured, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+    def _replay(self, captured: _Captured, inputs: Tensors) -> tuple[torch.Tensor, ...]:
         with torch.inference_mode():
             for name, tensor in captured.inputs.items():
                 tensor.copy_(torch.from_numpy(inputs[name]))
-        captured.graph.replay()
+        with torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext():
+            captured.graph.replay()
         return captured.outputs
 
     @staticmethod
