@@ -15,20 +15,29 @@ from typing import ClassVar, Final, Literal, NamedTuple
 import numpy as np
 
 from compression.registry import Artefact, ModelShape
+from inference.errors import ModelUnavailable
 from inference.types import Graph, Tensors
 
-Precision = Literal["f32", "bf16"]
+Precision = Literal["f32", "bf16", "f16", "int8"]
 
 WEIGHTS: Final = "weights.safetensors"
 GRAPHS: Final[tuple[Graph, ...]] = ("encode", "score", "rank")
+_HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
+_CANDIDATES: Final = ("candidates", "candidate_categories")
+INPUTS: Final[dict[Graph, tuple[str, ...]]] = {
+    "encode": _HISTORY,
+    "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
+    "rank": (*_HISTORY, *_CANDIDATES),
+}
 OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": ("user_vector", "keys", "values"),
     "score": ("scores",),
     "rank": ("scores", "user_vector"),
 }
 # Largest difference from torch in f32 of any output, per precision. Scores and vectors are of order 1;
-# a reordered f32 sum moves the last digits, and bf16 keeps 8 bits of mantissa through every layer.
-TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 1e-1}
+# a reordered f32 sum moves the last digits, bf16 keeps 8 bits of mantissa through every layer and f16 11,
+# int8 rounds weights to 127 steps. About twice the worst that trained and random models showed (LOG.md).
+TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 1e-1, "f16": 2e-2, "int8": 0.25}
 
 
 class Shape(NamedTuple):
@@ -42,12 +51,16 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's."""
+    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's.
+
+    `plans` is the folder of TensorRT's built engines; empty is one in the user's cache folder.
+    """
 
     threads: int = 1
     precision: Precision = "f32"
     provider: str = "CPUExecutionProvider"
     device: str = "CPU"
+    plans: str = ""
 
 
 class Engine(ABC):
@@ -58,9 +71,14 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    precisions: ClassVar[tuple[Precision, ...]] = ("f32",)
     model: ModelShape
 
     def __init__(self, options: EngineOptions) -> None:
+        if options.precision not in self.precisions:
+            raise ModelUnavailable(
+                f"the {self.name} engine computes in {' or '.join(self.precisions)}, not {options.precision}"
+            )
         self.options = options
 
     @property

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from compression.registry import Artefact
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions
+from inference.engines.model_file import read_graph
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
@@ -38,15 +38,13 @@ class NumpyEngine(Engine):
         self._evaluators: dict[Graph, Any] = {}
 
     def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
-        if self.options.precision != "f32":
-            raise ModelUnavailable(f"the numpy engine computes in f32, not {self.options.precision}")
         self.model = artefact.manifest.model
         for graph in graphs:
-            content = artefact.read(artefact.manifest.graphs[graph])
+            content = read_graph(artefact, graph)
             try:
                 model = onnx.load_model_from_string(content)
                 self._evaluators[graph] = ReferenceEvaluator(model, new_ops=[GatherElements])
-            except (DecodeError, ValueError, RuntimeError) as error:
+            except (ValueError, RuntimeError) as error:
                 raise ModelUnavailable(f"numpy cannot read the {graph} graph: {error}") from error
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
+from typing import Any, Final
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from compression.registry import Artefact
-from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions
+from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
+from inference.engines.model_file import read_graph
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
@@ -19,22 +20,63 @@ _ERRORS: Final[tuple[type[Exception], ...]] = (
     RuntimeError,
     ValueError,
 )
+_SUFFIX: Final = "ExecutionProvider"
+# What people call a provider, where that is not its name without the suffix.
+_ALIASES: Final = {
+    "directml": "dml",
+    "onednn": "dnnl",
+    "rocm": "migraphx",  # ROCm's own provider has left ONNX Runtime
+    "trt": "tensorrt",
+}
+# Providers that compute an f32 graph in another precision when told, and how they are told.
+_LOWERED: Final[dict[tuple[str, Precision], dict[str, str]]] = {
+    ("TensorrtExecutionProvider", "f16"): {"trt_fp16_enable": "1"},
+    ("MIGraphXExecutionProvider", "f16"): {"migraphx_fp16_enable": "1"},
+}
+_SETTINGS: Final = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # f32 means f32
+
+
+def providers() -> list[str]:
+    """Names of the providers that this installation can use, as `provider` takes them. Azure's sends
+    what it is asked to a server elsewhere and is left out."""
+    short = [str(name).removesuffix(_SUFFIX).lower() for name in ort.get_available_providers()]
+    return [name for name in short if name != "azure"]
+
+
+def provider_name(asked: str) -> str:
+    """ONNX Runtime's name of a provider: "cuda" is CUDAExecutionProvider. `ModelUnavailable` without it."""
+    short = asked.removesuffix(_SUFFIX).lower()
+    short = _ALIASES.get(short, short)
+    for name in ort.get_available_providers():
+        if str(name).removesuffix(_SUFFIX).lower() == short:
+            return str(name)
+    known = any(str(name).removesuffix(_SUFFIX).lower() == short for name in ort.get_all_providers())
+    why = f"was built without {asked}" if known else f"knows no provider {asked}"
+    has = ", ".join(ort.get_available_providers())
+    raise ModelUnavailable(f"ONNX Runtime here {why}; it has {has}")
 
 
 class OnnxEngine(Engine):
     name = "onnx"
+    precisions = ("f32", "f16")
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
         self._sessions: dict[Graph, ort.InferenceSession] = {}
+        self._provider = provider_name(options.provider)
+        settings = _SETTINGS.get(self._provider, {})
+        if options.precision != "f32":
+            lowered = _LOWERED.get((self._provider, options.precision))
+            if lowered is None:
+                raise ModelUnavailable(
+                    f"the onnx engine computes in f32 on {self._provider}, not {options.precision}"
+                )
+            settings = {**settings, **lowered}
+        self._providers: list[Any] = [(self._provider, settings)]
+        if self._provider != "CPUExecutionProvider":
+            self._providers.append("CPUExecutionProvider")  # for the operators that it leaves over
 
     def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
-        provider = self.options.provider
-        if provider not in ort.get_available_providers():
-            known = ", ".join(ort.get_available_providers())
-            raise ModelUnavailable(f"ONNX Runtime here has no {provider}; it has {known}")
-        if self.options.precision != "f32":
-            raise ModelUnavailable(f"the onnx engine computes in f32, not {self.options.precision}")
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = self.options.threads
         settings.inter_op_num_threads = 1
@@ -42,13 +84,18 @@ class OnnxEngine(Engine):
         settings.log_severity_level = 3
         # A spinning pool would take the core that the event loop needs.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
         self.model = artefact.manifest.model
         for graph in graphs:
-            content = artefact.read(artefact.manifest.graphs[graph])
+            content = read_graph(artefact, graph)
             try:
-                self._sessions[graph] = ort.InferenceSession(content, settings, providers=[provider])
+                session = ort.InferenceSession(content, settings, providers=self._providers)
             except _ERRORS as error:
                 raise ModelUnavailable(f"ONNX Runtime refused the {graph} graph: {error}") from error
+            # A provider whose libraries or GPU are missing is left out with no more than a warning.
+            if self._provider not in session.get_providers():
+                raise ModelUnavailable(f"ONNX Runtime could not start {self._provider} here")
+            self._sessions[graph] = session
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
         names = OUTPUTS[graph]

@@ -13,6 +13,10 @@ from infra.lazy_group import LazyGroup
 # name -> (module, one line for --help): benches that hold their own command.
 BENCHES = {
     "batching": ("infra.bench.batching", "Ways to wait for a fuller batch, compared under the same load."),
+    "engines": (
+        "infra.bench.engines",
+        "Every engine and precision on one model: time, parity, memory.",
+    ),
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
 }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import click
 
@@ -11,17 +12,24 @@ import click
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="A list of JSON objects.")
 def engines(as_json: bool) -> None:
-    """Which engines are usable here, and why not.
+    """Which engines are usable here, and why not: version, devices or providers, precisions on each.
 
     \b
     tailrace engines
     tailrace engines --json | jq -r '.[] | select(.usable) | .name'
     """
-    from inference.engines import usable
+    from inference.engines import places, usable
 
-    found = usable()
+    found: list[dict[str, Any]] = [
+        {**dataclasses.asdict(engine), "places": places(engine.name) if engine.usable else {}}
+        for engine in usable()
+    ]
     if as_json:
-        click.echo(json.dumps([dataclasses.asdict(engine) for engine in found]))
+        click.echo(json.dumps(found))
         return
     for engine in found:
-        click.echo(f"{engine.name:<12} {'usable' if engine.usable else 'not usable':<11} {engine.why}")
+        said = engine["why"]
+        if engine["usable"]:
+            where = "; ".join(f"{place}: {' '.join(can)}" for place, can in engine["places"].items())
+            said = f"{engine['version']:<10} {where}"
+        click.echo(f"{engine['name']:<10} {'usable' if engine['usable'] else 'not usable':<11} {said}")

@@ -12,13 +12,20 @@ from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
 SHAPES = [(1, 1, 1), (1, 4, 50), (5, 10, 7), (8, 70, 50)]
+USABLE = [status for status in engines.usable() if status.usable]
 ENGINES: list[tuple[str, Precision]] = [
-    (status.name, precision)
-    for status in engines.usable()
-    if status.usable
-    for precision in ("f32", "bf16")
-    if precision == "f32" or status.name in ("torch", "openvino")
+    (status.name, precision) for status in USABLE for precision in status.precisions
 ]
+
+
+def created(name: str, precision: Precision) -> Engine:
+    """On this machine's CPU, or skipped where it does not compute in the precision."""
+    try:
+        return engines.create(name, EngineOptions(precision=precision))
+    except ModelUnavailable as refusal:
+        if precision in ("f32", "int8") or (name, precision) == ("torch", "bf16"):
+            raise
+        pytest.skip(str(refusal))
 
 
 def inputs(engine: Engine, shape: Shape, seed: int) -> Tensors:
@@ -56,7 +63,7 @@ def torch_engine(artefact: Artefact) -> Engine:
 def test_an_engine_answers_like_torch(
     name: str, precision: Precision, artefact: Artefact, torch_engine: Engine
 ) -> None:
-    engine = engines.create(name, EngineOptions(precision=precision))
+    engine = created(name, precision)
     engine.load(artefact)
     graphs: tuple[Graph, ...] = ("encode", "score", "rank")
     for graph in graphs:
@@ -95,14 +102,33 @@ def test_an_impossible_input_is_an_engine_failure_and_the_engine_lives(name: str
     assert np.isfinite(engine.run("score", good)["scores"]).all()
 
 
-def test_a_name_or_precision_nobody_has_is_refused_with_what_there_is(artefact: Artefact) -> None:
+def test_a_name_or_precision_nobody_has_is_refused_with_what_there_is() -> None:
     with pytest.raises(ModelUnavailable, match="openvino"):
         engines.create("abacus")
-    engine = engines.create("onnx", EngineOptions(provider="QuantumExecutionProvider"))
     with pytest.raises(ModelUnavailable, match="CPUExecutionProvider"):
-        engine.load(artefact)
+        engines.create("onnx", EngineOptions(provider="QuantumExecutionProvider"))
     with pytest.raises(ModelUnavailable, match="f32"):
-        engines.create("numpy", EngineOptions(precision="bf16")).load(artefact)
+        engines.create("numpy", EngineOptions(precision="bf16"))
+
+
+@pytest.mark.parametrize("name", [status.name for status in USABLE])
+def test_a_lower_precision_keeps_most_of_the_ten_best(
+    name: str, artefact: Artefact, torch_engine: Engine
+) -> None:
+    status = next(status for status in USABLE if status.name == name)
+    for precision in status.precisions:
+        if precision not in engines.places(name).get("CPU" if name == "openvino" else "cpu", ()):
+            continue
+        engine = created(name, precision)
+        engine.load(artefact, ("rank",))
+        given = inputs(torch_engine, Shape("rank", 32, 50, 50), 7)
+        best = [
+            np.argsort(-some.run("rank", dict(given))["scores"], axis=1)[:, :10]
+            for some in (torch_engine, engine)
+        ]
+        kept = np.mean([np.isin(theirs, ours).mean() for ours, theirs in zip(*best, strict=True)])
+        assert kept >= (0.999 if precision == "f32" else 0.97), precision
+        engine.close()
 
 
 def test_auto_is_onnx_runtime_where_it_is_installed() -> None:
