@@ -21,6 +21,13 @@ Precision = Literal["f32", "bf16"]
 
 WEIGHTS: Final = "weights.safetensors"
 GRAPHS: Final[tuple[Graph, ...]] = ("encode", "score", "rank")
+_HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
+_CANDIDATES: Final = ("candidates", "candidate_categories")
+INPUTS: Final[dict[Graph, tuple[str, ...]]] = {
+    "encode": _HISTORY,
+    "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
+    "rank": (*_HISTORY, *_CANDIDATES),
+}
 OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": ("user_vector", "keys", "values"),
     "score": ("scores",),
@@ -42,12 +49,21 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
-    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's."""
+    """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's.
+
+    The rest is for the remote engine. `url` is host:port, or grpcs://host:port for TLS; `model` and
+    `model_version` are what a graph is called there and may hold {graph} and {version}, an empty
+    version leaves the choice to the server; and an answer takes `timeout_ms` at most.
+    """
 
     threads: int = 1
     precision: Precision = "f32"
     provider: str = "CPUExecutionProvider"
     device: str = "CPU"
+    url: str = ""
+    model: str = "tailrace-{graph}"
+    model_version: str = "{version}"
+    timeout_ms: float = 1_000.0
 
 
 class Engine(ABC):
@@ -58,6 +74,7 @@ class Engine(ABC):
     """
 
     name: ClassVar[str]
+    keeps_states: ClassVar[bool] = True  # False: keys and values are too heavy to bring here
     model: ModelShape
 
     def __init__(self, options: EngineOptions) -> None:
@@ -73,6 +90,11 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, graph: Graph, inputs: Tensors) -> Tensors: ...
+
+    def run_for(self, graph: Graph, inputs: Tensors, outputs: Sequence[str]) -> Tensors:
+        """`run`, for who needs some of the outputs; a remote engine fetches no others."""
+        answers = self.run(graph, inputs)
+        return {name: answers[name] for name in outputs}
 
     @abstractmethod
     def close(self) -> None:
