@@ -1,7 +1,7 @@
 """Engines by name. Naming one here costs nothing; its library is imported when it is created.
 
 >>> [status.name for status in usable()]
-['torch', 'onnx', 'openvino', 'numpy']
+['torch', 'onnx', 'openvino', 'numpy', 'remote']
 """
 
 from __future__ import annotations
@@ -48,20 +48,29 @@ def _numpy(options: EngineOptions) -> Engine:
     return NumpyEngine(options)
 
 
+def _remote(options: EngineOptions) -> Engine:
+    from inference.engines.remote_engine import RemoteEngine
+
+    return RemoteEngine(options)
+
+
 _FACTORIES: Final[dict[str, Callable[[EngineOptions], Engine]]] = {
     "torch": _torch,
     "onnx": _onnx,
     "openvino": _openvino,
     "numpy": _numpy,
+    "remote": _remote,
 }
 _LIBRARIES: Final[dict[str, str]] = {
     "torch": "torch",
     "onnx": "onnxruntime",
     "openvino": "openvino",
     "numpy": "onnx",
+    "remote": "grpc",
 }
 AUTO: Final = "auto"
 _AUTO: Final = ("onnx", "openvino", "torch")  # fastest first, as measured
+_REMOTE: Final = "remote"
 
 
 def names() -> list[str]:
@@ -71,7 +80,7 @@ def names() -> list[str]:
 
 def usable() -> list[EngineStatus]:
     """Every engine we know, with whether its library is installed. Imports none of them."""
-    return [_status(name) for name in _FACTORIES]
+    return [_status(name) for name in _FACTORIES if name != _REMOTE] + [_remote_status()]
 
 
 def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
@@ -93,3 +102,10 @@ def _status(name: str) -> EngineStatus:
     if importlib.util.find_spec(library) is None:
         return EngineStatus(name, False, f"the Python package {library} is not installed")
     return EngineStatus(name, True, "")
+
+
+def _remote_status() -> EngineStatus:
+    """Usable by itself it never is: somebody has to name the server."""
+    status = _status(_REMOTE)
+    why = status.why or "name its server: INFERENCE_LANES='remote,url=HOST:PORT'"
+    return EngineStatus(_REMOTE, False, why)
