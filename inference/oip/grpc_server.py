@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Awaitable, Callable
 from importlib.metadata import version as package_version
 from typing import Any, Final
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from grpc_reflection.v1alpha import reflection
 
 from inference.errors import InferenceError, InvalidRequest, ModelNotFound
 from inference.oip import open_inference_pb2 as pb
-from inference.oip import open_inference_pb2_grpc as pb_grpc
 from inference.oip.models import DTYPES, Datatype, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
 from inference.oip.tensors import Given
 
-log = logging.getLogger(__name__)
-
+_SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 # Where the numbers of a tensor are when they are not raw.
 _CONTENTS: Final[dict[Datatype, str]] = {
     "INT32": "int_contents",
@@ -50,13 +47,40 @@ def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
     server = grpc.aio.server(
         options=list(limits.items()), maximum_concurrent_rpcs=settings.max_requests + _HEALTH_ROOM
     )
-    pb_grpc.add_GRPCInferenceServiceServicer_to_server(OpenInference(service), server)
-    names = [pb.DESCRIPTOR.services_by_name["GRPCInferenceService"].full_name, reflection.SERVICE_NAME]
-    reflection.enable_server_reflection(names, server)
+    servicer = OpenInference(service)
+    methods = {method.name: _handler(servicer, method) for method in _SERVICE.methods}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, methods),))
+    reflection.enable_server_reflection([_SERVICE.full_name, reflection.SERVICE_NAME], server)
     return server
 
 
-class OpenInference(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+def _handler(servicer: OpenInference, method: Any) -> Any:
+    """Bytes that are no message, and every `InferenceError`, become a status with a sentence."""
+    answer = getattr(servicer, method.name)
+    kind = getattr(pb, method.input_type.name)
+
+    def parse(content: bytes) -> Any:
+        try:
+            return kind.FromString(content)
+        except DecodeError:
+            return None
+
+    async def handle(request: Any, context: Any) -> Any:
+        try:
+            if request is None:
+                raise InvalidRequest(f"the bytes are no {method.input_type.name}")
+            return await answer(request, context)
+        except InferenceError as error:
+            return await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+
+    return grpc.unary_unary_rpc_method_handler(
+        handle,
+        request_deserializer=parse,
+        response_serializer=getattr(pb, method.output_type.name).SerializeToString,
+    )
+
+
+class OpenInference:
     """The protocol's methods. What we do not serve answers UNIMPLEMENTED, as gRPC has it."""
 
     def __init__(self, service: Service) -> None:
@@ -80,17 +104,14 @@ class OpenInference(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         return pb.ServerMetadataResponse(name=NAME, version=package_version(NAME), extensions=EXTENSIONS)
 
     async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async def answer() -> Any:
-            model = self._catalogue.find(request.name, request.version)
-            return pb.ModelMetadataResponse(
-                name=model.name,
-                versions=self._catalogue.versions_of(model.name),
-                platform=model.platform,
-                inputs=map(_metadata, model.inputs),
-                outputs=map(_metadata, model.outputs),
-            )
-
-        return await _answered(answer, context)
+        model = self._catalogue.find(request.name, request.version)
+        return pb.ModelMetadataResponse(
+            name=model.name,
+            versions=self._catalogue.versions_of(model.name),
+            platform=model.platform,
+            inputs=map(_metadata, model.inputs),
+            outputs=map(_metadata, model.outputs),
+        )
 
     async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
         return pb.RepositoryIndexResponse(
@@ -101,30 +122,20 @@ class OpenInference(pb_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         )
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        async def answer() -> Any:
-            model, outputs = await self._service.infer(_call(request, context.time_remaining()))
-            datatypes = {spec.name: spec.datatype for spec in model.outputs}
-            return pb.ModelInferResponse(
-                model_name=model.name,
-                model_version=model.version,
-                id=request.id,
-                outputs=[
-                    pb.ModelInferResponse.InferOutputTensor(
-                        name=name, datatype=datatypes[name], shape=array.shape
-                    )
-                    for name, array in outputs.items()
-                ],
-                raw_output_contents=[array.tobytes() for array in outputs.values()],
-            )
-
-        return await _answered(answer, context)
-
-
-async def _answered(answer: Callable[[], Awaitable[Any]], context: Any) -> Any:
-    try:
-        return await answer()
-    except InferenceError as error:
-        await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+        model, outputs = await self._service.infer(_call(request, context.time_remaining()))
+        datatypes = {spec.name: spec.datatype for spec in model.outputs}
+        return pb.ModelInferResponse(
+            model_name=model.name,
+            model_version=model.version,
+            id=request.id,
+            outputs=[
+                pb.ModelInferResponse.InferOutputTensor(
+                    name=name, datatype=datatypes[name], shape=array.shape
+                )
+                for name, array in outputs.items()
+            ],
+            raw_output_contents=[array.tobytes() for array in outputs.values()],
+        )
 
 
 def _metadata(spec: TensorSpec) -> Any:

@@ -141,3 +141,10 @@ def triton(
     """A real Triton with the graphs of the tiny version."""
     with LocalTriton(tmp_path_factory.mktemp("triton"), artefact) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def small(registry: Registry) -> Iterator[Running]:
+    """A server with low limits."""
+    with Running(registry, max_message_bytes=1_000_000, max_json_bytes=10_000, max_requests=2) as running:
+        yield running
