@@ -120,14 +120,9 @@ class InferenceServer:
         return idle
 
     async def _listen(self, app: web.Application, host: str, port: int) -> int:
-        # A client that goes away cancels its work.
-        runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
-        )
-        await runner.setup()
+        runner, port = await listen(app, host, port)
         self._runners.append(runner)
-        await web.TCPSite(runner, host, port).start()
-        return int(runner.addresses[0][1])
+        return port
 
     async def _refresh(self) -> None:
         """What is popular, as the stream's workers learn it."""
@@ -137,3 +132,18 @@ class InferenceServer:
             except StoreUnavailable as error:
                 log.warning("What is popular is not known: %s", error)
             await asyncio.sleep(_REFRESH_S)
+
+
+async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+    """Serve an application; the runner to clean up, and the port. A client that goes away cancels its
+    handler."""
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner, int(runner.addresses[0][1])

@@ -48,7 +48,11 @@ class Running:
 
     def __enter__(self) -> Running:
         self._thread.start()
-        self.run(self._start)
+        try:
+            self.run(self._start)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
