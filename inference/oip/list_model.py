@@ -19,7 +19,6 @@ from inference.types import RankedList, RankRequest, Tensors
 NAME: Final = "tailrace-lists"
 DEFAULT_K: Final = 10
 _NONE: Final = -1  # no candidate, no item
-_MAX_ID: Final = 2**63 - 1
 _BEHAVIORS: Final = 4
 _MAX_TIMESTAMP: Final = 2**32 - 1
 
@@ -34,12 +33,12 @@ class ListModel:
     name = NAME
     platform = "tailrace_lists"
     inputs: Sequence[TensorSpec] = (
-        TensorSpec("items", "INT64", ("users", "slots"), 0, _MAX_ID),
-        TensorSpec("categories", "INT64", ("users", "slots"), 0, _MAX_ID),
+        TensorSpec("items", "INT64", ("users", "slots"), 0),
+        TensorSpec("categories", "INT64", ("users", "slots"), 0),
         TensorSpec("behaviors", "INT32", ("users", "slots"), 0, _BEHAVIORS - 1),
         TensorSpec("timestamps", "INT64", ("users", "slots"), 0, _MAX_TIMESTAMP),
         TensorSpec("lengths", "INT32", ("users",), 0, "slots"),
-        TensorSpec("candidates", "INT64", ("users", "candidates"), _NONE, _MAX_ID, optional=True),
+        TensorSpec("candidates", "INT64", ("users", "candidates"), _NONE, optional=True),
         TensorSpec("user_ids", "INT64", ("users",), optional=True),
         TensorSpec("k", "INT32", (1,), 1, 1000, optional=True),
     )

@@ -106,9 +106,13 @@ def _check_values(array: npt.NDArray[Any], spec: TensorSpec, sizes: Mapping[str,
         if not np.isfinite(array).all():
             raise InvalidRequest(f"input {spec.name} holds numbers that are not finite")
         return
-    low = spec.low
     high = sizes[spec.high][0] if isinstance(spec.high, str) else spec.high
-    if low is not None and array.min() < low:
-        raise InvalidRequest(f"input {spec.name} holds {array.min()}; {low} is the least allowed")
+    if spec.low == 0:
+        # Seen as unsigned, what is negative is large: one look at the numbers finds both faults.
+        unsigned = array.view(f"u{array.itemsize}")
+        if unsigned.max() <= (np.iinfo(array.dtype).max if high is None else high):
+            return
+    if spec.low is not None and array.min() < spec.low:
+        raise InvalidRequest(f"input {spec.name} holds {array.min()}; {spec.low} is the least allowed")
     if high is not None and array.max() > high:
         raise InvalidRequest(f"input {spec.name} holds {array.max()}; {high} is the most allowed")

@@ -7,14 +7,17 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from aiohttp import ClientSession
 
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
+from inference.oip import open_inference_pb2_grpc as pb_grpc
 from inference.oip import rest
 from inference.oip.client import Client
 from inference.oip.grpc_server import make_server
+from inference.oip.messages import request_of
 from inference.oip.models import Catalogue, Question, TensorSpec
 from inference.oip.server import listen
 from inference.oip.service import Service
@@ -208,3 +211,19 @@ async def test_a_drain_waits_for_what_is_in_hand(world: World) -> None:
     world.model.release.set()
     assert await draining
     assert (await asking)["y"].tolist() == [[2, 4]]
+
+
+async def test_a_client_that_pings_all_the_time_is_sent_away_and_others_are_not(world: World) -> None:
+    pings = {
+        "grpc.keepalive_time_ms": 10,
+        "grpc.keepalive_timeout_ms": 5_000,
+        "grpc.keepalive_permit_without_calls": 1,
+        "grpc.http2.max_pings_without_data": 0,
+        "grpc.use_local_subchannel_pool": 1,
+    }
+    async with grpc.aio.insecure_channel(world.grpc_url, list(pings.items())) as channel:
+        stub = pb_grpc.GRPCInferenceServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await stub.ModelInfer(request_of("held", "", INPUTS), timeout=10)
+    assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert await world.client.ready()
