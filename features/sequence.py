@@ -76,6 +76,20 @@ def pack_event(item_id: int, category_id: int, behavior: int, timestamp: int) ->
     return _WIDE.pack(item_id, category_id, timestamp, behavior)
 
 
+def pack(items: Int64, categories: Int64, behaviors: Int64, timestamps: Int64) -> bytes:
+    """A whole sequence without fences, from columns [events], oldest first; no number is negative."""
+    if items.max(initial=0) <= MAX_NARROW_ITEM and categories.max(initial=0) <= MAX_NARROW_CATEGORY:
+        events = np.empty(len(items), NARROW_EVENT)
+        events["category_behavior"] = behaviors << 30 | categories
+        header = bytes([NARROW, 0])
+    else:
+        events = np.empty(len(items), WIDE_EVENT)
+        events["category"], events["behavior"] = categories, behaviors
+        header = bytes([WIDE, 0])
+    events["item"], events["timestamp"] = items, timestamps
+    return header + events.tobytes()
+
+
 def is_sequence(value: bytes) -> bool:
     """Whether these bytes have the layout above."""
     if len(value) < HEADER_BYTES or value[0] not in WIDTH:

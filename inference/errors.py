@@ -31,3 +31,15 @@ class EngineFailed(InferenceError):
     """An engine raised, or answered with the wrong shape or with numbers that are not finite."""
 
     grpc_status = "INTERNAL"
+
+
+class InvalidRequest(InferenceError):
+    """The request itself is wrong; the message says what. Asking again will not help."""
+
+    grpc_status = "INVALID_ARGUMENT"
+
+
+class ModelNotFound(InferenceError):
+    """No model has this name, or not in this version."""
+
+    grpc_status = "NOT_FOUND"

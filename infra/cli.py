@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("infra.commands.doctor", "What is missing on this machine, and how to get it."),
     "engines": ("infra.commands.engines", "Which engines are usable here, and why not."),
     "worker": ("infra.commands.worker", "The stream worker: clicks in, ranked lists out."),
+    "serve": ("infra.commands.serve", "The inference server: gRPC and REST."),
     "replay": ("infra.commands.replay", "A Taobao-format log as a stream of clicks."),
     "watch": ("infra.commands.lists", "Follow the ranked lists."),
     "recommend": ("infra.commands.lists", "Ask for one user's list, once."),

@@ -46,6 +46,16 @@ need java openjdk-17-jre-headless
 need mvn maven
 need redis-server redis-server
 
+# A real Triton server, for its tests, runs on the system's Python. Without it those tests say so.
+(
+    system=/usr/bin/python3
+    need "$system" python3
+    "$system" -c 'import ensurepip' 2>/dev/null || need "ensurepip for $system" python3-venv
+    version=$("$system" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    library="libpython$version"
+    "$system" -c "import ctypes; ctypes.CDLL('$library.so.1.0')" 2>/dev/null || need "$library.so" "$library"
+) || true
+
 if [ ! -x .venv/bin/pip ]; then
     python=$(python_of)
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -56,5 +66,5 @@ if [ ! -x .venv/bin/pip ]; then
 fi
 echo "installing Python packages (with torch a few minutes the first time)"
 # Without compiling all of torch in advance: half a minute of two cores that nobody waits for later.
-.venv/bin/pip install -q --no-compile -c constraints.txt -e '.[train,onnx,openvino,dev]'
+.venv/bin/pip install -q --no-compile -c constraints.txt -e '.[train,onnx,openvino,serve,dev]'
 .venv/bin/python -c 'from infra.local.kafka import ensure_jars; print("kafka jars in", ensure_jars())'

@@ -18,6 +18,13 @@ OURS = {*ORDER, "infra", "tests"}
 HOMES = {
     "kafka": {"topics/admin.py"},
     "redis": {"features/redis_store.py"},
+    "grpc": {
+        "inference/engines/remote_engine.py",
+        "inference/oip/client.py",
+        "inference/oip/grpc_server.py",
+        "inference/oip/messages.py",
+        "inference/oip/open_inference_pb2_grpc.py",
+    },
 }
 
 
@@ -99,7 +106,7 @@ def test_serving_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("package", ["topics", "features", "inference", "stream"])
 def test_importing_a_package_is_cheap(package: str) -> None:
-    heavy = "{'torch', 'faust', 'kafka', 'redis', 'onnxruntime', 'openvino', 'faiss'}"
+    heavy = "{'torch', 'faust', 'kafka', 'redis', 'onnxruntime', 'openvino', 'faiss', 'grpc'}"
     script = f"import sys, {package}; print(*sorted({heavy} & set(sys.modules)))"
     said = subprocess.run(
         [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True

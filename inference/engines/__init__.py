@@ -1,7 +1,7 @@
 """Engines by name. Naming one here costs nothing; its library is imported when it is created.
 
 >>> [status.name for status in usable()]
-['torch', 'onnx', 'openvino', 'tensorrt', 'numpy']
+['torch', 'onnx', 'openvino', 'tensorrt', 'numpy', 'remote']
 """
 
 from __future__ import annotations
@@ -37,10 +37,14 @@ class _Kind:
     engine: str
     packages: tuple[str, ...]
     precisions: tuple[Precision, ...]
-    needs: Callable[[], str] = str  # why this machine will not do, or nothing
+    needs: Callable[[EngineOptions], str] = lambda _: ""  # why it will not do here, or nothing
 
 
-def _needs_nvidia() -> str:
+def _needs_server(options: EngineOptions) -> str:
+    return "" if options.url else "name its server: INFERENCE_LANES='remote,url=HOST:PORT'"
+
+
+def _needs_nvidia(_: EngineOptions) -> str:
     nodes = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/dxg").exists()
     return "" if nodes else "no NVIDIA GPU is here"
 
@@ -59,6 +63,7 @@ _KINDS: Final[dict[str, _Kind]] = {
         _needs_nvidia,
     ),
     "numpy": _Kind("numpy_engine", "NumpyEngine", ("onnx",), ("f32",)),
+    "remote": _Kind("remote_engine", "RemoteEngine", ("grpc",), ("f32",), _needs_server),
 }
 AUTO: Final = "auto"
 _AUTO: Final = ("onnx", "openvino", "torch")  # fastest first, as measured
@@ -82,7 +87,8 @@ def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
             raise ModelUnavailable(f"no engine is installed here: pip install one of {', '.join(_AUTO)}")
     if name not in _KINDS:
         raise ModelUnavailable(f"no engine is called {name!r}; there are {', '.join(_KINDS)}")
-    status = _status(name)
+    options = options or EngineOptions()
+    status = _status(name, options)
     if not status.usable:
         raise ModelUnavailable(f"engine {name}: {status.why}")
     kind = _KINDS[name]
@@ -90,7 +96,7 @@ def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
         made = getattr(importlib.import_module(f"inference.engines.{kind.module}"), kind.engine)
     except (ImportError, OSError) as error:  # a library that is installed and cannot be loaded
         raise ModelUnavailable(f"engine {name}: {error}") from error
-    return cast(Engine, made(options or EngineOptions()))
+    return cast(Engine, made(options))
 
 
 def places(name: str) -> dict[str, tuple[Precision, ...]]:
@@ -135,10 +141,14 @@ def _accepts(name: str, options: EngineOptions) -> bool:
     return True
 
 
-def _status(name: str) -> EngineStatus:
+def _status(name: str, options: EngineOptions | None = None) -> EngineStatus:
     kind = _KINDS[name]
     missing = next((package for package in kind.packages if not _installed(package)), "")
-    why = f"the Python package {missing} is not installed" if missing else kind.needs()
+    why = (
+        f"the Python package {missing} is not installed"
+        if missing
+        else kind.needs(options or EngineOptions())
+    )
     return EngineStatus(name, not why, why, _version(kind.packages[0]), kind.precisions)
 
 

@@ -54,6 +54,9 @@ class EngineOptions:
     """What an engine may be told. `provider` is ONNX Runtime's word, `device` OpenVINO's and torch's.
 
     `plans` is the folder of TensorRT's built engines; empty is one in the user's cache folder.
+    `url` and what follows are for the remote engine. `url` is host:port, or grpcs://host:port for TLS;
+    `model` and `model_version` are what a graph is called there and may hold {graph} and {version}, an
+    empty version leaves the choice to the server; and an answer takes `timeout_ms` at most.
     """
 
     threads: int = 1
@@ -61,6 +64,10 @@ class EngineOptions:
     provider: str = "CPUExecutionProvider"
     device: str = "CPU"
     plans: str = ""
+    url: str = ""
+    model: str = "tailrace-{graph}"
+    model_version: str = "{version}"
+    timeout_ms: float = 1_000.0
 
 
 class Engine(ABC):
@@ -72,6 +79,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[Precision, ...]] = ("f32",)
+    keeps_states: ClassVar[bool] = True  # False: keys and values are too heavy to bring here
     model: ModelShape
 
     def __init__(self, options: EngineOptions) -> None:
@@ -91,6 +99,11 @@ class Engine(ABC):
 
     @abstractmethod
     def run(self, graph: Graph, inputs: Tensors) -> Tensors: ...
+
+    def run_for(self, graph: Graph, inputs: Tensors, outputs: Sequence[str]) -> Tensors:
+        """`run`, for who needs some of the outputs; a remote engine fetches no others."""
+        answers = self.run(graph, inputs)
+        return {name: answers[name] for name in outputs}
 
     @abstractmethod
     def close(self) -> None:

@@ -1,9 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from features.sequence import NARROW, WIDE, pack_event, pack_fence, unpack
+from features.sequence import NARROW, WIDE, pack, pack_event, pack_fence, unpack
 from features.settings import FeatureSettings
 
 FENCES = pack_fence(1, 0, 9) + pack_fence(1, 3, 2**53)
@@ -63,3 +64,21 @@ def test_settings_that_make_no_sense_stop_the_start(
     monkeypatch.setenv(f"FEATURES_{name}", value)
     with pytest.raises(ValidationError):
         FeatureSettings()
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_packed_sequence_unpacks_to_its_columns(large: bool) -> None:
+    items = np.array([3, 2**62 if large else 2**32 - 1, 5])
+    columns = (items, np.array([1, 2**30 - 1, 3]), np.array([0, 3, 1]), np.array([10, 20, 2**32 - 1]))
+    value = pack(*columns)
+    assert value[0] == (WIDE if large else NARROW)
+    batch = unpack([value])
+    for column, back in zip(
+        columns, (batch.items, batch.categories, batch.behaviors, batch.timestamps), strict=True
+    ):
+        assert back.tolist() == column.tolist()
+
+
+def test_a_packed_sequence_of_nothing_is_empty() -> None:
+    nothing = np.empty(0, np.int64)
+    assert unpack([pack(nothing, nothing, nothing, nothing)]).lengths.tolist() == [0]

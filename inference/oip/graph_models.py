@@ -1,0 +1,238 @@
+"""The graphs of a released version as models: `tailrace-encode`, `tailrace-score`, `tailrace-rank`.
+
+Requests for one graph that fit the same warmed shape go through the engine together, whoever sent them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from compression.registry import Artefact, ArtefactInvalid, Registry
+from inference import engines
+from inference.batcher import Batcher, BatcherLimits
+from inference.buckets import Buckets, fit, pad_rows
+from inference.dispatcher import Lane
+from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, Shape
+from inference.errors import EngineFailed, InferenceError, ModelUnavailable
+from inference.lanes import LaneSpec
+from inference.oip.graph_specs import specs
+from inference.oip.models import Question
+from inference.settings import InferenceSettings
+from inference.types import Graph, Priority, Tensors
+
+PREFIX: Final = "tailrace-"
+_SLOTS_AXIS: Final = {
+    **dict.fromkeys(("items", "categories", "behaviors", "gaps"), 1),
+    **dict.fromkeys(("keys", "values"), 3),
+}
+_CANDIDATES_AXIS: Final = dict.fromkeys(("candidates", "candidate_categories", "scores"), 1)
+
+
+class _Bucket(NamedTuple):
+    """What goes through an engine together; `candidates` is 0 for "encode"."""
+
+    graph: Graph
+    slots: int
+    candidates: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """A question, as the batcher sees it."""
+
+    question: Question
+
+    @property
+    def priority(self) -> Priority:
+        return self.question.priority
+
+    @property
+    def deadline_s(self) -> float | None:
+        return self.question.deadline_s
+
+    @property
+    def tier(self) -> int:
+        return 0
+
+    @property
+    def users(self) -> int:
+        return len(self.question.inputs["lengths"])
+
+
+class GraphModel:
+    """One graph of one version."""
+
+    platform = "tailrace_graph"
+
+    def __init__(self, graph: Graph, owner: GraphSet) -> None:
+        self.name = PREFIX + graph
+        self.version = owner.version
+        self.inputs, self.outputs = specs(graph, owner.shape)
+        self.most = owner.most
+        self._graph = graph
+        self._owner = owner
+
+    async def infer(self, question: Question) -> Tensors:
+        return await self._owner.run(self._graph, question)
+
+
+class GraphSet:
+    """The graphs of a version on warmed engines, behind one batcher with a lane for each."""
+
+    def __init__(
+        self, version: str, pool: Mapping[str, Engine], buckets: Buckets, limits: BatcherLimits
+    ) -> None:
+        """`pool` by the name of the lane; each engine has run every shape of the buckets."""
+        self.version = version
+        self._engines = list(pool.values())
+        self.shape = self._engines[0].model
+        self.buckets = buckets
+        self.most: Mapping[str, int] = {
+            "users": buckets.batches[-1],
+            "slots": buckets.histories[-1],
+            "candidates": buckets.candidates[-1],
+        }
+        self.models = [GraphModel(graph, self) for graph in GRAPHS]
+        self._batcher: Batcher[_Work, Tensors] = Batcher(
+            [Lane(f"graphs-{name}", _Runner(engine, buckets).run) for name, engine in pool.items()], limits
+        )
+
+    @classmethod
+    def open(cls, registry_root: str | Path, version: str, settings: InferenceSettings) -> GraphSet:
+        """Verify, load and warm every bucket of every graph. Raises `ModelUnavailable` with the reason.
+
+        Takes seconds: not for the event loop's thread.
+        """
+        try:
+            artefact = Registry(registry_root).open(version)
+        except ArtefactInvalid as error:
+            raise ModelUnavailable(str(error)) from error
+        buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
+        pool = {spec.name: _warmed(artefact, buckets, spec) for spec in settings.lane_specs()}
+        return cls(artefact.version, pool, buckets, settings.batcher_limits())
+
+    async def run(self, graph: Graph, question: Question) -> Tensors:
+        """Outputs in the shape of the question, whatever it was padded to."""
+        inputs = question.inputs
+        name = "keys" if graph == "score" else "items"
+        slots = fit(self.buckets.histories, inputs[name].shape[_SLOTS_AXIS[name]])
+        candidates = 0
+        if graph != "encode":
+            candidates = fit(self.buckets.candidates, inputs["candidates"].shape[1])
+        bucket = _Bucket(graph, slots, candidates)
+        (answer,) = await self._batcher.submit([_Work(question)], bucket)
+        if isinstance(answer, InferenceError):
+            raise answer
+        return answer
+
+    async def close(self, timeout_s: float = 10.0) -> None:
+        """Finish what was accepted, then free the engines."""
+        await self._batcher.drain(timeout_s)
+        for engine in self._engines:
+            engine.close()
+
+
+def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> Engine:
+    engine = engines.create(spec.engine, spec.options)
+    engine.load(artefact, GRAPHS)
+    try:
+        engine.warm_up(_shapes(buckets))
+        for graph in GRAPHS:
+            candidates = 0 if graph == "encode" else buckets.candidates[0]
+            example = engine.example(Shape(graph, buckets.batches[0], buckets.histories[0], candidates))
+            for name, output in engine.run(graph, example).items():
+                if not np.isfinite(output).all():
+                    raise ModelUnavailable(
+                        f"{artefact.version}: {graph}: {name} holds numbers that are not finite"
+                    )
+    except EngineFailed as error:
+        raise ModelUnavailable(f"{artefact.version}: {error}") from error
+    return engine
+
+
+def _shapes(buckets: Buckets) -> Iterable[Shape]:
+    for shape in buckets.shapes():
+        yield shape
+        if shape.graph == "score":
+            yield shape._replace(graph="rank")
+
+
+class _Runner:
+    """An engine, called by one thread at a time even where a lane has given up a thread that hangs."""
+
+    def __init__(self, engine: Engine, buckets: Buckets) -> None:
+        self._engine = engine
+        self._buckets = buckets
+        self._lock = threading.Lock()
+
+    def run(self, bucket: _Bucket, works: list[_Work]) -> list[Tensors | InferenceError]:
+        """In a lane's thread: an answer for each, as few calls of the engine as its batch sizes allow."""
+        with self._lock:
+            return [
+                answer
+                for part in _parts(works, self._buckets.batches[-1])
+                for answer in self._run_together(bucket, part)
+            ]
+
+    def _run_together(self, bucket: _Bucket, works: Sequence[_Work]) -> list[Tensors]:
+        batch = fit(self._buckets.batches, sum(work.users for work in works))
+        widened = [_widened(work.question.inputs, bucket) for work in works]
+        inputs = {
+            name: pad_rows(np.concatenate([tensors[name] for tensors in widened]), batch)
+            for name in INPUTS[bucket.graph]
+        }
+        wanted = {name for work in works for name in work.question.outputs}
+        names = [name for name in OUTPUTS[bucket.graph] if name in wanted]
+        outputs = self._engine.run_for(bucket.graph, inputs, names)
+        answers, row = [], 0
+        for work in works:
+            rows, row = slice(row, row + work.users), row + work.users
+            question = work.question
+            answers.append(
+                {name: _narrowed(name, outputs[name][rows], question.inputs) for name in question.outputs}
+            )
+        return answers
+
+
+def _parts(works: Sequence[_Work], most_users: int) -> Iterator[list[_Work]]:
+    """In order, each with as many users as an engine takes at once."""
+    part: list[_Work] = []
+    users = 0
+    for work in works:
+        if users + work.users > most_users:
+            yield part
+            part, users = [], 0
+        part.append(work)
+        users += work.users
+    yield part
+
+
+def _widened(inputs: Tensors, bucket: _Bucket) -> Tensors:
+    """Padded to the bucket: slots beyond a history's length, and candidates of row 0."""
+    tensors: Tensors = {}
+    for name, array in inputs.items():
+        axis = _SLOTS_AXIS.get(name, _CANDIDATES_AXIS.get(name))
+        size = bucket.slots if name in _SLOTS_AXIS else bucket.candidates
+        if axis is None or array.shape[axis] == size:
+            tensors[name] = array
+            continue
+        padded = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
+        padded[(slice(None),) * axis + (slice(array.shape[axis]),)] = array
+        tensors[name] = padded
+    return tensors
+
+
+def _narrowed(name: str, rows: npt.NDArray[Any], inputs: Tensors) -> npt.NDArray[Any]:
+    """Without what was padded, as an array of its own: the rest of the batch is not kept alive."""
+    if name in _SLOTS_AXIS:
+        rows = rows[:, :, :, : inputs["items"].shape[1]]
+    elif name in _CANDIDATES_AXIS:
+        rows = rows[:, : inputs["candidates"].shape[1]]
+    return rows.copy()

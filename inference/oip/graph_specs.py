@@ -1,0 +1,35 @@
+"""The tensors of the exported graphs, as the protocol describes them."""
+
+from __future__ import annotations
+
+from compression.registry import ModelShape
+from features.encoding import BEHAVIOR_ROWS, GAP_ROWS
+from inference.engines.base import INPUTS, OUTPUTS
+from inference.oip.models import TensorSpec
+from inference.types import Graph
+
+
+def specs(graph: Graph, shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of an exported graph: names and types are the graph's, in its order."""
+    states = ("users", shape.layers, shape.heads, "slots", shape.dim // shape.heads)
+    tensors = {
+        **{
+            name: TensorSpec(name, "INT32", ("users", "slots"), 0, rows - 1)
+            for name, rows in (
+                ("items", shape.item_rows),
+                ("categories", shape.category_rows),
+                ("behaviors", BEHAVIOR_ROWS),
+                ("gaps", GAP_ROWS),
+            )
+        },
+        "lengths": TensorSpec("lengths", "INT32", ("users",), 0, "slots"),
+        "keys": TensorSpec("keys", "FP32", states),
+        "values": TensorSpec("values", "FP32", states),
+        "user_vector": TensorSpec("user_vector", "FP32", ("users", shape.dim)),
+        "scores": TensorSpec("scores", "FP32", ("users", "candidates")),
+        "candidates": TensorSpec("candidates", "INT32", ("users", "candidates"), 0, shape.item_rows - 1),
+        "candidate_categories": TensorSpec(
+            "candidate_categories", "INT32", ("users", "candidates"), 0, shape.category_rows - 1
+        ),
+    }
+    return tuple(tensors[name] for name in INPUTS[graph]), tuple(tensors[name] for name in OUTPUTS[graph])

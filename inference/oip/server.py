@@ -1,0 +1,149 @@
+"""The whole server: two fronts, the admin listener, and the versions behind them.
+
+It listens at once, alive and not ready; it is ready when every bucket of every model is warmed. At the
+end it says that it is not ready, finishes what is in hand, and closes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from aiohttp import web
+
+from features.settings import FeatureSettings
+from features.statistics import ItemStatistics
+from features.store import StoreUnavailable
+from inference.oip import admin, rest
+from inference.oip.grpc_server import make_server
+from inference.oip.models import Catalogue
+from inference.oip.service import Service
+from inference.oip.settings import ServeSettings
+from inference.oip.versions import Versions
+from inference.plane import Plane
+from inference.settings import InferenceSettings
+
+log = logging.getLogger(__name__)
+
+_REFRESH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """Where the server listens, once it does."""
+
+    grpc: int
+    http: int
+    admin: int
+
+
+class InferenceServer:
+    """start → load → serve → close; or `async with`, which starts and closes."""
+
+    def __init__(
+        self,
+        registry: Path,
+        statistics: ItemStatistics,
+        *,
+        serve: ServeSettings | None = None,
+        inference: InferenceSettings | None = None,
+        features: FeatureSettings | None = None,
+        token: str = "",
+    ) -> None:
+        """`token` is the admin listener's."""
+        self.settings = serve or ServeSettings()
+        inference = inference or InferenceSettings()
+        self.catalogue = Catalogue()
+        self.service = Service(self.catalogue, max_requests=self.settings.max_requests)
+        self._statistics = statistics
+        self.versions = Versions(
+            registry,
+            Plane(inference, features or FeatureSettings(), statistics),
+            inference,
+            self.catalogue,
+            max_versions=self.settings.max_versions,
+        )
+        self._admin = admin.make_app(self.versions, self.settings.admin_host, token)
+        self._rest = rest.make_app(self.service, self.settings)
+        self._grpc = make_server(self.service, self.settings)
+        self._runners: list[web.AppRunner] = []
+        self._refreshing: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def start(self) -> Ports:
+        """Listen on every port. Raises `OSError` where one is taken."""
+        settings = self.settings
+        try:
+            grpc_port = self._grpc.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot listen on {settings.host}:{settings.grpc_port}: {error}") from error
+        await self._grpc.start()
+        http = await self._listen(self._rest, settings.host, settings.http_port)
+        admin_port = await self._listen(self._admin, settings.admin_host, settings.admin_port)
+        self._refreshing = asyncio.create_task(self._refresh())
+        self.ports = Ports(grpc_port, http, admin_port)
+        return self.ports
+
+    async def load(self, alias: str = "serving") -> float:
+        """Serve a version, and be ready; seconds it took. Raises `ModelUnavailable` with the reason."""
+        started_s = time.perf_counter()
+        await self.versions.load(alias)
+        self.service.ready = True
+        return time.perf_counter() - started_s
+
+    async def close(self) -> bool:
+        """Refuse what is new, finish what is in hand; True where all of it was answered in time."""
+        self.service.ready = False
+        grace_s = self.settings.drain_timeout_ms / 1e3
+        idle = await self.service.idle(grace_s)
+        if not idle:
+            log.warning("%d requests are given up", self.service.requests)
+        await self._grpc.stop(0.1)
+        for runner in self._runners:
+            await runner.cleanup()
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._refreshing
+        await self.versions.close()
+        return idle
+
+    async def _listen(self, app: web.Application, host: str, port: int) -> int:
+        runner, port = await listen(app, host, port)
+        self._runners.append(runner)
+        return port
+
+    async def _refresh(self) -> None:
+        """What is popular, as the stream's workers learn it."""
+        while True:
+            try:
+                await self._statistics.refresh()
+            except StoreUnavailable as error:
+                log.warning("What is popular is not known: %s", error)
+            await asyncio.sleep(_REFRESH_S)
+
+
+async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+    """Serve an application; the runner to clean up, and the port. A client that goes away cancels its
+    handler."""
+    runner = web.AppRunner(
+        app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
+    )
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError:
+        await runner.cleanup()
+        raise
+    return runner, int(runner.addresses[0][1])

@@ -1,0 +1,33 @@
+"""SERVE_* in the environment: where the server listens, and its limits."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class ServeSettings(BaseSettings):
+    """A port of 0 is one that the system chooses."""
+
+    model_config = SettingsConfigDict(env_prefix="SERVE_", frozen=True)
+
+    host: str = "127.0.0.1"
+    grpc_port: Port = 8001
+    http_port: Port = 8000
+    admin_host: str = "127.0.0.1"
+    admin_port: Port = 8002
+
+    max_message_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 64 * 2**20
+    max_json_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
+    """The JSON part of a REST request: its numbers are parsed on the event loop."""
+
+    max_requests: Annotated[int, Field(ge=1, le=65_536, description="in hand at once, both fronts")] = 1024
+    max_streams: Annotated[int, Field(ge=1, le=65_536, description="per gRPC connection")] = 256
+    min_ping_interval_ms: Annotated[int, Field(ge=0)] = 10_000
+    read_timeout_ms: Annotated[int, Field(ge=1, description="for the body of a REST request")] = 10_000
+    drain_timeout_ms: Annotated[int, Field(ge=0)] = 10_000
+    max_versions: Annotated[int, Field(ge=1, le=64, description="loaded side by side")] = 4

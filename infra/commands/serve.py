@@ -1,0 +1,149 @@
+"""`tailrace serve`: the inference server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import click
+from pydantic import ValidationError
+
+from infra.commands import options
+
+_PORT = click.IntRange(0, 65535)
+
+
+@click.command()
+@options.registry
+@click.option("--version", "version", default="serving", show_default=True, help="A version, or an alias.")
+@click.option("--host", envvar="SERVE_HOST", default="127.0.0.1", show_default=True)
+@click.option("--grpc-port", envvar="SERVE_GRPC_PORT", type=_PORT, default=8001, show_default=True)
+@click.option("--http-port", envvar="SERVE_HTTP_PORT", type=_PORT, default=8000, show_default=True)
+@click.option("--admin-host", envvar="SERVE_ADMIN_HOST", default="127.0.0.1", show_default=True)
+@click.option(
+    "--admin-port",
+    envvar="SERVE_ADMIN_PORT",
+    type=_PORT,
+    default=8002,
+    show_default=True,
+    help="Load, unload, metrics; beyond loopback only with a token in TAILRACE_ADMIN_TOKEN.",
+)
+@click.option(
+    "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
+)
+@click.option("--redis-url", default="", help="Where the workers keep what is popular.", show_default="none")
+@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
+def serve(
+    *,
+    registry: Path,
+    version: str,
+    host: str,
+    grpc_port: int,
+    http_port: int,
+    admin_host: str,
+    admin_port: int,
+    engine: str,
+    redis_url: str,
+    log_level: str,
+) -> None:
+    """Released models over the Open Inference Protocol v2, gRPC and REST, until SIGTERM or Ctrl-C.
+
+    A port of 0 is one that the system chooses. Models are tailrace-lists (histories in, ranked lists
+    out) and the graphs tailrace-encode, tailrace-score and tailrace-rank; their versions are those of
+    the registry. On SIGTERM the server is not ready any more, and finishes what is in hand, for
+    SERVE_DRAIN_TIMEOUT_MS (10 s) at most. Limits are set by SERVE_*, engines by INFERENCE_*.
+
+    \b
+    tailrace serve
+    tailrace serve --engine openvino --grpc-port 9001
+    INFERENCE_LANES='onnx*2; openvino' tailrace serve --redis-url redis://localhost:6379/0
+    curl localhost:8000/v2/models/tailrace-lists
+    curl -H 'Content-Type: application/json' -d '{"version": "20260101T000000-a"}' localhost:8002/load
+    """
+    from features.settings import FeatureSettings
+    from inference.oip.settings import ServeSettings
+    from inference.settings import InferenceSettings
+
+    started_s = time.perf_counter()
+    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    try:
+        settings = ServeSettings.model_validate(
+            {
+                **ServeSettings().model_dump(),
+                "host": host,
+                "grpc_port": grpc_port,
+                "http_port": http_port,
+                "admin_host": admin_host,
+                "admin_port": admin_port,
+            }
+        )
+        features = FeatureSettings()
+        inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
+    except ValidationError as error:
+        raise click.ClickException(f"a setting is wrong: {error}") from error
+    try:
+        import grpc  # noqa: F401  # named here, so that its absence is a sentence
+    except ModuleNotFoundError as error:
+        raise click.ClickException("the server needs gRPC: pip install 'tailrace[serve]'") from error
+
+    import uvloop
+
+    from features.memory_store import MemoryStore
+    from features.redis_store import RedisStore
+    from features.statistics import ItemStatistics
+    from inference.errors import ModelUnavailable
+    from inference.oip.admin import TOKEN_VARIABLE, AdminRefused
+    from inference.oip.server import InferenceServer
+
+    async def run() -> None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        store = RedisStore(redis_url, settings=features) if redis_url else MemoryStore()
+        server = InferenceServer(
+            registry,
+            ItemStatistics(store, settings=features),
+            serve=settings,
+            inference=inference,
+            features=features,
+            token=os.environ.get(TOKEN_VARIABLE, ""),
+        )
+        try:
+            ports = await server.start()
+            loading = asyncio.create_task(server.load(version))
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+            if not loading.done():
+                loading.cancel()
+                return
+            await loading
+            # What was loaded stays: collections need not look at it.
+            gc.collect()
+            gc.freeze()
+            serving = server.catalogue.serving
+            click.echo(
+                f"serving {serving} on gRPC {host}:{ports.grpc}, HTTP {host}:{ports.http}, "
+                f"admin {admin_host}:{ports.admin}; cold start {time.perf_counter() - started_s:.1f} s"
+            )
+            await stop.wait()
+            click.echo(f"draining {server.service.requests} requests")
+        finally:
+            drained = await server.close()
+            if isinstance(store, RedisStore):
+                await store.close()
+        click.echo("all were answered" if drained else "some were given up")
+
+    # As in the stream's worker: rare collections, and a quick hand-over between loop and lanes.
+    gc.set_threshold(20_000, 50, 100)
+    sys.setswitchinterval(0.0005)
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run())
+    except (AdminRefused, ModelUnavailable, OSError) as error:
+        raise click.ClickException(str(error)) from error

@@ -1,0 +1,104 @@
+"""`tailrace serve` as a process: ready when warmed, drained on SIGTERM, a sentence where it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from inference.oip.client import Client
+
+ROOT = Path(__file__).resolve().parents[2]
+WORDS = ["--grpc-port", "0", "--http-port", "0", "--admin-port", "0", "--engine", "onnx"]
+SMALL = {"INFERENCE_BATCHES": "[1, 4]", "INFERENCE_HISTORIES": "[10, 100]", "INFERENCE_RUNNERS": "1"}
+
+
+def serve(registry: Path, *words: str, **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "infra.cli", "serve", "--registry", str(registry), *WORDS, *words],
+        cwd=ROOT,
+        env={**os.environ, **SMALL, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture
+def server(registry: Path) -> Iterator[subprocess.Popen[str]]:
+    process = serve(registry)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_server_says_where_it_is_and_how_long_it_took_and_drains(server: subprocess.Popen[str]) -> None:
+    assert server.stdout is not None
+    line = server.stdout.readline()
+    found = re.match(r"serving (\S+) on gRPC (\S+), HTTP (\S+), admin (\S+); cold start ([\d.]+) s\n", line)
+    assert found, line + (server.stderr.read() if server.stderr else "")
+    version, grpc_address, _, _, cold_s = found.groups()
+    assert 0 < float(cold_s) < 60
+
+    async def ask() -> int:
+        async with Client(grpc_address) as client:
+            assert await client.ready()
+            row = np.array([[1, 2, 3]])
+            inputs = dict.fromkeys(("items", "categories", "timestamps"), row)
+            inputs |= {"behaviors": np.zeros((1, 3), np.int32), "lengths": np.array([3], np.int32)}
+            answer = await client.infer("tailrace-lists", inputs, version=version)
+            return int(answer["counts"][0])
+
+    assert asyncio.run(ask()) == 10
+    server.send_signal(signal.SIGTERM)
+    said, errors = server.communicate(timeout=20)
+    assert server.returncode == 0, errors
+    assert said == "draining 0 requests\nall were answered\n"
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_while_it_warms_ends_it(server: subprocess.Popen[str]) -> None:
+    server.send_signal(signal.SIGINT)
+    server.communicate(timeout=30)
+    assert server.returncode is not None
+
+
+@pytest.mark.parametrize(
+    ("words", "environment", "sentence"),
+    [
+        (["--version", "nothing"], {}, "no version or alias 'nothing'"),
+        (["--admin-host", "0.0.0.0"], {}, "TAILRACE_ADMIN_TOKEN"),
+        (["--engine", "abacus"], {}, "no engine is called 'abacus'"),
+        ([], {"SERVE_MAX_REQUESTS": "0"}, "max_requests"),
+    ],
+)
+def test_what_is_wrong_at_the_start_is_a_sentence(
+    registry: Path, words: list[str], environment: dict[str, str], sentence: str
+) -> None:
+    process = serve(registry, *words, **environment)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert sentence in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("port", ["--grpc-port", "--http-port", "--admin-port"])
+def test_a_taken_port_is_a_sentence(registry: Path, port: str) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        taken = str(listener.getsockname()[1])
+        process = serve(registry, port, taken)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert taken in errors
+    assert "Traceback" not in errors
