@@ -40,6 +40,7 @@ class OpenVinoEngine(Engine):
         super().__init__(options)
         self._requests: dict[Graph, Any] = {}
         self._core = ov.Core()
+        self._device = options.device.upper()
         self._check_device()
 
     def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
@@ -57,7 +58,7 @@ class OpenVinoEngine(Engine):
             try:
                 model = self._core.read_model(io.BytesIO(content))
                 self._requests[graph] = self._core.compile_model(
-                    model, self.options.device, config
+                    model, self._device, config
                 ).create_infer_request()
             except RuntimeError as error:
                 raise ModelUnavailable(f"OpenVINO refused the {graph} graph: {error}") from error
@@ -76,7 +77,7 @@ class OpenVinoEngine(Engine):
 
     def _check_device(self) -> None:
         """Refuse a device that is not here, or that would silently compute in another precision."""
-        asked = self.options.device
+        asked = self._device
         here = [str(name) for name in self._core.available_devices]
         if asked.partition(":")[0] in _COMBINED:
             return

@@ -59,6 +59,12 @@ def test_a_provider_goes_by_its_short_name(provider: str, artefact: Artefact) ->
     assert np.isfinite(engine.run("encode", engine.example(Shape("encode", 1, 4, 0)))["user_vector"]).all()
 
 
+def test_openvinos_devices_go_by_either_case(artefact: Artefact) -> None:
+    engine = engines.create("openvino", EngineOptions(device="cpu"))
+    engine.load(artefact, ("encode",))
+    assert np.isfinite(engine.run("encode", engine.example(Shape("encode", 1, 4, 0)))["user_vector"]).all()
+
+
 def test_a_provider_that_cannot_start_is_no_silent_fallback(
     artefact: Artefact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
