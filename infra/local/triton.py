@@ -10,6 +10,7 @@ import ctypes.util
 import os
 import shutil
 import subprocess
+import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -44,17 +45,24 @@ def ensure_triton() -> Path:
     Raises `ServerFailed` with what is missing.
     """
     target = venv_dir()
-    if (target / "complete").is_file():
+    if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    _run([_python(), "-m", "venv", str(target)], "a venv for Triton cannot be made (Debian: python3-venv)")
-    pip = [str(target / "bin" / "python"), "-m", "pip", "install", "-q", "--no-compile"]
-    _run([*pip, "--disable-pip-version-check", *PACKAGES], "pip could not install Triton")
-    backends = _tritonserver(target) / "backends" / "python"
-    stub = _tritonserver(target) / "python_backend_stubs" / _version(str(target / "bin" / "python"))
-    shutil.copy(stub / "triton_python_backend_stub", backends)
-    (target / "complete").touch()
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="making-") as making:
+        venv = Path(making) / "venv"
+        _run([_python(), "-m", "venv", str(venv)], "a venv for Triton cannot be made (Debian: python3-venv)")
+        python = str(venv / "bin" / "python")
+        pip = [python, "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check"]
+        _run([*pip, *PACKAGES], "pip could not install Triton")
+        stub = _tritonserver(venv) / "python_backend_stubs" / _version(python) / "triton_python_backend_stub"
+        shutil.copy(stub, _tritonserver(venv) / "backends" / "python")
+        try:
+            # Its scripts name the old folder; its Python, which is all we run, does not.
+            venv.rename(target)
+        except OSError:
+            # Somebody else made one meanwhile: theirs is as good.
+            if not target.is_dir():
+                raise
     return target
 
 
