@@ -236,6 +236,8 @@ def test_a_loop_that_lags_for_long_cuts_and_a_single_stall_does_not():
 
 def test_what_the_loop_adds_to_a_lists_way_is_no_waiting_for_an_engine():
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
+    for number in range(-3, 0):
+        limit.update(number * UPDATE_S, oldest_s=0.0, lag_s=0.045, cpu=1.0)
     limit.enter(200, 150)
     for number in range(20):
         limit.waited(0.150, 200)
