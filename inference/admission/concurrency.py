@@ -7,9 +7,13 @@ for the answers that tell what the one before did. CPU that is nearly used up is
 full processors with short queues are what one pays for; it makes the rise slow.
 
 Levels, 0 the least, are what is shed first. The limit holds for all but the top tier, the lower a
-level the smaller its share; at its least it is one list, let in when none is in hand. The top tier
-enters up to the ceiling: only when the others are down to that, or none of theirs is in hand, and lists
-still wait too long is it limited too, and it is the first to be let in again.
+level the smaller its share, and is never cut below the floor. The top tier enters up to the ceiling.
+Only when it has more than the floor in hand by itself, the others are down to the floor or have nothing
+in hand, and lists still wait too long for an engine, is it limited too; then nobody else is let in while
+anything is in hand, and the top tier is the first to be let in again.
+
+What a busy event loop adds to a list's way to the engine and back is no waiting for an engine, and
+ranking less would not shorten it: it is taken off.
 """
 
 from __future__ import annotations
@@ -30,11 +34,13 @@ _CUT_MOST: Final = 0.5
 _LEAST_SHARE: Final = 0.5
 # Lag must last for so many samples: a collection of garbage is no overload.
 _LAG_SAMPLES: Final = 3
+# To be dispatched, to come back from the engine's thread, to be taken up by the task that waits.
+_LOOP_TURNS: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
 class ConcurrencyLimits:
-    """`ceiling` lists in hand at most, whatever happens; the top tier always has `floor` places.
+    """`ceiling` lists in hand at most, whatever happens; `floor` at least, however long they wait.
 
     `queue_target_ms`, `lag_target_ms`: what may be waited; `cpu_high`: the share of the processors from
     which on the limit rises slowly.
@@ -62,8 +68,8 @@ class AdaptiveLimit:
         self._is_top = np.arange(levels) >= lower
         self._limit = self._top = self._ceiling
         self._caps = self._new_caps()
-        self._peak = self._lower_peak = 0
         self._lower_in_flight = 0
+        self._peak = self._lower_peak = self._top_peak = 0
         self._waited_s, self._waited = 0.0, 0
         self._lags_s = [0.0] * _LAG_SAMPLES
         self._rest_until_s = -math.inf
@@ -93,6 +99,7 @@ class AdaptiveLimit:
         self._lower_in_flight += lower
         self._peak = max(self._peak, self.in_flight)
         self._lower_peak = max(self._lower_peak, self._lower_in_flight)
+        self._top_peak = max(self._top_peak, self.in_flight - self._lower_in_flight)
 
     def leave(self, lists: int, lower: int) -> None:
         """And no longer."""
@@ -108,35 +115,37 @@ class AdaptiveLimit:
         """Many times a second. `oldest_s`: how long the oldest list in hand has waited beyond what
         ranking takes; `cpu`: the share of the processors in use, 0 to 1."""
         limits = self._limits
-        queue_s = max(oldest_s, self._waited_s / self._waited if self._waited else 0.0)
-        self._waited_s, self._waited = 0.0, 0
         self._lags_s = [*self._lags_s[1:], lag_s]
         lasting_s = min(self._lags_s)
+        queue_s = max(oldest_s, self._waited_s / self._waited if self._waited else 0.0)
+        queue_s -= _LOOP_TURNS * sum(self._lags_s) / _LAG_SAMPLES
         # How much longer than the targets is waited; at 1 a target is just met.
-        pressure = 1000 * max(queue_s / limits.queue_target_ms, lasting_s / limits.lag_target_ms)
-        peak, lower_peak = self._peak, self._lower_peak
-        self._peak, self._lower_peak = self.in_flight, self._lower_in_flight
+        queue, lag = queue_s * 1000 / limits.queue_target_ms, lasting_s * 1000 / limits.lag_target_ms
+        pressure = max(queue, lag)
         if pressure > 1.0:
             if now_s >= self._rest_until_s:
-                self._cut(max(_CUT_MOST, 1.0 / pressure), peak, lower_peak)
+                self._cut(max(_CUT_MOST, 1.0 / pressure), by_queue=queue > 1.0)
                 self._rest_until_s = now_s + max(queue_s, lasting_s)
         elif pressure < _RISE_BELOW and self.is_limiting:
             busy = min(1.0, max(0.0, (cpu - limits.cpu_high) / (1.0 - limits.cpu_high)))
-            self._rise(1.0 - 0.9 * busy, peak)
+            self._rise(1.0 - 0.9 * busy)
         self._caps = self._new_caps()
+        self._waited_s, self._waited = 0.0, 0
+        self._peak, self._lower_peak = self.in_flight, self._lower_in_flight
+        self._top_peak = self.in_flight - self._lower_in_flight
 
-    def _cut(self, factor: float, peak: int, lower_peak: int) -> None:
-        if self._limit > 1.0 and lower_peak:
-            self._limit = max(1.0, min(self._limit, peak) * factor)
-        else:
+    def _cut(self, factor: float, *, by_queue: bool) -> None:
+        if self._limit > self._floor and self._lower_peak:
+            self._limit = max(self._floor, min(self._limit, self._peak) * factor)
+        elif by_queue and self._top_peak > self._floor:
             self._limit = 1.0
-            self._top = max(self._floor, min(self._top, peak) * factor)
+            self._top = max(self._floor, min(self._top, self._peak) * factor)
 
-    def _rise(self, speed: float, peak: int) -> None:
+    def _rise(self, speed: float) -> None:
         if self._top < self._ceiling:
             risen = self._top + speed * math.sqrt(self._top)
             # A limit that nobody comes near keeps only the tiers below waiting.
-            self._top = self._ceiling if risen > 2 * peak else min(self._ceiling, risen)
+            self._top = self._ceiling if risen > 2 * self._peak else min(self._ceiling, risen)
         else:
             self._limit = min(self._ceiling, self._limit + speed * math.sqrt(self._limit))
 

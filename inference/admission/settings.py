@@ -86,7 +86,7 @@ class AdmissionSettings(BaseSettings):
 
     adaptive: bool = True
     floor: int = Field(default=32, ge=1)
-    """Places that the top tier always has, however long its lists wait."""
+    """Lists in hand that are let in however long they wait."""
     ceiling: int | None = Field(default=None, ge=1)
     """Lists in hand that are never exceeded; unset, what the worker may read ahead."""
     queue_target_ms: float | None = Field(default=None, gt=0)

@@ -1,9 +1,10 @@
 """What all processes have used of a tier's rate, counted by the library `limits`.
 
 Its sliding-window counter of `burst` lists per burst/rate seconds lets through what a token bucket of
-that rate and burst would: never more than rate · T + burst in any T seconds. A hit costs a quarter of a
-millisecond through Redis, which is why requests do not come here: `leases` does, with a `cost` of
-many tokens, once in a while. For users it would be a key and a call each; `clients` has a table instead.
+that rate and burst would: no more than rate · T + burst in any T seconds, and the one more that it
+rounds to. A hit costs a quarter of a millisecond through Redis, which is why requests do not come here:
+`leases` does, with a `cost` of many tokens, once in a while. For users it would be a key and a call
+each; `clients` has a table instead.
 """
 
 from __future__ import annotations

@@ -222,6 +222,8 @@ def limit_after(*, lag_s: float = 0.0, cpu: float = 0.0, cut: bool = False, upda
         limit.update(0.0, oldest_s=0.0, lag_s=0.0, cpu=0.0)
         limit.leave(200, 150)
         assert limit.limit == 100
+    if lag_s:
+        limit.enter(200, 150)
     for number in range(updates):
         limit.update(1.0 + number * UPDATE_S, oldest_s=0.0, lag_s=lag_s, cpu=cpu)
     return limit.limit
@@ -230,6 +232,29 @@ def limit_after(*, lag_s: float = 0.0, cpu: float = 0.0, cut: bool = False, upda
 def test_a_loop_that_lags_for_long_cuts_and_a_single_stall_does_not():
     assert limit_after(lag_s=1.0, updates=2) == CEILING
     assert limit_after(lag_s=1.0, updates=20) < CEILING
+
+
+def test_what_the_loop_adds_to_a_lists_way_is_no_waiting_for_an_engine():
+    limit = AdaptiveLimit(LIMITS, levels=9, top=3)
+    for number in range(-3, 0):
+        limit.update(number * UPDATE_S, oldest_s=0.0, lag_s=0.045, cpu=1.0)
+    limit.enter(200, 150)
+    for number in range(20):
+        limit.waited(0.150, 200)
+        limit.update(number * UPDATE_S, oldest_s=0.15, lag_s=0.045, cpu=1.0)
+    assert not limit.is_limiting
+    for number in range(20, 40):
+        limit.waited(0.200, 200)
+        limit.update(number * UPDATE_S, oldest_s=0.2, lag_s=0.045, cpu=1.0)
+    assert limit.is_limiting
+
+
+def test_a_target_nobody_can_meet_leaves_the_floor_to_the_lower_tiers_and_all_to_the_top():
+    service = Service(admission(ConcurrencyLimits(64, CEILING, 1.0, 500.0, 0.9)))
+    service.run(8.0, 0.5)
+    assert service.shed_of(PREMIUM) == 0
+    assert service.control.limit.limit == 64
+    assert service.shed_of(STANDARD) < 0.1
 
 
 def test_with_all_processors_busy_the_limit_rises_a_tenth_as_fast():

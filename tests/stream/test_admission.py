@@ -185,9 +185,13 @@ async def test_a_blocked_loop_is_measured_and_told():
     probe.tick(loop.time(), loop.time() - 0.3)
     assert world.metrics.loop_lag_s._value.get() == pytest.approx(0.3, abs=0.05)
     assert world.metrics.lists_limit._value.get() == world.admission.limit.limit
+    world.path._ranking = Held(world)
+    await world.path.clicks(world.unit(world.click(1, 10)))
+    await eventually_async(lambda: world.admission.limit.in_flight == 1)
     for _ in range(3):
         probe.tick(loop.time(), loop.time() - 2.0)
     assert world.admission.limit.is_limiting
+    await world.path.drain(0.0)
     running = asyncio.ensure_future(probe.run())
     await eventually_async(lambda: world.metrics.loop_lag_s._value.get() < 0.3)
     running.cancel()
