@@ -1,0 +1,224 @@
+"""Histories to what candidates are scored with, by the least work that gives it.
+
+A history that the cache has whole is copied, one that has grown by a few events is copied and appended
+to where that is measured to be faster, and any other is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compression.registry import ModelShape
+from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from features.sequence import SequenceBatch, newest_events, unpack
+from inference import metrics
+from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
+from inference.engines.base import Engine, Precision
+from inference.types import RankRequest, Tensors
+from inference.user_cache import Found, Retrieved, UserCache
+
+Bool = npt.NDArray[np.bool_]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(slots=True, eq=False)
+class Encoded:
+    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` as the score graph
+    reads them; user vectors [users, dim]; what was retrieved for them, where `has_retrieved` [users].
+
+    `news` says whose states the cache has not; `histories` are as it compares them, none without a cache.
+    """
+
+    cuts: list[tuple[Cut, Tensors]]
+    user_vectors: Float32
+    retrieved: Retrieved
+    has_retrieved: Bool
+    news: Bool
+    histories: list[bytes]
+    precision: Precision
+
+
+class Encoder:
+    """For one released version. Safe to call from several threads."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, model: ModelShape, retrieved: int, cache: UserCache | None = None
+    ) -> None:
+        """`retrieved`: how many items are retrieved for a user."""
+        self._vocabulary = vocabulary
+        self._model = model
+        self._retrieved = retrieved
+        self._cache = cache
+
+    def encode(
+        self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
+    ) -> Encoded:
+        """`histories` are those of the requests, unpacked."""
+        users = len(requests)
+        encoded = Encoded(
+            cuts=[],
+            user_vectors=np.empty((users, self._model.dim), np.float32),
+            retrieved=Retrieved(
+                np.full((users, self._retrieved), -1, np.int64),
+                np.zeros((users, self._retrieved), np.float32),
+            ),
+            has_retrieved=np.zeros(users, np.bool_),
+            news=np.zeros(users, np.bool_),
+            histories=[],
+            precision=engine.precision,
+        )
+        if self._cache is None or not getattr(engine, "keeps_states", True):
+            self._encode(engine, buckets, histories, np.arange(users), encoded)
+        else:
+            self._find_or_encode(self._cache, engine, buckets, requests, histories, encoded)
+        return encoded
+
+    def keep(self, encoded: Encoded, requests: Sequence[RankRequest], sound: Bool) -> None:
+        """Let the cache have what it has not, of users whose numbers were sound [users]."""
+        if self._cache is None or not encoded.histories:
+            return
+        wanted = encoded.news & sound
+        for cut, states in encoded.cuts:
+            rows = np.flatnonzero(wanted[cut.users])
+            users = cut.users[rows]
+            if not len(users):
+                continue
+            self._cache.keep(
+                [requests[user].user_id for user in users],
+                [encoded.histories[user] for user in users],
+                states,
+                rows,
+                encoded.user_vectors[users],
+                encoded.retrieved.of(users),
+                encoded.has_retrieved[users],
+                encoded.precision,
+            )
+
+    def _find_or_encode(
+        self,
+        cache: UserCache,
+        engine: Engine,
+        buckets: Buckets,
+        requests: Sequence[RankRequest],
+        histories: SequenceBatch,
+        encoded: Encoded,
+    ) -> None:
+        lengths, longest = histories.lengths, self._model.max_history
+        encoded.histories = [newest_events(request.sequence, longest) for request in requests]
+        users = [request.user_id for request in requests]
+        with cache.find(users, encoded.histories, engine.precision) as found:
+            same, grown, rest = _parts(buckets, lengths, found)
+            hits = _copy(cache, buckets, lengths, found, same, "score")
+            appends = _copy(cache, buckets, lengths, found, grown, "append")
+            encoded.user_vectors[same] = cache.vectors(found.slots[same])
+            encoded.retrieved.put(same, cache.retrieved(found.slots[same]))
+        encoded.has_retrieved[same] = found.retrieved[same]
+        for cut, states in hits:
+            states["user_vector"] = pad_rows(encoded.user_vectors[cut.users], cut.batch)
+            encoded.cuts.append((cut, states))
+        if len(grown):
+            self._append(engine, requests, lengths, found, grown, appends, encoded)
+        if len(rest):
+            self._encode(engine, buckets, histories, rest, encoded)
+        encoded.news = (lengths > 0) & ~(found.same & found.retrieved)
+        for outcome, some in (("hit", same), ("append", grown), ("miss", rest[lengths[rest] > 0])):
+            if len(some):
+                metrics.cache_users(outcome).inc(len(some))
+
+    def _append(
+        self,
+        engine: Engine,
+        requests: Sequence[RankRequest],
+        lengths: Int64,
+        found: Found,
+        grown: Int64,
+        cuts: list[tuple[Cut, Tensors]],
+        encoded: Encoded,
+    ) -> None:
+        """The new events of some users, one after the other, to copies of what was known."""
+        # One event more than is appended: the gap before the first of them is one between two events.
+        last = MOST_APPENDED + 1
+        newest = encode_histories(
+            unpack([requests[user].sequence for user in grown], last=last), self._vocabulary, last
+        )
+        for cut, states in cuts:
+            rows = np.searchsorted(grown, cut.users)
+            known = found.known[cut.users]
+            new = lengths[cut.users] - known
+            vectors = np.zeros((cut.batch, self._model.dim), np.float32)
+            for step in range(int(new.max())):
+                some = np.flatnonzero(new > step)
+                at = known[some] + step
+                places = newest.lengths[rows[some]] - new[some] + step
+                inputs = _events(newest, rows[some], places, some, cut.batch)
+                inputs["lengths"][some] = at
+                inputs |= {name: states[name] for name in ("keys", "values")}
+                outputs = engine.run("append", inputs)
+                vectors[some] = outputs["user_vector"][some]
+                for name, added in (("keys", "new_key"), ("values", "new_value")):
+                    states[name][some, :, :, at] = outputs[added][some, :, :, 0]
+            encoded.user_vectors[cut.users] = vectors[: len(cut.users)]
+            states["user_vector"] = vectors
+            encoded.cuts.append((cut, states))
+
+    def _encode(
+        self, engine: Engine, buckets: Buckets, histories: SequenceBatch, users: Int64, encoded: Encoded
+    ) -> None:
+        """Whole histories of some users, or of all."""
+        if len(users) < len(histories):
+            histories = histories.of(users)
+        longest = fit(buckets.histories, int(histories.lengths.max(initial=0)))
+        arrays = encode_histories(histories, self._vocabulary, longest)
+        for cut in buckets.cuts(histories.lengths):
+            inputs = _cut_out(arrays, cut)
+            outputs = engine.run("encode", inputs)
+            encoded.user_vectors[users[cut.users]] = outputs["user_vector"][: len(cut.users)]
+            encoded.cuts.append((cut.among(users), {**outputs, "lengths": inputs["lengths"]}))
+
+
+def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:
+    """The users whose histories are known whole, those to append to, and those to encode."""
+    new = lengths - found.known
+    grown = (found.known > 0) & ~found.same & (new <= MOST_APPENDED)
+    if grown.any():
+        grown[grown] = buckets.appends_pay(lengths[grown], new[grown])
+    return np.flatnonzero(found.same), np.flatnonzero(grown), np.flatnonzero(~found.same & ~grown)
+
+
+def _copy(
+    cache: UserCache, buckets: Buckets, lengths: Int64, found: Found, users: Int64, work: Work
+) -> list[tuple[Cut, Tensors]]:
+    """Known states of some users, by cut."""
+    copies: list[tuple[Cut, Tensors]] = []
+    if not len(users):
+        return copies
+    for cut in (cut.among(users) for cut in buckets.cuts(lengths[users], work)):
+        states = cache.states(found.slots[cut.users], cut.batch, cut.history)
+        states["lengths"] = pad_rows(lengths[cut.users].astype(np.int32), cut.batch)
+        copies.append((cut, states))
+    return copies
+
+
+def _events(newest: HistoryArrays, rows: Int64, places: Int64, at: Int64, batch: int) -> Tensors:
+    """One event of some histories as the append graph reads it, at their rows of the cut, padded."""
+    inputs: Tensors = {"lengths": np.zeros(batch, np.int32)}
+    for name, array in newest.tensors().items():
+        if name != "lengths":
+            inputs[name] = np.zeros((batch, 1), np.int32)
+            inputs[name][at, 0] = array[rows, places]
+    return inputs
+
+
+def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:
+    """The users of a cut, padded to its shape. Shorter histories have only padding beyond the cut."""
+    if len(arrays) == cut.batch == 1:
+        return {name: array[..., : cut.history] for name, array in arrays.tensors().items()}
+    return {
+        name: pad_rows(array[cut.users] if array.ndim == 1 else array[cut.users, : cut.history], cut.batch)
+        for name, array in arrays.tensors().items()
+    }
