@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.registry import ModelShape
-from features.encoding import HistoryArrays, Vocabulary, encode_histories
-from features.sequence import SequenceBatch, newest_events, unpack
+from features.encoding import HistoryArrays, Vocabulary, encode_events, encode_histories
+from features.sequence import SequenceBatch, newest_events
 from inference import metrics
 from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
 from inference.engines.base import Engine, Precision
@@ -22,6 +22,7 @@ from inference.types import RankRequest, Tensors
 from inference.user_cache import Found, Retrieved, UserCache
 
 Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 
@@ -121,8 +122,8 @@ class Encoder:
         for cut, states in hits:
             states["user_vector"] = pad_rows(encoded.user_vectors[cut.users], cut.batch)
             encoded.cuts.append((cut, states))
-        if len(grown):
-            self._append(engine, requests, lengths, found, grown, appends, encoded)
+        if appends:
+            self._append(engine, histories, found, appends, encoded)
         if len(rest):
             self._encode(engine, buckets, histories, rest, encoded)
         encoded.news = (lengths > 0) & ~(found.same & found.retrieved)
@@ -133,35 +134,31 @@ class Encoder:
     def _append(
         self,
         engine: Engine,
-        requests: Sequence[RankRequest],
-        lengths: Int64,
+        histories: SequenceBatch,
         found: Found,
-        grown: Int64,
         cuts: list[tuple[Cut, Tensors]],
         encoded: Encoded,
     ) -> None:
         """The new events of some users, one after the other, to copies of what was known."""
-        # One event more than is appended: the gap before the first of them is one between two events.
-        last = MOST_APPENDED + 1
-        newest = encode_histories(
-            unpack([requests[user].sequence for user in grown], last=last), self._vocabulary, last
-        )
+        ends = np.cumsum(histories.lengths)
         for cut, states in cuts:
-            rows = np.searchsorted(grown, cut.users)
             known = found.known[cut.users]
-            new = lengths[cut.users] - known
+            new = histories.lengths[cut.users] - known
             vectors = np.zeros((cut.batch, self._model.dim), np.float32)
             for step in range(int(new.max())):
-                some = np.flatnonzero(new > step)
-                at = known[some] + step
-                places = newest.lengths[rows[some]] - new[some] + step
-                inputs = _events(newest, rows[some], places, some, cut.batch)
-                inputs["lengths"][some] = at
+                rows = np.flatnonzero(new > step)
+                at = (ends[cut.users] - new)[rows] + step
+                place = known[rows] + step
+                events = encode_events(histories, at, self._vocabulary)
+                inputs = {
+                    name: _scattered(column[:, None], rows, cut.batch) for name, column in events.items()
+                }
+                inputs["lengths"] = _scattered(place.astype(np.int32), rows, cut.batch)
                 inputs |= {name: states[name] for name in ("keys", "values")}
                 outputs = engine.run("append", inputs)
-                vectors[some] = outputs["user_vector"][some]
+                vectors[rows] = outputs["user_vector"][rows]
                 for name, added in (("keys", "new_key"), ("values", "new_value")):
-                    states[name][some, :, :, at] = outputs[added][some, :, :, 0]
+                    states[name][rows, :, :, place] = outputs[added][rows, :, :, 0]
             encoded.user_vectors[cut.users] = vectors[: len(cut.users)]
             states["user_vector"] = vectors
             encoded.cuts.append((cut, states))
@@ -204,14 +201,11 @@ def _copy(
     return copies
 
 
-def _events(newest: HistoryArrays, rows: Int64, places: Int64, at: Int64, batch: int) -> Tensors:
-    """One event of some histories as the append graph reads it, at their rows of the cut, padded."""
-    inputs: Tensors = {"lengths": np.zeros(batch, np.int32)}
-    for name, array in newest.tensors().items():
-        if name != "lengths":
-            inputs[name] = np.zeros((batch, 1), np.int32)
-            inputs[name][at, 0] = array[rows, places]
-    return inputs
+def _scattered(values: Int32, rows: Int64, batch: int) -> Int32:
+    """Values at some rows of a cut, padding at the others."""
+    padded = np.zeros((batch, *values.shape[1:]), np.int32)
+    padded[rows] = values
+    return padded
 
 
 def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:

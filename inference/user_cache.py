@@ -55,7 +55,7 @@ class Retrieved(NamedTuple):
     items: Int64
     scores: Float32
 
-    def of(self, users: Int64 | list[int]) -> Retrieved:
+    def of(self, users: Int64 | int) -> Retrieved:
         return Retrieved(self.items[users], self.scores[users])
 
     def put(self, users: Int64 | Bool, found: Retrieved) -> None:
@@ -207,9 +207,10 @@ class UserCache:
         writes = self._reserve(users, histories, has_retrieved.tolist(), precision)
         if not writes:
             return
-        places = [write.place for write in writes]
         try:
-            self._write(writes, states, rows[places], vectors[places], retrieved.of(places))
+            for write in writes:
+                at = write.place
+                self._write(write, states, int(rows[at]), vectors[at], retrieved.of(at))
         except BaseException:
             with self._lock:
                 for write in writes:
@@ -219,29 +220,12 @@ class UserCache:
             for write in writes:
                 self._publish(write)
 
-    def _write(
-        self,
-        writes: Sequence[_Write],
-        states: Tensors,
-        rows: Int64,
-        vectors: Float32,
-        retrieved: Retrieved,
-    ) -> None:
-        slots = np.array([write.entry.slot for write in writes], np.int64)
-        known = np.array([write.known for write in writes], np.int64)
-        lengths = np.array([count_events(write.entry.history) for write in writes], np.int64)
-        self._vectors[slots] = vectors
-        self._items[slots] = retrieved.items
-        self._scores[slots] = retrieved.scores
-        width = states["keys"].shape[3]
-        new = known == 0
-        for kept, computed in ((self._keys, states["keys"]), (self._values, states["values"])):
-            for row, slot in zip(rows[new].tolist(), slots[new].tolist(), strict=True):
-                kept[slot, :, :, :width] = computed[row]
-            for step in range(int(np.where(new, 0, lengths - known).max())):
-                grown = ~new & (known + step < lengths)
-                at = known[grown] + step
-                kept[slots[grown], :, :, at] = computed[rows[grown], :, :, at]
+    def _write(self, write: _Write, states: Tensors, row: int, vector: Float32, retrieved: Retrieved) -> None:
+        slot, new = write.entry.slot, slice(write.known, count_events(write.entry.history))
+        self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
+        self._values[slot, :, :, new] = states["values"][row, :, :, new]
+        self._vectors[slot] = vector
+        self._items[slot], self._scores[slot] = retrieved
 
     def _reserve(
         self, users: Sequence[int], histories: Sequence[bytes], has_retrieved: Sequence[bool], precision: str
