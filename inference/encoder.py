@@ -17,28 +17,27 @@ from features.encoding import HistoryArrays, Vocabulary, encode_events, encode_h
 from features.sequence import SequenceBatch, newest_events
 from inference import metrics
 from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
+from inference.derived import Derived
 from inference.engines.base import Engine, Precision
 from inference.types import RankRequest, Tensors
-from inference.user_cache import Found, Retrieved, UserCache
+from inference.user_cache import Found, UserCache
 
 Bool = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` as the score graph
-    reads them; user vectors [users, dim]; what was retrieved for them, where `has_retrieved` [users].
+    reads them; and what else is known of the users, their vectors at least.
 
-    `news` says whose states the cache has not; `histories` are as it compares them, none without a cache.
+    `news` [users] says of whom the cache has not all of it. `histories` are as the cache compares them; none
+    where none is asked.
     """
 
     cuts: list[tuple[Cut, Tensors]]
-    user_vectors: Float32
-    retrieved: Retrieved
-    has_retrieved: Bool
+    derived: Derived
     news: Bool
     histories: list[bytes]
     precision: Precision
@@ -60,23 +59,22 @@ class Encoder:
         self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
     ) -> Encoded:
         """`histories` are those of the requests, unpacked."""
-        users = len(requests)
+        users, cache, longest = len(requests), self._cache, self._model.max_history
+        if not getattr(engine, "keeps_states", True):
+            cache = None
         encoded = Encoded(
             cuts=[],
-            user_vectors=np.empty((users, self._model.dim), np.float32),
-            retrieved=Retrieved(
-                np.full((users, self._retrieved), -1, np.int64),
-                np.zeros((users, self._retrieved), np.float32),
+            derived=Derived.nothing(
+                users, self._model.dim, self._retrieved, 0 if cache is None else cache.listed
             ),
-            has_retrieved=np.zeros(users, np.bool_),
             news=np.zeros(users, np.bool_),
-            histories=[],
+            histories=[] if cache is None else [newest_events(ask.sequence, longest) for ask in requests],
             precision=engine.precision,
         )
-        if self._cache is None or not getattr(engine, "keeps_states", True):
+        if cache is None:
             self._encode(engine, buckets, histories, np.arange(users), encoded)
         else:
-            self._find_or_encode(self._cache, engine, buckets, requests, histories, encoded)
+            self._find_or_encode(cache, engine, buckets, requests, histories, encoded)
         return encoded
 
     def keep(self, encoded: Encoded, requests: Sequence[RankRequest], sound: Bool) -> None:
@@ -84,19 +82,18 @@ class Encoder:
         if self._cache is None or not encoded.histories:
             return
         wanted = encoded.news & sound
+        if not wanted.any():
+            return
         for cut, states in encoded.cuts:
-            rows = np.flatnonzero(wanted[cut.users])
-            users = cut.users[rows]
-            if not len(users):
-                continue
+            rows = np.flatnonzero(wanted[cut.users]).tolist()
+            users = cut.users[rows].tolist()
             self._cache.keep(
                 [requests[user].user_id for user in users],
                 [encoded.histories[user] for user in users],
                 states,
                 rows,
-                encoded.user_vectors[users],
-                encoded.retrieved.of(users),
-                encoded.has_retrieved[users],
+                encoded.derived,
+                users,
                 encoded.precision,
             )
 
@@ -109,24 +106,21 @@ class Encoder:
         histories: SequenceBatch,
         encoded: Encoded,
     ) -> None:
-        lengths, longest = histories.lengths, self._model.max_history
-        encoded.histories = [newest_events(request.sequence, longest) for request in requests]
+        lengths, derived = histories.lengths, encoded.derived
         users = [request.user_id for request in requests]
         with cache.find(users, encoded.histories, engine.precision) as found:
             same, grown, rest = _parts(buckets, lengths, found)
             hits = _copy(cache, buckets, lengths, found, same, "score")
             appends = _copy(cache, buckets, lengths, found, grown, "append")
-            encoded.user_vectors[same] = cache.vectors(found.slots[same])
-            encoded.retrieved.put(same, cache.retrieved(found.slots[same]))
-        encoded.has_retrieved[same] = found.retrieved[same]
+            derived.put(same, cache.derived(found.slots[same]))
         for cut, states in hits:
-            states["user_vector"] = pad_rows(encoded.user_vectors[cut.users], cut.batch)
+            states["user_vector"] = pad_rows(derived.vectors[cut.users], cut.batch)
             encoded.cuts.append((cut, states))
         if appends:
             self._append(engine, histories, found, appends, encoded)
         if len(rest):
             self._encode(engine, buckets, histories, rest, encoded)
-        encoded.news = (lengths > 0) & ~(found.same & found.retrieved)
+        encoded.news[:] = ~found.same
         for outcome, some in (("hit", same), ("append", grown), ("miss", rest[lengths[rest] > 0])):
             if len(some):
                 metrics.cache_users(outcome).inc(len(some))
@@ -159,7 +153,7 @@ class Encoder:
                 vectors[rows] = outputs["user_vector"][rows]
                 for name, added in (("keys", "new_key"), ("values", "new_value")):
                     states[name][rows, :, :, place] = outputs[added][rows, :, :, 0]
-            encoded.user_vectors[cut.users] = vectors[: len(cut.users)]
+            encoded.derived.vectors[cut.users] = vectors[: len(cut.users)]
             states["user_vector"] = vectors
             encoded.cuts.append((cut, states))
 
@@ -174,7 +168,7 @@ class Encoder:
         for cut in buckets.cuts(histories.lengths):
             inputs = _cut_out(arrays, cut)
             outputs = engine.run("encode", inputs)
-            encoded.user_vectors[users[cut.users]] = outputs["user_vector"][: len(cut.users)]
+            encoded.derived.vectors[users[cut.users]] = outputs["user_vector"][: len(cut.users)]
             encoded.cuts.append((cut.among(users), {**outputs, "lengths": inputs["lengths"]}))
 
 

@@ -32,7 +32,7 @@ from inference.lookup import ItemLookup
 from inference.retrieval import RetrievalIndex
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
-from inference.user_cache import Retrieved, UserCache
+from inference.user_cache import UserCache
 
 Int32 = npt.NDArray[np.int32]
 Bool = npt.NDArray[np.bool_]
@@ -82,7 +82,9 @@ class Ranker:
         self._features = features
         self._model = artefact.manifest.model
         retrieved = min(settings.retrieved, len(index))
-        cache = UserCache.within(settings.cache_mb, self._model, retrieved)
+        cache = UserCache.within(
+            settings.cache_mb, self._model, retrieved=retrieved, listed=features.candidate_limit
+        )
         self._encoder = Encoder(vocabulary, self._model, retrieved, cache)
         self._appends = cache is not None and "append" in artefact.manifest.graphs
 
@@ -160,11 +162,11 @@ class Ranker:
             settings=self._features,
         )
         clock.lap("candidates")
-        scores = self._score(warmed, encoded.cuts, candidates)
+        scores = self._score(warmed, encoded, candidates)
         clock.lap("score")
         # Minus infinity is ours beyond the count, and the engine's before it.
         sound = np.isfinite(scores).sum(axis=1) == candidates.counts
-        sound &= np.isfinite(encoded.user_vectors).all(axis=1)
+        sound &= np.isfinite(encoded.derived.vectors).all(axis=1)
         self._encoder.keep(encoded, requests, sound)
         clock.lap("keep")
         return self._select(warmed.name, requests, candidates, scores, sound, clock)
@@ -175,33 +177,34 @@ class Ranker:
         histories: SequenceBatch,
         encoded: Encoded,
         statistics: ItemStatistics,
-    ) -> Retrieved | None:
+    ) -> tuple[Int64, Float32] | None:
         """Ids and scores [users, n]; -1 for users who bring candidates, or whom popularity serves."""
         asks = np.fromiter((request.candidates is None for request in requests), np.bool_, len(requests))
         if len(statistics.popular()):
             asks &= histories.lengths > 0
-        asks &= np.isfinite(encoded.user_vectors).all(axis=1)
+        known = encoded.derived
+        asks &= np.isfinite(known.vectors).all(axis=1)
         if not asks.any():
             return None
-        searched = asks & ~encoded.has_retrieved
-        if searched.all():
-            encoded.retrieved = Retrieved(*self._index.search(encoded.user_vectors, self._retrieved))
-        elif searched.any():
-            found = self._index.search(encoded.user_vectors[searched], self._retrieved)
-            encoded.retrieved.put(searched, Retrieved(*found))
-        encoded.has_retrieved |= searched
+        searched = np.flatnonzero(asks & ~known.has_retrieved)
+        if len(searched):
+            vectors = known.vectors if len(searched) == len(asks) else known.vectors[searched]
+            found = self._index.search(vectors, self._retrieved)
+            known.items[searched], known.item_scores[searched] = found
+            known.has_retrieved[searched] = True
+            encoded.news[searched] = True
         if asks.all():
-            return encoded.retrieved
-        return Retrieved(np.where(asks[:, None], encoded.retrieved.items, -1), encoded.retrieved.scores)
+            return known.items, known.item_scores
+        return np.where(asks[:, None], known.items, -1), known.item_scores
 
-    def _score(self, warmed: Warmed, cuts: Sequence[tuple[Cut, Tensors]], candidates: Candidates) -> Float32:
+    def _score(self, warmed: Warmed, encoded: Encoded, candidates: Candidates) -> Float32:
         """Scores [users, width]; minus infinity where there is no candidate."""
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
-        scores = np.full(items.shape, -np.inf, np.float32)
-        for cut, states in cuts:
+        scores, known = encoded.derived.scores_of(rows, counts)
+        for cut, states in encoded.cuts:
             column = 0
-            places = np.flatnonzero(counts[cut.users])
+            places = np.flatnonzero((counts[cut.users] > 0) & ~known[cut.users])
             while len(places):
                 users = cut.users[places]
                 # A width that every one of them fills; who has more candidates goes on to the next.
@@ -219,6 +222,10 @@ class Ranker:
                 places = places[counts[users] > column]
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
+        if encoded.histories and not known.all():
+            scored = np.flatnonzero(~known)
+            encoded.derived.note_scores(scored, rows, counts, scores)
+            encoded.news[scored] = True
         return scores
 
     def _select(

@@ -1,6 +1,7 @@
 """Encoded histories of active users, so that the same question is not computed twice.
 
-A history whose events are all known costs no encoding, one that has grown by a few events costs those
+A history whose events are all known costs no encoding, no retrieval, and no scoring of the candidates it
+was scored with last; one that has grown by a few events costs those
 events alone (`append` in `compression.export`). What is kept is compared byte for byte with what is
 asked, so an answer never rests on a history that was trimmed, corrected or has aged since.
 
@@ -24,11 +25,11 @@ import numpy.typing as npt
 
 from compression.registry import ModelShape
 from features.sequence import count_events
+from inference.derived import Derived
 from inference.types import Tensors
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 
 # Of bookkeeping per user, and per event: a wide event's bytes.
 _ENTRY_BYTES: Final = 300
@@ -40,27 +41,12 @@ class Found:
     """What is kept for each history that was asked for, all [users].
 
     slots: where, -1 for nowhere. known: how many of its first events have their keys and values there.
-    same: it is the whole history, so its user vector is there, too. retrieved: and what was retrieved.
+    same: it is the whole history, so what is derived from it is there, too.
     """
 
     slots: Int64
     known: Int64
     same: Bool
-    retrieved: Bool
-
-
-class Retrieved(NamedTuple):
-    """Items [users, n] int64 and scores [users, n] float32 that were retrieved for user vectors."""
-
-    items: Int64
-    scores: Float32
-
-    def of(self, users: Int64 | int) -> Retrieved:
-        return Retrieved(self.items[users], self.scores[users])
-
-    def put(self, users: Int64 | Bool, found: Retrieved) -> None:
-        self.items[users] = found.items
-        self.scores[users] = found.scores
 
 
 @dataclass(slots=True, eq=False)
@@ -68,7 +54,6 @@ class _Entry:
     slot: int
     history: bytes
     precision: str
-    retrieved: bool
 
 
 @dataclass(slots=True)
@@ -104,30 +89,29 @@ class _Write(NamedTuple):
 class UserCache:
     """For a model of one shape. Safe to call from several threads."""
 
-    def __init__(self, model: ModelShape, slots: int, retrieved: int) -> None:
-        """`retrieved`: how many items are retrieved for a user."""
+    def __init__(self, model: ModelShape, slots: int, *, retrieved: int, listed: int) -> None:
+        """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
         states = (slots, model.layers, model.heads, model.max_history, model.dim // model.heads)
         # Zeros take no memory before they are written, and no number in a slot is ever infinite.
         self._keys = np.zeros(states, np.float32)
         self._values = np.zeros(states, np.float32)
-        self._vectors = np.zeros((slots, model.dim), np.float32)
-        self._items = np.zeros((slots, retrieved), np.int64)
-        self._scores = np.zeros((slots, retrieved), np.float32)
+        self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)
         self._lock = threading.Lock()
 
     @classmethod
-    def within(cls, budget_mb: float, model: ModelShape, retrieved: int) -> UserCache | None:
+    def within(cls, budget_mb: float, model: ModelShape, *, retrieved: int, listed: int) -> UserCache | None:
         """As many users as fit into so many MiB; None where that is not one."""
-        slots = int(budget_mb * 2**20 / cls.user_bytes(model, retrieved))
-        return cls(model, slots, retrieved) if slots else None
+        slots = int(budget_mb * 2**20 / cls.user_bytes(model, retrieved=retrieved, listed=listed))
+        return cls(model, slots, retrieved=retrieved, listed=listed) if slots else None
 
     @staticmethod
-    def user_bytes(model: ModelShape, retrieved: int) -> int:
+    def user_bytes(model: ModelShape, *, retrieved: int, listed: int) -> int:
         """Memory of one user, at most."""
-        states = 2 * model.layers * model.max_history * model.dim + model.dim
-        return 4 * states + 12 * retrieved + _EVENT_BYTES * model.max_history + _ENTRY_BYTES
+        states = 2 * model.layers * model.max_history * model.dim * 4
+        derived = Derived.nothing(1, model.dim, retrieved, listed).user_bytes
+        return states + derived + _EVENT_BYTES * model.max_history + _ENTRY_BYTES
 
     def __len__(self) -> int:
         """Users kept."""
@@ -137,6 +121,11 @@ class UserCache:
     def slots(self) -> int:
         return len(self._keys)
 
+    @property
+    def listed(self) -> int:
+        """How many scores are kept of a user."""
+        return int(self._derived.rows.shape[1])
+
     @contextmanager
     def find(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> Iterator[Found]:
         """What is kept of these histories (`features.sequence.newest_events`). It stays where it is until
@@ -144,7 +133,6 @@ class UserCache:
         slots = np.full(len(users), -1, np.int64)
         known = np.zeros(len(users), np.int64)
         same = np.zeros(len(users), np.bool_)
-        retrieved = np.zeros(len(users), np.bool_)
         pinned: list[int] = []
         with self._lock:
             for row, (user, history) in enumerate(zip(users, histories, strict=True)):
@@ -152,7 +140,7 @@ class UserCache:
                 if entry is None or entry.precision != precision:
                     continue
                 if entry.history == history:
-                    known[row], same[row], retrieved[row] = count_events(history), True, entry.retrieved
+                    known[row], same[row] = count_events(history), True
                 elif history.startswith(entry.history):
                     known[row] = count_events(entry.history)
                 elif entry.history.startswith(history):
@@ -165,7 +153,7 @@ class UserCache:
                 self._entries.move_to_end(user)
                 pinned.append(entry.slot)
         try:
-            yield Found(slots, known, same, retrieved)
+            yield Found(slots, known, same)
         finally:
             if pinned:
                 with self._lock:
@@ -184,33 +172,28 @@ class UserCache:
             tensors[name] = copied
         return tensors
 
-    def vectors(self, slots: Int64) -> Float32:
-        """The user vectors [users, dim] of whole histories."""
-        return self._vectors[slots]
-
-    def retrieved(self, slots: Int64) -> Retrieved:
-        return Retrieved(self._items[slots], self._scores[slots])
+    def derived(self, slots: Int64) -> Derived:
+        """A copy of what follows from whole histories."""
+        return self._derived.of(slots)
 
     def keep(
         self,
         users: Sequence[int],
         histories: Sequence[bytes],
         states: Tensors,
-        rows: Int64,
-        vectors: Float32,
-        retrieved: Retrieved,
-        has_retrieved: Bool,
+        rows: Sequence[int],
+        derived: Derived,
+        places: Sequence[int],
         precision: str,
     ) -> None:
-        """Keep the `keys` and `values` in some rows of a cut, and per user the vector, and what was
-        retrieved where `has_retrieved`. What is kept and as long already stays."""
-        writes = self._reserve(users, histories, has_retrieved.tolist(), precision)
+        """Keep, per user, the `keys` and `values` in a row of a cut, and what is derived at a place. What is
+        kept and longer already stays."""
+        writes = self._reserve(users, histories, precision)
         if not writes:
             return
         try:
             for write in writes:
-                at = write.place
-                self._write(write, states, int(rows[at]), vectors[at], retrieved.of(at))
+                self._write(write, states, rows[write.place], derived, places[write.place])
         except BaseException:
             with self._lock:
                 for write in writes:
@@ -220,21 +203,18 @@ class UserCache:
             for write in writes:
                 self._publish(write)
 
-    def _write(self, write: _Write, states: Tensors, row: int, vector: Float32, retrieved: Retrieved) -> None:
+    def _write(self, write: _Write, states: Tensors, row: int, derived: Derived, place: int) -> None:
         slot, new = write.entry.slot, slice(write.known, count_events(write.entry.history))
         self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
         self._values[slot, :, :, new] = states["values"][row, :, :, new]
-        self._vectors[slot] = vector
-        self._items[slot], self._scores[slot] = retrieved
+        self._derived.put(slot, derived, place)
 
-    def _reserve(
-        self, users: Sequence[int], histories: Sequence[bytes], has_retrieved: Sequence[bool], precision: str
-    ) -> list[_Write]:
+    def _reserve(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> list[_Write]:
         """A slot for each user whose states are news, out of everybody's reach until it is published."""
         longest: dict[int, int] = {}
         for place, (user, history) in enumerate(zip(users, histories, strict=True)):
             before = longest.get(user)
-            if before is None or len(history) > len(histories[before]):
+            if history and (before is None or len(history) > len(histories[before])):
                 longest[user] = place
         writes: list[_Write] = []
         with self._lock:
@@ -242,10 +222,7 @@ class UserCache:
                 history, entry = histories[place], self._entries.get(user)
                 known = 0
                 if entry is not None and entry.precision == precision:
-                    same = entry.history == history
-                    if entry.history.startswith(history) and not (
-                        same and has_retrieved[place] and not entry.retrieved
-                    ):
+                    if len(entry.history) > len(history) and entry.history.startswith(history):
                         continue
                     if history.startswith(entry.history) and not self._slots.pins[entry.slot]:
                         known = count_events(entry.history)
@@ -257,8 +234,7 @@ class UserCache:
                     if free is None:
                         break
                     slot = free
-                kept = _Entry(slot, history, precision, has_retrieved[place])
-                writes.append(_Write(place, user, kept, known))
+                writes.append(_Write(place, user, _Entry(slot, history, precision), known))
         return writes
 
     def _free_slot(self) -> int | None:

@@ -29,6 +29,7 @@ from compression.registry import Registry
 from features.encoding import Vocabulary
 from features.memory_store import MemoryStore
 from features.sequence import MAX_EVENTS, NARROW, NARROW_EVENT, pack_fence
+from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import Append
 from inference.ranker import Ranker, Warmed
@@ -108,7 +109,9 @@ def run(registry: Path, *, engine: str, rounds: int, seed: int) -> dict[str, Any
         for workload in WORKLOADS
         for batch in BATCHES
     ]
-    user_bytes = UserCache.user_bytes(artefact.manifest.model, settings.retrieved)
+    user_bytes = UserCache.user_bytes(
+        artefact.manifest.model, retrieved=settings.retrieved, listed=FeatureSettings().candidate_limit
+    )
     measured = {
         "version": artefact.version,
         "engine": cached.engine,

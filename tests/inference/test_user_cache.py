@@ -14,12 +14,13 @@ from compression.registry import ModelShape, Registry
 from features.sequence import NARROW, NARROW_EVENT, WIDE, count_events, newest_events, pack_event, pack_fence
 from features.statistics import ItemStatistics
 from inference import metrics
+from inference.derived import Derived
 from inference.engines.base import Shape
 from inference.errors import EngineFailed
 from inference.ranker import Ranker, Warmed
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
-from inference.user_cache import Retrieved, UserCache
+from inference.user_cache import UserCache
 from tests.inference.conftest import ITEMS, MAX_HISTORY, NOW_S
 
 SETTINGS = InferenceSettings(
@@ -125,7 +126,12 @@ def test_ten_thousand_growing_histories_score_as_if_each_were_encoded_whole(
             aged = rng.random(group) < 0.03
             starts[aged] = np.minimum(starts[aged] + 2, ends[aged])
             users = np.flatnonzero(rng.random(group) < 0.6)
-            requests = [ask(first + user, made[user, starts[user] : ends[user]]) for user in users.tolist()]
+            # Others each time: what is compared is computed from the states, not remembered.
+            asked = tuple(rng.choice(ITEMS, len(ASKED), replace=False).tolist())
+            requests = [
+                ask(first + user, made[user, starts[user] : ends[user]], candidates=asked)
+                for user in users.tolist()
+            ]
             outcomes()
             ours = cached.scores(requests, statistics)
             counted = {outcome: counted[outcome] + more for outcome, more in outcomes().items()}
@@ -139,15 +145,44 @@ def test_an_ask_again_costs_no_encoding_and_a_click_costs_one_event(
 ) -> None:
     made = events(np.random.default_rng(1), 40)
     seen = Spy(cached)
-    for end, graph, outcome in ((30, "encode", "miss"), (30, None, "hit"), (31, "append", "append")):
+    for end, asked, graphs, outcome in (
+        (30, ASKED, ["encode", "score"], "miss"),
+        (30, ASKED, [], "hit"),
+        (30, ASKED[::-2], [], "hit"),
+        (30, (*ASKED[:5], 7), ["score"], "hit"),
+        (31, ASKED, ["append", "score"], "append"),
+        (34, ASKED, ["append", "append", "append", "score"], "append"),
+        (40, ASKED, ["encode", "score"], "miss"),
+    ):
         seen.graphs.clear()
-        cached.rank([ask(1, made[:end])], statistics)
-        assert seen.graphs == [*([graph] if graph else []), "score"]
+        cached.rank([ask(1, made[:end], candidates=asked)], statistics)
+        assert seen.graphs == graphs
         assert outcomes() == {**dict.fromkeys(OUTCOMES, 0), outcome: 1}
-    cached.rank([ask(1, made[:34])], statistics)
-    assert seen.graphs[-4:] == ["append", "append", "append", "score"]
-    cached.rank([ask(1, made[:40])], statistics)
-    assert seen.graphs[-2:] == ["encode", "score"]
+
+
+def test_scores_known_from_the_last_list_are_those_of_the_items_asked_for(
+    cached: Version, plain: Version, statistics: ItemStatistics
+) -> None:
+    rng = np.random.default_rng(11)
+    made = events(rng, (6, 30))
+    for _ in range(8):
+        requests = [
+            ask(
+                user,
+                made[user],
+                k=400,
+                candidates=tuple(rng.choice(ITEMS[:30], size, replace=False).tolist()),
+            )
+            for user, size in enumerate((0, 3, 20, 30, 30, 29))
+        ]
+        requests += [ask(6, made[0], k=400, candidates=tuple(ITEMS.tolist())), ask(7, made[0][:0])]
+        for ours, theirs in zip(
+            cached.rank(requests, statistics), plain.rank(requests, statistics), strict=True
+        ):
+            scores = dict(zip(theirs.items, theirs.scores, strict=True))
+            assert {item: pytest.approx(score, abs=EXACT) for item, score in scores.items()} == dict(
+                zip(ours.items, ours.scores, strict=True)
+            )
 
 
 def test_whatever_is_not_the_same_history_or_a_longer_one_is_encoded(
@@ -315,17 +350,17 @@ def keep(cache: UserCache, users: Sequence[int], histories: Sequence[bytes], val
     for row, one in enumerate(histories):
         items = np.frombuffer(one[1:], NARROW_EVENT)["item"]
         states[row, :, :, : len(items)] = items[:, None] + value
-    vectors = np.array([[len(one)] * 4 for one in histories], np.float32)
-    retrieved = Retrieved(np.full((len(users), 3), len(users)), np.ones((len(users), 3), np.float32))
-    rows, has = np.arange(len(users)), np.ones(len(users), np.bool_)
-    cache.keep(users, histories, {"keys": states, "values": -states}, rows, vectors, retrieved, has, "f32")
+    derived = Derived.nothing(len(users), SHAPE.dim, 3, 5)
+    derived.vectors[:] = np.array([[len(one)] * 4 for one in histories])
+    rows = range(len(users))
+    cache.keep(users, histories, {"keys": states, "values": -states}, rows, derived, rows, "f32")
 
 
 def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> list[int]:
     """How many events are known of each history; their states are looked at."""
     with cache.find(users, histories, "f32") as found:
         states = cache.states(np.maximum(found.slots, 0), len(users), 8)
-        vectors = cache.vectors(found.slots)
+        vectors = cache.derived(found.slots).vectors
     for row, (one, known) in enumerate(zip(histories, found.known.tolist(), strict=True)):
         items = np.frombuffer(one[1:], NARROW_EVENT)["item"][:known]
         assert (states["keys"][row, :, :, :known] == items[:, None] + 1).all()
@@ -336,8 +371,8 @@ def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> 
 
 
 def test_memory_is_bounded_and_the_user_asked_for_longest_ago_leaves_first() -> None:
-    budget_mb = 4.5 * UserCache.user_bytes(SHAPE, 3) / 2**20
-    cache = UserCache.within(budget_mb, SHAPE, 3)
+    budget_mb = 4.5 * UserCache.user_bytes(SHAPE, retrieved=3, listed=5) / 2**20
+    cache = UserCache.within(budget_mb, SHAPE, retrieved=3, listed=5)
     assert cache is not None and cache.slots == 4
     for user in range(4):
         keep(cache, [user], [history(user, 1)])
@@ -346,11 +381,11 @@ def test_memory_is_bounded_and_the_user_asked_for_longest_ago_leaves_first() -> 
     assert kept(cache, range(6), [history(user, 1) for user in range(6)]) == [2, 0, 0, 2, 2, 2]
     keep(cache, range(10, 30), [history(user) for user in range(10, 30)])
     assert len(cache) == 4
-    assert UserCache.within(0, SHAPE, 3) is None
+    assert UserCache.within(0, SHAPE, retrieved=3, listed=5) is None
 
 
 def test_a_shorter_history_that_comes_late_does_not_replace_the_longer_one() -> None:
-    cache = UserCache(SHAPE, 4, 3)
+    cache = UserCache(SHAPE, 4, retrieved=3, listed=5)
     keep(cache, [1, 1, 1], [history(1, 2), history(1, 2, 3), history(1)])
     assert kept(cache, [1] * 4, [history(1, 2, 3, 4), history(1, 2, 3), history(1, 2), history(1)]) == [
         3,
@@ -366,7 +401,7 @@ def test_a_shorter_history_that_comes_late_does_not_replace_the_longer_one() -> 
 
 
 def test_what_is_being_read_is_not_overwritten() -> None:
-    cache = UserCache(SHAPE, 2, 3)
+    cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1, 2], [history(1), history(2)])
     with cache.find([1, 2], [history(1), history(2)], "f32") as found:
         keep(cache, [3, 1], [history(3), history(1, 5)])
@@ -377,14 +412,14 @@ def test_what_is_being_read_is_not_overwritten() -> None:
 
 
 def test_states_of_another_precision_are_not_found() -> None:
-    cache = UserCache(SHAPE, 2, 3)
+    cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1], [history(1)])
     with cache.find([1], [history(1)], "bf16") as found:
         assert found.slots.tolist() == [-1]
 
 
 def test_threads_never_see_a_slot_half_written() -> None:
-    cache = UserCache(SHAPE, 5, 3)
+    cache = UserCache(SHAPE, 5, retrieved=3, listed=5)
 
     def work(seed: int) -> None:
         rng = np.random.default_rng(seed)
