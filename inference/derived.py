@@ -23,7 +23,7 @@ _NO_ROW: Final = np.iinfo(np.int32).max
 @dataclass(frozen=True, slots=True, eq=False)
 class Derived:
     """Per user, in order: vectors [users, dim]; the items retrieved and their scores [users, n], where
-    has_retrieved [users]; item rows [users, m], ascending, of the last list and their scores."""
+    has_retrieved [users]; the item rows [users, m] of the last list and their scores."""
 
     vectors: Float32
     items: Int64
@@ -61,25 +61,26 @@ class Derived:
     def scores_of(self, rows: Int32, counts: Int64) -> tuple[Float32, Bool]:
         """Scores of the first `counts` [users] of item rows [users, width], and for which users all of
         them are known; the scores of others mean nothing."""
-        if not rows.size or not self.rows.size or (self.rows[:, 0] == _NO_ROW).all():
-            return np.zeros(rows.shape, np.float32), np.zeros(len(rows), np.bool_)
-        # One search for all users: theirs are the upper bits.
-        user = np.arange(len(rows), dtype=np.int64)[:, None] << 32
-        listed, asked = (user + self.rows).ravel(), (user + rows).ravel()
-        at = np.minimum(np.searchsorted(listed, asked), len(listed) - 1)
-        known = (listed[at] == asked).reshape(rows.shape)
-        known |= np.arange(rows.shape[1]) >= counts[:, None]
-        return self.row_scores.ravel()[at].reshape(rows.shape), known.all(axis=1)
+        scores = np.zeros(rows.shape, np.float32)
+        width = min(rows.shape[1], self.rows.shape[1])
+        known = counts <= width
+        if not width or (self.rows[:, 0] == _NO_ROW).all():
+            known[:] = False
+            return scores, known
+        same = rows[:, :width, None] == self.rows[:, None]
+        known &= (same.any(axis=2) | (np.arange(width) >= counts[:, None])).all(axis=1)
+        scores[:, :width] = np.take_along_axis(self.row_scores, same.argmax(axis=2), 1)
+        return scores, known
 
     def note_scores(self, users: Int64, rows: Int32, counts: Int64, scores: Float32) -> None:
         """Of some users, the first `counts` of item rows [users, width] and their scores, where they fit."""
-        users = users[counts[users] <= self.rows.shape[1]]
         width = min(rows.shape[1], self.rows.shape[1])
-        listed = np.where(np.arange(width) < counts[users][:, None], rows[users, :width], _NO_ROW)
-        order = np.argsort(listed, axis=1)
-        self.rows[users, :width] = np.take_along_axis(listed, order, 1)
-        self.rows[users, width:] = _NO_ROW
-        self.row_scores[users, :width] = np.take_along_axis(scores[users, :width], order, 1)
+        counts = counts[users]
+        if len(counts) and counts.max() > width:
+            users, counts = users[counts <= width], counts[counts <= width]
+        self.rows[users] = _NO_ROW
+        self.rows[users, :width] = np.where(np.arange(width) < counts[:, None], rows[users, :width], _NO_ROW)
+        self.row_scores[users, :width] = scores[users, :width]
 
     def _columns(self) -> tuple[npt.NDArray[Any], ...]:
         return tuple(getattr(self, field.name) for field in fields(self))

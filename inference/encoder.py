@@ -7,6 +7,7 @@ to where that is measured to be faster, and any other is encoded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,15 +33,19 @@ class Encoded:
     """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` as the score graph
     reads them; and what else is known of the users, their vectors at least.
 
-    `news` [users] says of whom the cache has not all of it. `histories` are as the cache compares them; none
-    where none is asked.
+    `pending` [users] are in no cut yet: the cache has them, and perhaps their states are not needed.
+    `news` [users] says of whom the cache has not all there is. `keys` are the histories as the cache compares
+    them; none where none is asked.
     """
 
-    cuts: list[tuple[Cut, Tensors]]
-    derived: Derived
-    news: Bool
-    histories: list[bytes]
+    requests: Sequence[RankRequest]
+    histories: SequenceBatch
     precision: Precision
+    derived: Derived
+    cuts: list[tuple[Cut, Tensors]]
+    pending: Bool
+    news: Bool
+    keys: list[bytes]
 
 
 class Encoder:
@@ -62,34 +67,49 @@ class Encoder:
         users, cache, longest = len(requests), self._cache, self._model.max_history
         if not getattr(engine, "keeps_states", True):
             cache = None
+        listed = 0 if cache is None else cache.listed
         encoded = Encoded(
-            cuts=[],
-            derived=Derived.nothing(
-                users, self._model.dim, self._retrieved, 0 if cache is None else cache.listed
-            ),
-            news=np.zeros(users, np.bool_),
-            histories=[] if cache is None else [newest_events(ask.sequence, longest) for ask in requests],
+            requests=requests,
+            histories=histories,
             precision=engine.precision,
+            derived=Derived.nothing(users, self._model.dim, self._retrieved, listed),
+            cuts=[],
+            pending=np.zeros(users, np.bool_),
+            news=np.ones(users, np.bool_),
+            keys=[] if cache is None else [newest_events(ask.sequence, longest) for ask in requests],
         )
         if cache is None:
-            self._encode(engine, buckets, histories, np.arange(users), encoded)
+            self._encode(engine, buckets, encoded, np.arange(users))
         else:
-            self._find_or_encode(cache, engine, buckets, requests, histories, encoded)
+            self._find_or_encode(cache, engine, buckets, encoded)
         return encoded
 
-    def keep(self, encoded: Encoded, requests: Sequence[RankRequest], sound: Bool) -> None:
-        """Let the cache have what it has not, of users whose numbers were sound [users]."""
-        if self._cache is None or not encoded.histories:
+    def complete(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> None:
+        """See that the needed [users] are in a cut, encoded anew where the cache has lost them meanwhile."""
+        users = np.flatnonzero(encoded.pending & needed)
+        if self._cache is None or not len(users):
             return
+        encoded.pending[users] = False
+        with self._find(self._cache, encoded, users.tolist()) as found:
+            same = np.array(found.same)
+            cuts = _copy(self._cache, buckets, encoded, found, np.flatnonzero(same), "score", users)
+        for cut, states in cuts:
+            states["user_vector"] = pad_rows(encoded.derived.vectors[cut.users], cut.batch)
+            encoded.cuts.append((cut, states))
+        if not same.all():
+            self._encode(engine, buckets, encoded, users[~same])
+
+    def keep(self, encoded: Encoded, sound: Bool) -> None:
+        """Let the cache have what it has not, of users whose numbers were sound [users]."""
         wanted = encoded.news & sound
-        if not wanted.any():
+        if self._cache is None or not encoded.keys or not wanted.any():
             return
         for cut, states in encoded.cuts:
             rows = np.flatnonzero(wanted[cut.users]).tolist()
             users = cut.users[rows].tolist()
             self._cache.keep(
-                [requests[user].user_id for user in users],
-                [encoded.histories[user] for user in users],
+                [encoded.requests[user].user_id for user in users],
+                [encoded.keys[user] for user in users],
                 states,
                 rows,
                 encoded.derived,
@@ -97,46 +117,40 @@ class Encoder:
                 encoded.precision,
             )
 
-    def _find_or_encode(
-        self,
-        cache: UserCache,
-        engine: Engine,
-        buckets: Buckets,
-        requests: Sequence[RankRequest],
-        histories: SequenceBatch,
-        encoded: Encoded,
-    ) -> None:
-        lengths, derived = histories.lengths, encoded.derived
-        users = [request.user_id for request in requests]
-        with cache.find(users, encoded.histories, engine.precision) as found:
-            same, grown, rest = _parts(buckets, lengths, found)
-            hits = _copy(cache, buckets, lengths, found, same, "score")
-            appends = _copy(cache, buckets, lengths, found, grown, "append")
-            derived.put(same, cache.derived(found.slots[same]))
-        for cut, states in hits:
-            states["user_vector"] = pad_rows(derived.vectors[cut.users], cut.batch)
-            encoded.cuts.append((cut, states))
+    def _find_or_encode(self, cache: UserCache, engine: Engine, buckets: Buckets, encoded: Encoded) -> None:
+        everybody = np.arange(len(encoded.requests))
+        with self._find(cache, encoded, everybody.tolist()) as found:
+            same, grown, rest = _parts(buckets, encoded.histories.lengths, found)
+            appends = _copy(cache, buckets, encoded, found, grown, "append", everybody)
+            if len(same):
+                encoded.derived.put(same, cache.derived([found.slots[user] for user in same]))
+                encoded.pending[same] = True
+                encoded.news[same] = False
         if appends:
-            self._append(engine, histories, found, appends, encoded)
+            self._append(engine, encoded, np.array(found.known), appends)
         if len(rest):
-            self._encode(engine, buckets, histories, rest, encoded)
-        encoded.news[:] = ~found.same
-        for outcome, some in (("hit", same), ("append", grown), ("miss", rest[lengths[rest] > 0])):
-            if len(some):
-                metrics.cache_users(outcome).inc(len(some))
+            self._encode(engine, buckets, encoded, rest)
+        misses = sum(1 for user in rest if encoded.keys[user])
+        for outcome, users in (("hit", len(same)), ("append", len(grown)), ("miss", misses)):
+            if users:
+                metrics.cache_users(outcome).inc(users)
+
+    @staticmethod
+    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> AbstractContextManager[Found]:
+        return cache.find(
+            [encoded.requests[user].user_id for user in users],
+            [encoded.keys[user] for user in users],
+            encoded.precision,
+        )
 
     def _append(
-        self,
-        engine: Engine,
-        histories: SequenceBatch,
-        found: Found,
-        cuts: list[tuple[Cut, Tensors]],
-        encoded: Encoded,
+        self, engine: Engine, encoded: Encoded, known_events: Int64, cuts: list[tuple[Cut, Tensors]]
     ) -> None:
         """The new events of some users, one after the other, to copies of what was known."""
+        histories = encoded.histories
         ends = np.cumsum(histories.lengths)
         for cut, states in cuts:
-            known = found.known[cut.users]
+            known = known_events[cut.users]
             new = histories.lengths[cut.users] - known
             vectors = np.zeros((cut.batch, self._model.dim), np.float32)
             for step in range(int(new.max())):
@@ -157,10 +171,9 @@ class Encoder:
             states["user_vector"] = vectors
             encoded.cuts.append((cut, states))
 
-    def _encode(
-        self, engine: Engine, buckets: Buckets, histories: SequenceBatch, users: Int64, encoded: Encoded
-    ) -> None:
+    def _encode(self, engine: Engine, buckets: Buckets, encoded: Encoded, users: Int64) -> None:
         """Whole histories of some users, or of all."""
+        histories = encoded.histories
         if len(users) < len(histories):
             histories = histories.of(users)
         longest = fit(buckets.histories, int(histories.lengths.max(initial=0)))
@@ -174,24 +187,42 @@ class Encoder:
 
 def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:
     """The users whose histories are known whole, those to append to, and those to encode."""
-    new = lengths - found.known
-    grown = (found.known > 0) & ~found.same & (new <= MOST_APPENDED)
-    if grown.any():
-        grown[grown] = buckets.appends_pay(lengths[grown], new[grown])
-    return np.flatnonzero(found.same), np.flatnonzero(grown), np.flatnonzero(~found.same & ~grown)
+    same, grown, rest = [], [], []
+    for user, (length, known, whole) in enumerate(
+        zip(lengths.tolist(), found.known, found.same, strict=True)
+    ):
+        if whole:
+            same.append(user)
+        elif known and length - known <= MOST_APPENDED:
+            grown.append(user)
+        else:
+            rest.append(user)
+    if grown:
+        some = np.array(grown)
+        pays = buckets.appends_pay(lengths[some], lengths[some] - np.array(found.known)[some])
+        rest = sorted(rest + some[~pays].tolist())
+        grown = some[pays].tolist()
+    return np.array(same, np.int64), np.array(grown, np.int64), np.array(rest, np.int64)
 
 
 def _copy(
-    cache: UserCache, buckets: Buckets, lengths: Int64, found: Found, users: Int64, work: Work
+    cache: UserCache,
+    buckets: Buckets,
+    encoded: Encoded,
+    found: Found,
+    chosen: Int64,
+    work: Work,
+    users: Int64,
 ) -> list[tuple[Cut, Tensors]]:
-    """Known states of some users, by cut."""
+    """Known states, by cut, of those chosen among the users that were looked for."""
     copies: list[tuple[Cut, Tensors]] = []
-    if not len(users):
+    if not len(chosen):
         return copies
-    for cut in (cut.among(users) for cut in buckets.cuts(lengths[users], work)):
-        states = cache.states(found.slots[cut.users], cut.batch, cut.history)
+    lengths = encoded.histories.lengths[users]
+    for cut in (cut.among(chosen) for cut in buckets.cuts(lengths[chosen], work)):
+        states = cache.states([found.slots[user] for user in cut.users], cut.batch, cut.history)
         states["lengths"] = pad_rows(lengths[cut.users].astype(np.int32), cut.batch)
-        copies.append((cut, states))
+        copies.append((cut.among(users), states))
     return copies
 
 

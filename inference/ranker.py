@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,9 @@ from inference.types import Graph, RankedList, RankRequest, Tensors
 from inference.user_cache import UserCache
 
 Int32 = npt.NDArray[np.int32]
+# Scores of at most so many candidates are remembered: they are compared each with each.
+_MOST_LISTED: Final = 100
+
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -83,7 +87,10 @@ class Ranker:
         self._model = artefact.manifest.model
         retrieved = min(settings.retrieved, len(index))
         cache = UserCache.within(
-            settings.cache_mb, self._model, retrieved=retrieved, listed=features.candidate_limit
+            settings.cache_mb,
+            self._model,
+            retrieved=retrieved,
+            listed=min(features.candidate_limit, _MOST_LISTED),
         )
         self._encoder = Encoder(vocabulary, self._model, retrieved, cache)
         self._appends = cache is not None and "append" in artefact.manifest.graphs
@@ -167,7 +174,7 @@ class Ranker:
         # Minus infinity is ours beyond the count, and the engine's before it.
         sound = np.isfinite(scores).sum(axis=1) == candidates.counts
         sound &= np.isfinite(encoded.derived.vectors).all(axis=1)
-        self._encoder.keep(encoded, requests, sound)
+        self._encoder.keep(encoded, sound)
         clock.lap("keep")
         return self._select(warmed.name, requests, candidates, scores, sound, clock)
 
@@ -202,6 +209,7 @@ class Ranker:
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
         scores, known = encoded.derived.scores_of(rows, counts)
+        self._encoder.complete(warmed.engine, warmed.buckets, encoded, (counts > 0) & ~known)
         for cut, states in encoded.cuts:
             column = 0
             places = np.flatnonzero((counts[cut.users] > 0) & ~known[cut.users])
@@ -222,7 +230,7 @@ class Ranker:
                 places = places[counts[users] > column]
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
-        if encoded.histories and not known.all():
+        if encoded.keys and not known.all():
             scored = np.flatnonzero(~known)
             encoded.derived.note_scores(scored, rows, counts, scores)
             encoded.news[scored] = True

@@ -21,15 +21,11 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from compression.registry import ModelShape
 from features.sequence import count_events
 from inference.derived import Derived
 from inference.types import Tensors
-
-Bool = npt.NDArray[np.bool_]
-Int64 = npt.NDArray[np.int64]
 
 # Of bookkeeping per user, and per event: a wide event's bytes.
 _ENTRY_BYTES: Final = 300
@@ -44,9 +40,9 @@ class Found:
     same: it is the whole history, so what is derived from it is there, too.
     """
 
-    slots: Int64
-    known: Int64
-    same: Bool
+    slots: list[int]
+    known: list[int]
+    same: list[bool]
 
 
 @dataclass(slots=True, eq=False)
@@ -130,14 +126,12 @@ class UserCache:
     def find(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> Iterator[Found]:
         """What is kept of these histories (`features.sequence.newest_events`). It stays where it is until
         the block ends; copy it out there. States computed in another precision are not found."""
-        slots = np.full(len(users), -1, np.int64)
-        known = np.zeros(len(users), np.int64)
-        same = np.zeros(len(users), np.bool_)
+        slots, known, same = [-1] * len(users), [0] * len(users), [False] * len(users)
         pinned: list[int] = []
         with self._lock:
             for row, (user, history) in enumerate(zip(users, histories, strict=True)):
                 entry = self._entries.get(user)
-                if entry is None or entry.precision != precision:
+                if entry is None or entry.precision != precision or not history:
                     continue
                 if entry.history == history:
                     known[row], same[row] = count_events(history), True
@@ -160,21 +154,21 @@ class UserCache:
                     for slot in pinned:
                         self._slots.unpin(slot)
 
-    def states(self, slots: Int64, batch: int, history: int) -> Tensors:
+    def states(self, slots: Sequence[int], batch: int, history: int) -> Tensors:
         """A copy of keys and values, padded to a shape; only the known events of a row mean anything."""
         tensors: Tensors = {}
         for name, kept in (("keys", self._keys), ("values", self._values)):
             copied = np.empty((batch, *kept.shape[1:3], history, kept.shape[4]), np.float32)
             copied[len(slots) :] = 0
             # User by user: an index of all of them copies everything twice.
-            for row, slot in enumerate(slots.tolist()):
+            for row, slot in enumerate(slots):
                 copied[row] = kept[slot, :, :, :history]
             tensors[name] = copied
         return tensors
 
-    def derived(self, slots: Int64) -> Derived:
+    def derived(self, slots: Sequence[int]) -> Derived:
         """A copy of what follows from whole histories."""
-        return self._derived.of(slots)
+        return self._derived.of(np.asarray(slots, np.int64))
 
     def keep(
         self,

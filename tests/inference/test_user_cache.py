@@ -359,15 +359,14 @@ def keep(cache: UserCache, users: Sequence[int], histories: Sequence[bytes], val
 def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> list[int]:
     """How many events are known of each history; their states are looked at."""
     with cache.find(users, histories, "f32") as found:
-        states = cache.states(np.maximum(found.slots, 0), len(users), 8)
+        states = cache.states([max(slot, 0) for slot in found.slots], len(users), 8)
         vectors = cache.derived(found.slots).vectors
-    for row, (one, known) in enumerate(zip(histories, found.known.tolist(), strict=True)):
+    for row, (one, known) in enumerate(zip(histories, found.known, strict=True)):
         items = np.frombuffer(one[1:], NARROW_EVENT)["item"][:known]
         assert (states["keys"][row, :, :, :known] == items[:, None] + 1).all()
         assert (states["values"][row, :, :, :known] == -1.0 - items[:, None]).all()
         assert not found.same[row] or (vectors[row] == len(one)).all()
-    known: list[int] = found.known.tolist()
-    return known
+    return found.known
 
 
 def test_memory_is_bounded_and_the_user_asked_for_longest_ago_leaves_first() -> None:
@@ -415,7 +414,7 @@ def test_states_of_another_precision_are_not_found() -> None:
     cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1], [history(1)])
     with cache.find([1], [history(1)], "bf16") as found:
-        assert found.slots.tolist() == [-1]
+        assert found.slots == [-1]
 
 
 def test_threads_never_see_a_slot_half_written() -> None:
