@@ -1,9 +1,9 @@
-"""The network as three ONNX graphs, checked against torch before anybody sees them.
+"""The network as four ONNX graphs, checked against torch before anybody sees them.
 
-encode and score are the two halves for a cache of encoded histories; rank is both in one. They are
-written out operator by operator, because what serving costs is decided here: no more operators than
-the arithmetic needs, in the forms that engines fuse, constants folded. `check_parity` holds them to
-the network.
+encode and score are the two halves for a cache of encoded histories, append is one more event of such
+a history; rank is encode and score in one. They are written out operator by operator, because what
+serving costs is decided here: no more operators than the arithmetic needs, in the forms that engines
+fuse, constants folded. `check_parity` holds them to the network.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from features.encoding import HistoryArrays
 OPSET: Final = 18
 IR_VERSION: Final = 8  # of opset 18, so that older runtimes read it
 TOLERANCE: Final = 1e-4
-GRAPHS: Final = {"encode": "encode.onnx", "score": "score.onnx", "rank": "rank.onnx"}
+GRAPHS: Final = {"encode": "encode.onnx", "score": "score.onnx", "rank": "rank.onnx", "append": "append.onnx"}
 PARITY_LENGTHS: Final = (0, 1, 2, 25, 50, 99, 100)
 
 _HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
@@ -38,8 +38,14 @@ _INPUTS: Final = {
     "encode": _HISTORY,
     "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
     "rank": (*_HISTORY, *_CANDIDATES),
+    "append": ("keys", "values", *_HISTORY),
 }
-_OUTPUTS: Final = {"encode": _STATES, "score": ("scores",), "rank": ("scores", "user_vector")}
+_OUTPUTS: Final = {
+    "encode": _STATES,
+    "score": ("scores",),
+    "rank": ("scores", "user_vector"),
+    "append": ("user_vector", "new_key", "new_value"),
+}
 Arrays = dict[str, npt.NDArray[Any]]
 
 
@@ -51,10 +57,12 @@ def export(model: Recommender, folder: Path) -> dict[str, str]:
     """Write the graphs, each in one file, every batch dimension dynamic; graph name to file name."""
     for graph, file in GRAPHS.items():
         writer = _Writer(model)
-        if graph != "score":
+        if graph in ("encode", "rank"):
             writer.encode()
-        if graph != "encode":
+        if graph in ("score", "rank"):
             writer.score()
+        if graph == "append":
+            writer.append()
         (folder / file).write_bytes(writer.graph(graph).SerializeToString())
     return dict(GRAPHS)
 
@@ -74,6 +82,8 @@ def check_parity(model: Recommender, folder: Path, *, seed: int = 11) -> float:
         )
         for users, slots, candidates in ((1, 1, 1), (7, 25, 50), (9, model.shape.max_history, 20)):
             arrays = random_inputs(model, users=users, slots=slots, candidates=candidates, seed=seed)
+            if graph == "append":
+                arrays = _newest_apart(arrays)
             expected = _expected(model, graph, arrays)
             actual = session.run(list(_OUTPUTS[graph]), {name: arrays[name] for name in _INPUTS[graph]})
             for name, theirs in zip(_OUTPUTS[graph], actual, strict=True):
@@ -115,9 +125,21 @@ def random_inputs(model: Recommender, *, users: int, slots: int, candidates: int
     }
 
 
+def _newest_apart(arrays: Arrays) -> Arrays:
+    """The newest event of each history as the one to append to those before it."""
+    before = np.maximum(arrays["lengths"] - 1, 0)
+    newest = {name: np.take_along_axis(arrays[name], before[:, None], 1) for name in _HISTORY[:-1]}
+    return {**arrays, **newest, "lengths": before}
+
+
 def _expected(model: Recommender, graph: str, arrays: Arrays) -> Mapping[str, Tensor]:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     with torch.inference_mode():
+        if graph == "append":
+            event = History(*(tensors[name] for name in _HISTORY))
+            return dict(
+                zip(_OUTPUTS[graph], model.append(tensors["keys"], tensors["values"], event), strict=True)
+            )
         if graph == "score":
             encoded = Encoded(*(tensors[name] for name in _STATES))
         else:
@@ -141,8 +163,8 @@ class _Writer:
         graph = helper.make_graph(
             self.nodes,
             name,
-            [_value(tensor, shape) for tensor in _INPUTS[name]],
-            [_value(tensor, shape) for tensor in _OUTPUTS[name]],
+            [_value(tensor, shape, name) for tensor in _INPUTS[name]],
+            [_value(tensor, shape, name) for tensor in _OUTPUTS[name]],
             list(self.constants.values()),
         )
         model = helper.make_model(
@@ -157,8 +179,7 @@ class _Writer:
     def encode(self) -> None:
         """History tensors to user_vector, keys and values."""
         blocks = [block for block in self.model.blocks if isinstance(block, Block)]
-        x = self.op("Add", self.rows("items"), self.rows("categories"))
-        x = self.op("Add", x, self.op("Add", self.rows("behaviors"), self.rows("gaps")))
+        x = self.tokens()
         slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))
         keys: list[str] = []
         values: list[str] = []
@@ -179,6 +200,33 @@ class _Writer:
         self.op("Concat", *keys, axis=1, output="keys")
         self.op("Concat", *values, axis=1, output="values")
 
+    def append(self) -> None:
+        """Keys, values and one more event to user_vector and that event's key and value.
+
+        The event attends to itself beside the history, not within it: nothing is copied to make room."""
+        x = self.tokens()
+        slots = self.op("Range", self.ints(0), self.size("keys", 3), self.ints(1))
+        before = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
+        index = self.op("Max", self.op("Sub", before, slots), self.ints(0))
+        keys: list[str] = []
+        values: list[str] = []
+        for layer, block in enumerate(block for block in self.model.blocks if isinstance(block, Block)):
+            normed, own_key, own_value = self.keys_values(block, x, keys, values)
+            key, value = (self.layer(states, layer) for states in ("keys", "values"))
+            own = self.op("ReduceSum", self.op("Mul", normed, own_key), self.ints([-1]), keepdims=1)
+            own = self.op("Add", own, self.weight(block.event_reach[:1]))
+            logits = self.op("MatMul", normed, self.op("Transpose", key, perm=[0, 2, 1]))
+            reach = self.op("Gather", self.weight(reach_table(block.event_reach[1:])), index)
+            logits = self.op("Concat", self.op("Add", logits, reach), own, axis=-1)
+            weights = self.op("Softmax", logits, axis=-1)
+            old = self.op("Slice", weights, self.ints([0]), self.ints([-1]), self.ints([2]))
+            new = self.op("Slice", weights, self.ints([-1]), self.ints([2**62]), self.ints([2]))
+            seen = self.op("Add", self.op("MatMul", old, value), self.op("Mul", new, own_value))
+            x = self.feed_forward(block, self.op("Add", x, seen))
+        self.norm(self.model.final_norm, self.op("Squeeze", x, self.ints([1])), output="user_vector")
+        self.op("Concat", *keys, axis=1, output="new_key")
+        self.op("Concat", *values, axis=1, output="new_value")
+
     def score(self) -> None:
         """Candidates, lengths, user_vector, keys and values to scores."""
         model = self.model
@@ -196,7 +244,7 @@ class _Writer:
             key, value = (
                 self.op(
                     "Concat",
-                    self.op("Squeeze", self.op("Gather", states, self.ints(layer), axis=1), self.ints([1])),
+                    self.layer(states, layer),
                     self.op("Expand", self.weight(slot[None, None]), one),
                     axis=1,
                 )
@@ -244,7 +292,9 @@ class _Writer:
         """`Block.forward`."""
         logits = self.op("MatMul", normed, self.op("Transpose", key, perm=[0, 2, 1]))
         weights = self.op("Softmax", self.op("Add", logits, reach), axis=-1)
-        x = self.op("Add", x, self.op("MatMul", weights, value))
+        return self.feed_forward(block, self.op("Add", x, self.op("MatMul", weights, value)))
+
+    def feed_forward(self, block: Block, x: str) -> str:
         wide = self.op("MatMul", self.norm(block.ffn_norm, x), self.weight(block.widen.weight.T))
         return self.op("Add", x, self.op("MatMul", self.op("Relu", wide), self.weight(block.narrow.weight.T)))
 
@@ -254,6 +304,15 @@ class _Writer:
         mean = self.op("ReduceMean", power, self.ints([-1]), keepdims=1)
         root = self.op("Sqrt", self.op("Add", mean, self.weight(torch.tensor(NORM_EPS))))
         return self.op("Mul", self.op("Div", x, root), self.weight(norm.weight), output=output)
+
+    def tokens(self) -> str:
+        """Events, or the one event, as the network reads them."""
+        x = self.op("Add", self.rows("items"), self.rows("categories"))
+        return self.op("Add", x, self.op("Add", self.rows("behaviors"), self.rows("gaps")))
+
+    def layer(self, states: str, layer: int) -> str:
+        """The keys or values [B, L, D] of one layer."""
+        return self.op("Squeeze", self.op("Gather", states, self.ints(layer), axis=1), self.ints([1]))
 
     def rows(self, table: str) -> str:
         """The rows of a table that the input of the same name asks for."""
@@ -284,18 +343,22 @@ class _Writer:
         return name
 
 
-def _value(tensor: str, shape: ModelShape) -> onnx.ValueInfoProto:
+def _value(tensor: str, shape: ModelShape, graph: str) -> onnx.ValueInfoProto:
     """An input or output of a graph: its type, and which of its sizes are free."""
     states: list[str | int] = ["users", shape.layers, shape.heads, "slots", shape.dim // shape.heads]
+    new: list[str | int] = [*states[:3], 1, states[4]]
     sizes: dict[str, list[str | int]] = {
         "lengths": ["users"],
         "user_vector": ["users", shape.dim],
         "keys": states,
         "values": states,
+        "new_key": new,
+        "new_value": new,
         "scores": ["users", "candidates"],
         "candidates": ["users", "candidates"],
         "candidate_categories": ["users", "candidates"],
     }
-    floats = ("user_vector", "keys", "values", "scores")
+    floats = ("user_vector", "keys", "values", "new_key", "new_value", "scores")
     kind = TensorProto.FLOAT if tensor in floats else TensorProto.INT32
-    return helper.make_tensor_value_info(tensor, kind, sizes.get(tensor, ["users", "slots"]))
+    rows: list[str | int] = ["users", 1 if graph == "append" else "slots"]
+    return helper.make_tensor_value_info(tensor, kind, sizes.get(tensor, rows))

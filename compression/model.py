@@ -103,6 +103,24 @@ class Block(nn.Module):
         seen: Tensor = self(x, key, value, reach)
         return seen
 
+    def appended(
+        self, x: Tensor, key: Tensor, value: Tensor, before: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One more event [B, 1, D] after the first `before` [B, 1, 1] whose keys and values [B, L, D] are
+        given; also its own key and value [B, 1, D]."""
+        own_key, own_value = self.keys_values(x)
+        slots = torch.arange(key.shape[1], device=key.device)
+        # Without the 0 for the event itself: its own slot in `key` is still padding.
+        reach = reach_table(self.event_reach[1:])[(before - slots).clamp(min=0)]
+        own_reach = self.event_reach[:1].expand(len(x), 1, 1)
+        seen: Tensor = self(
+            x,
+            torch.cat([key, own_key], 1),
+            torch.cat([value, own_value], 1),
+            torch.cat([reach, own_reach], 2),
+        )
+        return seen, own_key, own_value
+
 
 class Recommender(nn.Module):
     """The whole network. Sizes come from the shape in the manifest and from nowhere else."""
@@ -163,6 +181,22 @@ class Recommender(nn.Module):
             self.final_norm(state),
             torch.stack([*keys, key], 1)[:, :, None],
             torch.stack([*values, value], 1)[:, :, None],
+        )
+
+    def append(self, keys: Tensor, values: Tensor, event: History) -> Encoded:
+        """One more event [B, 1] after `event.lengths` < max_history events with these keys and values:
+        the user vector, and the key and value of that event [B, layers, heads, 1, D/heads]."""
+        before = event.lengths.long()[:, None, None]
+        x = self.tokens(event)
+        new_keys, new_values = [], []
+        for layer, block in enumerate(self._layers):
+            x, key, value = block.appended(x, keys[:, layer, 0], values[:, layer, 0], before)
+            new_keys.append(key)
+            new_values.append(value)
+        return Encoded(
+            self.final_norm(x.squeeze(1)),
+            torch.stack(new_keys, 1)[:, :, None],
+            torch.stack(new_values, 1)[:, :, None],
         )
 
     def score(self, encoded: Encoded, lengths: Tensor, items: Tensor, categories: Tensor) -> Tensor:

@@ -73,7 +73,8 @@ class Manifest(BaseModel):
     created_at: str
     parent: str | None = None
     model: ModelShape
-    graphs: dict[Literal["encode", "score", "rank"], str]
+    # append is optional: without it a click is encoded with its whole history.
+    graphs: dict[Literal["encode", "score", "rank", "append"], str]
     files: dict[str, FileEntry] = {}
     metrics: dict[str, Any] = {}
     data: dict[str, Any] = {}

@@ -70,6 +70,8 @@ class Vocabulary:
     def item_rows_of(self, ids: Int64) -> Int32:
         """The row of each item; an unknown id has the row of its hash bucket."""
         place, known = _find(self.item_ids, ids)
+        if known.all():
+            return (place + 1).astype(np.int32)
         return np.where(known, place + 1, self.bucket_rows_of(ids)).astype(np.int32)
 
     def bucket_rows_of(self, ids: Int64) -> Int32:
@@ -79,6 +81,8 @@ class Vocabulary:
     def category_rows_of(self, ids: Int64) -> Int32:
         """The row of each category; an unknown id has the row of its hash bucket."""
         place, known = _find(self.category_ids, ids)
+        if known.all():
+            return (place + 1).astype(np.int32)
         bucket = self.unknown_category_row + 1 + _mix(ids) % (self.category_buckets - 1)
         return np.where(known, place + 1, bucket).astype(np.int32)
 
@@ -177,6 +181,17 @@ def encode_histories(batch: SequenceBatch, vocabulary: Vocabulary, length: int) 
         gaps=gaps,
         lengths=kept.astype(np.int32),
     )
+
+
+def encode_events(batch: SequenceBatch, at: Int64, vocabulary: Vocabulary) -> dict[str, Int32]:
+    """Some events by their place in the columns, none of them a user's first: the rows that
+    `encode_histories` gives them, each [events]."""
+    return {
+        "items": vocabulary.item_rows_of(batch.items[at]),
+        "categories": vocabulary.category_rows_of(batch.categories[at]),
+        "behaviors": (batch.behaviors[at] + 1).astype(np.int32),
+        "gaps": gap_buckets(batch.timestamps[at] - batch.timestamps[at - 1]),
+    }
 
 
 def gap_buckets(gaps_s: Int64) -> Int32:

@@ -64,6 +64,19 @@ class SequenceBatch:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def of(self, users: Int64) -> SequenceBatch:
+        """Some of the users, in ascending order."""
+        some = np.zeros(len(self.lengths), np.bool_)
+        some[users] = True
+        events = np.repeat(some, self.lengths)
+        return SequenceBatch(
+            self.lengths[users],
+            self.items[events],
+            self.categories[events],
+            self.behaviors[events],
+            self.timestamps[events],
+        )
+
 
 pack_fence = _FENCE.pack
 """A fence of 16 bytes from topic epoch, partition and offset."""
@@ -96,6 +109,24 @@ def is_sequence(value: bytes) -> bool:
         return False
     length = len(value) - HEADER_BYTES - FENCE_BYTES * value[1]
     return length >= 0 and length % WIDTH[value[0]] == 0
+
+
+def newest_events(value: bytes | None, last: int = MAX_EVENTS) -> bytes:
+    """The format and the `last` newest events of a packed value: what `unpack` reads, and nothing else.
+
+    Two values with equal ones are the same history, and one that is a prefix of another has grown into
+    it. Empty where there are no events.
+    """
+    if not value or not is_sequence(value):
+        return b""
+    start = HEADER_BYTES + FENCE_BYTES * value[1]
+    start = max(start, len(value) - last * WIDTH[value[0]])
+    return value[:1] + value[start:] if start < len(value) else b""
+
+
+def count_events(newest: bytes) -> int:
+    """How many events `newest_events` found."""
+    return (len(newest) - 1) // WIDTH[newest[0]] if newest else 0
 
 
 def unpack(values: Sequence[bytes | None], *, last: int = MAX_EVENTS) -> SequenceBatch:

@@ -10,7 +10,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,15 @@ BATCHES: Final = (1, 2, 4, 8, 16, 32)
 # a short measurement from cutting a batch for nothing.
 _PER_CUT_S: Final = 300e-6
 
+# What one appended event costs beside the engine.
+_PER_APPEND_S: Final = 50e-6
+# More new events than this are encoded with their history.
+MOST_APPENDED: Final = 4
+
+# What happens to a history before its candidates are scored: nothing, where it is known.
+Work = Literal["encode", "append", "score"]
+
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
@@ -37,6 +46,10 @@ class Cut:
     batch: int
     history: int
 
+    def among(self, users: Int64) -> Cut:
+        """The same, where its users are positions among these users of the batch."""
+        return Cut(users[self.users], self.batch, self.history)
+
 
 @dataclass(slots=True)
 class Buckets:
@@ -46,8 +59,10 @@ class Buckets:
     candidates: tuple[int, ...] = CANDIDATES
     batches: tuple[int, ...] = BATCHES
     cost_s: Mapping[Shape, float] = field(default_factory=dict)
-    _plans: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, repr=False)
-    _splits: dict[tuple[int, int], tuple[float, tuple[int, ...]]] = field(default_factory=dict, repr=False)
+    _plans: dict[tuple[Work, tuple[int, ...]], tuple[int, ...]] = field(default_factory=dict, repr=False)
+    _splits: dict[tuple[Work, int, int], tuple[float, tuple[int, ...]]] = field(
+        default_factory=dict, repr=False
+    )
 
     def __post_init__(self) -> None:
         for name, sizes in (
@@ -67,45 +82,62 @@ class Buckets:
         """The same, cutting batches by what its shapes were measured to cost."""
         return Buckets(self.histories, self.candidates, self.batches, cost_s)
 
-    def shapes(self) -> Iterator[Shape]:
-        """Everything that may reach an engine."""
+    def shapes(self, *, append: bool = False) -> Iterator[Shape]:
+        """Everything that may reach an engine; appended events where there is a cache and a graph."""
         for batch in self.batches:
             for history in self.histories:
                 yield Shape("encode", batch, history, 0)
+                if append:
+                    yield Shape("append", batch, history, 0)
                 for candidates in self.candidates:
                     yield Shape("score", batch, history, candidates)
 
-    def cuts(self, lengths: npt.NDArray[np.integer[Any]]) -> list[Cut]:
+    def cuts(self, lengths: npt.NDArray[np.integer[Any]], work: Work = "encode") -> list[Cut]:
         """Every user in one cut, shortest histories first, at the least measured cost."""
         order = np.argsort(lengths, kind="stable")
         ends = np.searchsorted(lengths[order], self.histories, side="right")
         ends[-1] = len(lengths)  # longer than the largest: its newest events are kept
         cuts: list[Cut] = []
         start = 0
-        for history, end in zip(self.histories, self._merged(tuple(ends.tolist())), strict=True):
-            for batch in self._split(end - start, history)[1]:
+        for history, end in zip(self.histories, self._merged(tuple(ends.tolist()), work), strict=True):
+            for batch in self._split(end - start, history, work)[1]:
                 users = order[start : min(end, start + batch)]
                 cuts.append(Cut(users, batch, history))
                 start += len(users)
         return cuts
 
-    def _merged(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+    def appends_pay(self, lengths: Int64, new: Int64) -> Bool:
+        """For which users it takes less time to append so many events than to encode the whole history,
+        by measure; for nobody where appending was not warmed."""
+        batch = fit(self.batches, len(lengths))
+        most = np.array([self._most_appended(batch, history) for history in self.histories])
+        bucket = np.minimum(np.searchsorted(self.histories, lengths), len(most) - 1)
+        return np.asarray(new <= most[bucket])
+
+    def _most_appended(self, batch: int, history: int) -> int:
+        encode = self.cost_s.get(Shape("encode", batch, history, 0))
+        append = self.cost_s.get(Shape("append", batch, history, 0))
+        if encode is None or append is None:
+            return 0
+        return min(MOST_APPENDED, int(encode / (append + _PER_APPEND_S)))
+
+    def _merged(self, ends: tuple[int, ...], work: Work) -> tuple[int, ...]:
         """Where the users of each history bucket end, once buckets that gain nothing have been emptied."""
-        plan = self._plans.get(ends)
+        plan = self._plans.get((work, ends))
         if plan is None:
             if len(self._plans) >= 10_000:
                 self._plans.clear()
-            plan = self._plans[ends] = self._best(ends)
+            plan = self._plans[work, ends] = self._best(ends, work)
         return plan
 
-    def _best(self, ends: tuple[int, ...]) -> tuple[int, ...]:
+    def _best(self, ends: tuple[int, ...], work: Work) -> tuple[int, ...]:
         last = len(self.histories) - 1
         plans = (
             self._emptied(ends, kept)
             for count in range(last + 1)
             for kept in combinations(range(last), count)
         )
-        return min(plans, key=self._cost)
+        return min(plans, key=lambda plan: self._cost(plan, work))
 
     @staticmethod
     def _emptied(ends: tuple[int, ...], kept: Sequence[int]) -> tuple[int, ...]:
@@ -116,31 +148,30 @@ class Buckets:
             plan.append(start)
         return tuple(plan)
 
-    def _cost(self, plan: tuple[int, ...]) -> float:
+    def _cost(self, plan: tuple[int, ...], work: Work) -> float:
         ends = zip(self.histories, (0, *plan[:-1]), plan, strict=True)
-        return sum(self._split(end - start, history)[0] for history, start, end in ends)
+        return sum(self._split(end - start, history, work)[0] for history, start, end in ends)
 
-    def _split(self, users: int, history: int) -> tuple[float, tuple[int, ...]]:
+    def _split(self, users: int, history: int, work: Work) -> tuple[float, tuple[int, ...]]:
         """The cheapest warmed batch sizes that hold so many users, and their cost."""
         if not users:
             return 0.0, ()
-        known = self._splits.get((users, history))
+        known = self._splits.get((work, users, history))
         if known is None:
             splits = []
             for batch in self.batches:
-                cost_s, rest = self._split(max(0, users - batch), history)
-                splits.append((self.cost(batch, history) + cost_s, (batch, *rest)))
-            known = self._splits[users, history] = min(splits)
+                cost_s, rest = self._split(max(0, users - batch), history, work)
+                splits.append((self.cost(batch, history, work) + cost_s, (batch, *rest)))
+            known = self._splits[work, users, history] = min(splits)
         return known
 
-    def cost(self, batch: int, history: int) -> float:
-        """Seconds to encode and score one cut; before warming, a guess in the right order."""
-        candidates = self.candidates[0]
-        encode = self.cost_s.get(Shape("encode", batch, history, 0))
-        score = self.cost_s.get(Shape("score", batch, history, candidates))
-        if encode is None or score is None:
-            return _PER_CUT_S + 2e-6 * batch * (history + candidates)
-        return encode + score + _PER_CUT_S
+    def cost(self, batch: int, history: int, work: Work = "encode") -> float:
+        """Seconds of one cut, scoring included; before warming, a guess in the right order."""
+        score = self.cost_s.get(Shape("score", batch, history, self.candidates[0]))
+        before = 0.0 if work == "score" else self.cost_s.get(Shape(work, batch, history, 0))
+        if score is None or before is None:
+            return _PER_CUT_S + 2e-6 * batch * (history + self.candidates[0])
+        return before + score + _PER_CUT_S
 
 
 def fit(sizes: Sequence[int], needed: int) -> int:

@@ -33,6 +33,16 @@ STAGE_SECONDS: Final = Histogram(
     "tailrace_inference_stage_seconds", "Time of one stage of ranking, per batch", ["stage"], buckets=_SECONDS
 )
 
+CACHE_USERS: Final = Counter(
+    "tailrace_inference_cache", "Histories that were known, appended to, or encoded whole", ["outcome"]
+)
+
+
+@functools.cache
+def cache_users(outcome: str) -> Counter:
+    """The counter of one outcome: hit, append or miss."""
+    return CACHE_USERS.labels(outcome)
+
 
 @functools.cache
 def stage_seconds(stage: str) -> Histogram:

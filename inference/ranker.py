@@ -1,6 +1,6 @@
 """THE PAGE TO READ: packed sequences in, ranked lists out.
 
-    unpack → encode → retrieve → candidates → score → select
+    unpack → encode → retrieve → candidates → score → keep → select
 
 One released version is one ranker: vocabulary, item table, retrieval index and graphs were published
 together and are opened together, so versions cannot mix. `rank` is synchronous and vectorised, and
@@ -20,25 +20,28 @@ import numpy.typing as npt
 
 from compression.registry import Artefact, ArtefactInvalid, Registry
 from features.candidates import SOURCES, Candidates, find_candidates
-from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from features.encoding import Vocabulary
 from features.sequence import SequenceBatch, unpack
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
+from inference.encoder import Encoded, Encoder
 from inference.engines.base import Engine, EngineOptions, Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lookup import ItemLookup
 from inference.retrieval import RetrievalIndex
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
-
-_GRAPHS: Final[tuple[Graph, ...]] = ("encode", "score")
+from inference.user_cache import UserCache
 
 Int32 = npt.NDArray[np.int32]
+# Scores of at most so many candidates are remembered: they are compared each with each.
+_MOST_LISTED: Final = 100
+
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
-Encoded = list[tuple[Cut, Tensors]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,6 +85,15 @@ class Ranker:
         self._retrieved = settings.retrieved
         self._features = features
         self._model = artefact.manifest.model
+        retrieved = min(settings.retrieved, len(index))
+        cache = UserCache.within(
+            settings.cache_mb,
+            self._model,
+            retrieved=retrieved,
+            listed=min(features.candidate_limit, _MOST_LISTED),
+        )
+        self._encoder = Encoder(vocabulary, self._model, retrieved, cache)
+        self._appends = cache is not None and "append" in artefact.manifest.graphs
 
     @classmethod
     def open(
@@ -121,9 +133,11 @@ class Ranker:
         seconds.
         """
         engine = engines.create(name, options or EngineOptions())
-        engine.load(self._artefact, _GRAPHS)
+        appends = self._appends and getattr(engine, "keeps_states", True)
+        graphs: tuple[Graph, ...] = ("encode", "score", "append") if appends else ("encode", "score")
+        engine.load(self._artefact, graphs)
         try:
-            costs_s = engine.warm_up(_until(stop, self.buckets.shapes()))
+            costs_s = engine.warm_up(_until(stop, self.buckets.shapes(append=appends)))
             warmed = Warmed(engine, self.buckets.with_costs(costs_s))
             self.check(warmed)
         except EngineFailed as error:
@@ -141,9 +155,9 @@ class Ranker:
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
         clock.lap("unpack")
-        encoded, user_vectors = self._encode(warmed, histories)
+        encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, histories)
         clock.lap("encode")
-        retrieved = self._retrieve(requests, histories, user_vectors, statistics)
+        retrieved = self._retrieve(requests, histories, encoded, statistics)
         clock.lap("retrieve")
         candidates = find_candidates(
             histories,
@@ -157,53 +171,48 @@ class Ranker:
         clock.lap("candidates")
         scores = self._score(warmed, encoded, candidates)
         clock.lap("score")
-        return self._select(warmed.name, requests, candidates, scores, user_vectors, clock)
-
-    def _encode(self, warmed: Warmed, histories: SequenceBatch) -> tuple[Encoded, Float32]:
-        """What the engine made of every history, by cut; and the user vectors [users, dim]."""
-        users = len(histories)
-        longest = fit(warmed.buckets.histories, int(histories.lengths.max(initial=0)))
-        arrays = encode_histories(histories, self._vocabulary, longest)
-        user_vectors = np.empty((users, self._model.dim), np.float32)
-        encoded: Encoded = []
-        for cut in warmed.buckets.cuts(histories.lengths):
-            inputs = _cut_out(arrays, cut)
-            outputs = warmed.engine.run("encode", inputs)
-            user_vectors[cut.users] = outputs["user_vector"][: len(cut.users)]
-            encoded.append((cut, {**outputs, "lengths": inputs["lengths"]}))
-        return encoded, user_vectors
+        # Minus infinity is ours beyond the count, and the engine's before it.
+        sound = np.isfinite(scores).sum(axis=1) == candidates.counts
+        sound &= np.isfinite(encoded.derived.vectors).all(axis=1)
+        self._encoder.keep(encoded, sound)
+        clock.lap("keep")
+        return self._select(warmed.name, requests, candidates, scores, sound, clock)
 
     def _retrieve(
         self,
         requests: Sequence[RankRequest],
         histories: SequenceBatch,
-        user_vectors: Float32,
+        encoded: Encoded,
         statistics: ItemStatistics,
     ) -> tuple[Int64, Float32] | None:
         """Ids and scores [users, n]; -1 for users who bring candidates, or whom popularity serves."""
         asks = np.fromiter((request.candidates is None for request in requests), np.bool_, len(requests))
         if len(statistics.popular()):
             asks &= histories.lengths > 0
-        asks &= np.isfinite(user_vectors).all(axis=1)
+        known = encoded.derived
+        asks &= np.isfinite(known.vectors).all(axis=1)
         if not asks.any():
             return None
+        searched = np.flatnonzero(asks & ~known.has_retrieved)
+        if len(searched):
+            vectors = known.vectors if len(searched) == len(asks) else known.vectors[searched]
+            found = self._index.search(vectors, self._retrieved)
+            known.items[searched], known.item_scores[searched] = found
+            known.has_retrieved[searched] = True
+            encoded.news[searched] = True
         if asks.all():
-            return self._index.search(user_vectors, self._retrieved)
-        found, scores = self._index.search(user_vectors[asks], self._retrieved)
-        ids = np.full((len(requests), found.shape[1]), -1, np.int64)
-        ids[asks] = found
-        similarity = np.zeros(ids.shape, np.float32)
-        similarity[asks] = scores
-        return ids, similarity
+            return known.items, known.item_scores
+        return np.where(asks[:, None], known.items, -1), known.item_scores
 
     def _score(self, warmed: Warmed, encoded: Encoded, candidates: Candidates) -> Float32:
         """Scores [users, width]; minus infinity where there is no candidate."""
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
-        scores = np.full(items.shape, -np.inf, np.float32)
-        for cut, states in encoded:
+        scores, known = encoded.derived.scores_of(rows, counts)
+        self._encoder.complete(warmed.engine, warmed.buckets, encoded, (counts > 0) & ~known)
+        for cut, states in encoded.cuts:
             column = 0
-            places = np.flatnonzero(counts[cut.users])
+            places = np.flatnonzero((counts[cut.users] > 0) & ~known[cut.users])
             while len(places):
                 users = cut.users[places]
                 # A width that every one of them fills; who has more candidates goes on to the next.
@@ -221,6 +230,10 @@ class Ranker:
                 places = places[counts[users] > column]
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
+        if encoded.keys and not known.all():
+            scored = np.flatnonzero(~known)
+            encoded.derived.note_scores(scored, rows, counts, scores)
+            encoded.news[scored] = True
         return scores
 
     def _select(
@@ -229,7 +242,7 @@ class Ranker:
         requests: Sequence[RankRequest],
         candidates: Candidates,
         scores: Float32,
-        user_vectors: Float32,
+        sound: Bool,
         clock: _Stages,
     ) -> list[RankedList | InferenceError]:
         """The k best of each; equal scores keep the order of the candidates."""
@@ -239,15 +252,12 @@ class Ranker:
         items = candidates.items.take(places).tolist()
         sources = candidates.sources.take(places).tolist()
         values = scores.take(places).tolist()
-        # Minus infinity is ours beyond the count, and the engine's before it.
-        wrong = np.isfinite(scores).sum(axis=1) != candidates.counts
-        wrong |= ~np.isfinite(user_vectors).all(axis=1)
         timings_ms = clock.finish("select")
         answers: list[RankedList | InferenceError] = []
-        for row, (request, count, bad) in enumerate(
-            zip(requests, candidates.counts.tolist(), wrong.tolist(), strict=True)
+        for row, (request, count, good) in enumerate(
+            zip(requests, candidates.counts.tolist(), sound.tolist(), strict=True)
         ):
-            if bad:
+            if not good:
                 answers.append(EngineFailed(f"{engine}: numbers that are not finite"))
                 continue
             size = min(request.k, count)
@@ -321,16 +331,6 @@ def _until(stop: Callable[[], bool], shapes: Iterable[Shape]) -> Iterator[Shape]
         if stop():
             raise ModelUnavailable("not needed any more")
         yield shape
-
-
-def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:
-    """The users of a cut, padded to its shape. Shorter histories have only padding beyond the cut."""
-    if len(arrays) == cut.batch == 1:
-        return {name: array[..., : cut.history] for name, array in arrays.tensors().items()}
-    return {
-        name: pad_rows(array[cut.users] if array.ndim == 1 else array[cut.users, : cut.history], cut.batch)
-        for name, array in arrays.tensors().items()
-    }
 
 
 def _at_places(states: Tensors, places: Int64, cut: Cut, buckets: Buckets) -> Tensors:

@@ -45,6 +45,10 @@ class InferenceSettings(BaseSettings):
     exact_until: Annotated[int, Field(ge=0, description="items searched exactly; IVF beyond")] = 20_000
     probes: Annotated[int, Field(ge=1, description="IVF lists searched per user")] = 16
 
+    cache_mb: Annotated[float, Field(ge=0, description="encoded histories kept, MiB a version; 0: none")] = (
+        64.0
+    )
+
     @model_validator(mode="after")
     def _buckets_are_valid(self) -> Self:
         self.buckets()

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy.typing as npt
 
 Priority = Literal["high", "normal", "low"]
-Graph = Literal["encode", "score", "rank"]
+Graph = Literal["encode", "score", "rank", "append"]
 Tensors = dict[str, npt.NDArray[Any]]
 
 

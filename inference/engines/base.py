@@ -33,6 +33,7 @@ OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": ("user_vector", "keys", "values"),
     "score": ("scores",),
     "rank": ("scores", "user_vector"),
+    "append": ("user_vector", "new_key", "new_value"),
 }
 # Largest difference from torch in f32 of any output, per precision. Scores and vectors are of order 1;
 # a reordered f32 sum moves the last digits, bf16 keeps 8 bits of mantissa through every layer and f16 11,
@@ -41,7 +42,7 @@ TOLERANCE: Final[dict[Precision, float]] = {"f32": 1e-4, "bf16": 1e-1, "f16": 2e
 
 
 class Shape(NamedTuple):
-    """One shape an engine is warmed with; `candidates` is 0 for "encode"."""
+    """One shape an engine is warmed with; `candidates` is 0 for "encode" and "append"."""
 
     graph: Graph
     batch: int
@@ -122,20 +123,22 @@ class Engine(ABC):
         return cost_s
 
     def example(self, shape: Shape) -> Tensors:
-        """Inputs of one shape: full-length histories of padding rows."""
+        """Inputs of one shape: full-length histories of padding rows, with room for one to append."""
         model, batch, history = self.model, shape.batch, shape.history
-        lengths = np.full(batch, history, np.int32)
+        appends = shape.graph == "append"
+        lengths = np.full(batch, history - appends, np.int32)
         inputs: Tensors = {}
-        if shape.graph in ("encode", "rank"):
+        if shape.graph != "score":
             for column in ("items", "categories", "behaviors", "gaps"):
-                inputs[column] = np.zeros((batch, history), np.int32)
-        else:
+                inputs[column] = np.zeros((batch, 1 if appends else history), np.int32)
+        if shape.graph in ("score", "append"):
             states = (batch, model.layers, model.heads, history, model.dim // model.heads)
             inputs["keys"] = np.zeros(states, np.float32)
             inputs["values"] = np.zeros(states, np.float32)
+        if shape.graph == "score":
             inputs["user_vector"] = np.zeros((batch, model.dim), np.float32)
         inputs["lengths"] = lengths
-        if shape.graph != "encode":
+        if shape.graph in ("score", "rank"):
             inputs["candidates"] = np.zeros((batch, shape.candidates), np.int32)
             inputs["candidate_categories"] = np.zeros((batch, shape.candidates), np.int32)
         return inputs

@@ -152,6 +152,9 @@ class TorchEngine(Engine):
     def _compute(
         network: Recommender, graph: Graph, tensors: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
+        if graph == "append":
+            event = History(**{name: tensors[name] for name in History._fields})
+            return tuple(network.append(tensors["keys"], tensors["values"], event))
         if graph == "score":
             encoded = Encoded(tensors["user_vector"], tensors["keys"], tensors["values"])
         else:

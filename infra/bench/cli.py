@@ -13,6 +13,7 @@ from infra.lazy_group import LazyGroup
 # name -> (module, one line for --help): benches that hold their own command.
 BENCHES = {
     "batching": ("infra.bench.batching", "Ways to wait for a fuller batch, compared under the same load."),
+    "cache": ("infra.bench.cache", "What an ask costs when its history is known already."),
     "engines": (
         "infra.bench.engines",
         "Every engine and precision on one model: time, parity, memory.",

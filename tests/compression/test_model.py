@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from compression.model import History
 from compression.scoring import to_history
 from tests.compression.worlds import histories, model, scores
 
@@ -57,6 +58,24 @@ def test_an_appended_event_leaves_the_keys_and_values_before_it_as_they_were():
         assert torch.allclose(old[..., :12, :], new[..., :12, :], atol=1e-5)
         assert not torch.allclose(old[..., 12, :], new[..., 12, :], atol=1e-3)
     assert not torch.allclose(first, second, atol=1e-3)
+
+
+def test_a_history_appended_to_event_by_event_is_as_if_encoded_whole():
+    network, whole = model(), histories([14, 100, 1], 100)
+    history = to_history(whole)
+    with torch.inference_mode():
+        expected = network.encode(history)
+        keys, values = torch.full_like(expected.keys, 7.0), torch.full_like(expected.values, 7.0)
+        for place in range(100):
+            at = torch.full((3,), place, dtype=torch.int32)
+            event = History(*(column[:, place : place + 1] for column in history[:4]), at)
+            found = network.append(keys, values, event)
+            keys[..., place, :], values[..., place, :] = found.keys[..., 0, :], found.values[..., 0, :]
+            done = whole.lengths == place + 1
+            assert torch.allclose(found.user_vector[done], expected.user_vector[done], atol=1e-5)
+    for ours, theirs in ((keys, expected.keys), (values, expected.values)):
+        for user, length in enumerate(whole.lengths):
+            assert torch.allclose(ours[user, ..., :length, :], theirs[user, ..., :length, :], atol=1e-5)
 
 
 def test_in_training_no_position_sees_what_comes_after_it():

@@ -29,7 +29,7 @@ def vocabulary() -> Vocabulary:
     return Vocabulary(ITEMS, (places + 1).astype(np.int32), CATEGORIES, 16, 4)
 
 
-def publish(root: Path, version: str) -> None:
+def publish(root: Path, version: str, *, seed: int = 5) -> None:
     """A version with random weights."""
     torch = pytest.importorskip("torch", reason="the artefact of these tests is exported from torch")
     from safetensors.torch import save_file
@@ -47,7 +47,7 @@ def publish(root: Path, version: str) -> None:
         item_rows=words.item_rows,
         category_rows=words.category_rows,
     )
-    torch.manual_seed(5)
+    torch.manual_seed(seed)
     network = Recommender(shape)
     with torch.no_grad():
         network.no_history.normal_()

@@ -136,9 +136,9 @@ def test_only_warmed_shapes_reach_the_engine_and_short_histories_are_not_padded_
     opened: Opened, spy: Spy, statistics: ItemStatistics
 ) -> None:
     warmed = set(opened.ranker.buckets.shapes())
-    requests = [user(number, length) for number, length in enumerate([1] * 13 + [85] * 9)]
+    requests = [user(1_000 + number, length) for number, length in enumerate([1] * 13 + [85] * 9)]
     assert len(lists(opened.rank(requests, statistics))) == 22
-    opened.rank([user(1, 2, candidates=tuple(ITEMS[:130].tolist()))], statistics)
+    opened.rank([user(2_000, 2, candidates=tuple(ITEMS[:130].tolist()))], statistics)
     assert set(spy.shapes) <= {tuple(shape) for shape in warmed}
     assert {history for _, _, history, _ in spy.shapes} == {4, MAX_HISTORY}
 

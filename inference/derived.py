@@ -1,0 +1,86 @@
+"""What follows from a history beside its states, and from nothing else: known once, known again.
+
+The items retrieved depend on the user vector alone, and the score of a candidate on the history and
+the candidate alone, whatever stands beside it (`compression.model`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+_NO_ROW: Final = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Derived:
+    """Per user, in order: vectors [users, dim]; the items retrieved and their scores [users, n], where
+    has_retrieved [users]; the item rows [users, m] of the last list and their scores."""
+
+    vectors: Float32
+    items: Int64
+    item_scores: Float32
+    has_retrieved: Bool
+    rows: Int32
+    row_scores: Float32
+
+    @classmethod
+    def nothing(cls, users: int, dim: int, retrieved: int, listed: int) -> Derived:
+        """Room for users of whom nothing is known."""
+        return cls(
+            np.zeros((users, dim), np.float32),
+            np.zeros((users, retrieved), np.int64),
+            np.zeros((users, retrieved), np.float32),
+            np.zeros(users, np.bool_),
+            np.full((users, listed), _NO_ROW, np.int32),
+            np.zeros((users, listed), np.float32),
+        )
+
+    @property
+    def user_bytes(self) -> int:
+        """Memory of one user."""
+        return sum(int(column.nbytes) for column in self._columns()) // max(1, len(self.vectors))
+
+    def of(self, users: Int64) -> Derived:
+        """A copy, of some users."""
+        return Derived(*(column[users] for column in self._columns()))
+
+    def put(self, users: Int64 | int, known: Derived, at: slice | int = slice(None)) -> None:
+        """Let users have what is known of others."""
+        for column, theirs in zip(self._columns(), known._columns(), strict=True):
+            column[users] = theirs[at]
+
+    def scores_of(self, rows: Int32, counts: Int64) -> tuple[Float32, Bool]:
+        """Scores of the first `counts` [users] of item rows [users, width], and for which users all of
+        them are known; the scores of others mean nothing."""
+        scores = np.zeros(rows.shape, np.float32)
+        width = min(rows.shape[1], self.rows.shape[1])
+        known = counts <= width
+        if not width or (self.rows[:, 0] == _NO_ROW).all():
+            known[:] = False
+            return scores, known
+        same = rows[:, :width, None] == self.rows[:, None]
+        known &= (same.any(axis=2) | (np.arange(width) >= counts[:, None])).all(axis=1)
+        scores[:, :width] = np.take_along_axis(self.row_scores, same.argmax(axis=2), 1)
+        return scores, known
+
+    def note_scores(self, users: Int64, rows: Int32, counts: Int64, scores: Float32) -> None:
+        """Of some users, the first `counts` of item rows [users, width] and their scores, where they fit."""
+        width = min(rows.shape[1], self.rows.shape[1])
+        counts = counts[users]
+        if len(counts) and counts.max() > width:
+            users, counts = users[counts <= width], counts[counts <= width]
+        self.rows[users] = _NO_ROW
+        self.rows[users, :width] = np.where(np.arange(width) < counts[:, None], rows[users, :width], _NO_ROW)
+        self.row_scores[users, :width] = scores[users, :width]
+
+    def _columns(self) -> tuple[npt.NDArray[Any], ...]:
+        return tuple(getattr(self, field.name) for field in fields(self))

@@ -1,0 +1,243 @@
+"""Histories to what candidates are scored with, by the least work that gives it.
+
+A history that the cache has whole is copied, one that has grown by a few events is copied and appended
+to where that is measured to be faster, and any other is encoded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compression.registry import ModelShape
+from features.encoding import HistoryArrays, Vocabulary, encode_events, encode_histories
+from features.sequence import SequenceBatch, newest_events
+from inference import metrics
+from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
+from inference.derived import Derived
+from inference.engines.base import Engine, Precision
+from inference.types import RankRequest, Tensors
+from inference.user_cache import Found, UserCache
+
+Bool = npt.NDArray[np.bool_]
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Encoded:
+    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` as the score graph
+    reads them; and what else is known of the users, their vectors at least.
+
+    `pending` [users] are in no cut yet: the cache has them, and perhaps their states are not needed.
+    `news` [users] says of whom the cache has not all there is. `keys` are the histories as the cache compares
+    them; none where none is asked.
+    """
+
+    requests: Sequence[RankRequest]
+    histories: SequenceBatch
+    precision: Precision
+    derived: Derived
+    cuts: list[tuple[Cut, Tensors]]
+    pending: Bool
+    news: Bool
+    keys: list[bytes]
+
+
+class Encoder:
+    """For one released version. Safe to call from several threads."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, model: ModelShape, retrieved: int, cache: UserCache | None = None
+    ) -> None:
+        """`retrieved`: how many items are retrieved for a user."""
+        self._vocabulary = vocabulary
+        self._model = model
+        self._retrieved = retrieved
+        self._cache = cache
+
+    def encode(
+        self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
+    ) -> Encoded:
+        """`histories` are those of the requests, unpacked."""
+        users, cache, longest = len(requests), self._cache, self._model.max_history
+        if not getattr(engine, "keeps_states", True):
+            cache = None
+        listed = 0 if cache is None else cache.listed
+        encoded = Encoded(
+            requests=requests,
+            histories=histories,
+            precision=engine.precision,
+            derived=Derived.nothing(users, self._model.dim, self._retrieved, listed),
+            cuts=[],
+            pending=np.zeros(users, np.bool_),
+            news=np.ones(users, np.bool_),
+            keys=[] if cache is None else [newest_events(ask.sequence, longest) for ask in requests],
+        )
+        if cache is None:
+            self._encode(engine, buckets, encoded, np.arange(users))
+        else:
+            self._find_or_encode(cache, engine, buckets, encoded)
+        return encoded
+
+    def complete(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> None:
+        """See that the needed [users] are in a cut, encoded anew where the cache has lost them meanwhile."""
+        users = np.flatnonzero(encoded.pending & needed)
+        if self._cache is None or not len(users):
+            return
+        encoded.pending[users] = False
+        with self._find(self._cache, encoded, users.tolist()) as found:
+            same = np.array(found.same)
+            cuts = _copy(self._cache, buckets, encoded, found, np.flatnonzero(same), "score", users)
+        for cut, states in cuts:
+            states["user_vector"] = pad_rows(encoded.derived.vectors[cut.users], cut.batch)
+            encoded.cuts.append((cut, states))
+        if not same.all():
+            self._encode(engine, buckets, encoded, users[~same])
+
+    def keep(self, encoded: Encoded, sound: Bool) -> None:
+        """Let the cache have what it has not, of users whose numbers were sound [users]."""
+        wanted = encoded.news & sound
+        if self._cache is None or not encoded.keys or not wanted.any():
+            return
+        for cut, states in encoded.cuts:
+            rows = np.flatnonzero(wanted[cut.users]).tolist()
+            users = cut.users[rows].tolist()
+            self._cache.keep(
+                [encoded.requests[user].user_id for user in users],
+                [encoded.keys[user] for user in users],
+                states,
+                rows,
+                encoded.derived,
+                users,
+                encoded.precision,
+            )
+
+    def _find_or_encode(self, cache: UserCache, engine: Engine, buckets: Buckets, encoded: Encoded) -> None:
+        everybody = np.arange(len(encoded.requests))
+        with self._find(cache, encoded, everybody.tolist()) as found:
+            same, grown, rest = _parts(buckets, encoded.histories.lengths, found)
+            appends = _copy(cache, buckets, encoded, found, grown, "append", everybody)
+            if len(same):
+                encoded.derived.put(same, cache.derived([found.slots[user] for user in same]))
+                encoded.pending[same] = True
+                encoded.news[same] = False
+        if appends:
+            self._append(engine, encoded, np.array(found.known), appends)
+        if len(rest):
+            self._encode(engine, buckets, encoded, rest)
+        misses = sum(1 for user in rest if encoded.keys[user])
+        for outcome, users in (("hit", len(same)), ("append", len(grown)), ("miss", misses)):
+            if users:
+                metrics.cache_users(outcome).inc(users)
+
+    @staticmethod
+    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> AbstractContextManager[Found]:
+        return cache.find(
+            [encoded.requests[user].user_id for user in users],
+            [encoded.keys[user] for user in users],
+            encoded.precision,
+        )
+
+    def _append(
+        self, engine: Engine, encoded: Encoded, known_events: Int64, cuts: list[tuple[Cut, Tensors]]
+    ) -> None:
+        """The new events of some users, one after the other, to copies of what was known."""
+        histories = encoded.histories
+        ends = np.cumsum(histories.lengths)
+        for cut, states in cuts:
+            known = known_events[cut.users]
+            new = histories.lengths[cut.users] - known
+            vectors = np.zeros((cut.batch, self._model.dim), np.float32)
+            for step in range(int(new.max())):
+                rows = np.flatnonzero(new > step)
+                at = (ends[cut.users] - new)[rows] + step
+                place = known[rows] + step
+                events = encode_events(histories, at, self._vocabulary)
+                inputs = {
+                    name: _scattered(column[:, None], rows, cut.batch) for name, column in events.items()
+                }
+                inputs["lengths"] = _scattered(place.astype(np.int32), rows, cut.batch)
+                inputs |= {name: states[name] for name in ("keys", "values")}
+                outputs = engine.run("append", inputs)
+                vectors[rows] = outputs["user_vector"][rows]
+                for name, added in (("keys", "new_key"), ("values", "new_value")):
+                    states[name][rows, :, :, place] = outputs[added][rows, :, :, 0]
+            encoded.derived.vectors[cut.users] = vectors[: len(cut.users)]
+            states["user_vector"] = vectors
+            encoded.cuts.append((cut, states))
+
+    def _encode(self, engine: Engine, buckets: Buckets, encoded: Encoded, users: Int64) -> None:
+        """Whole histories of some users, or of all."""
+        histories = encoded.histories
+        if len(users) < len(histories):
+            histories = histories.of(users)
+        longest = fit(buckets.histories, int(histories.lengths.max(initial=0)))
+        arrays = encode_histories(histories, self._vocabulary, longest)
+        for cut in buckets.cuts(histories.lengths):
+            inputs = _cut_out(arrays, cut)
+            outputs = engine.run("encode", inputs)
+            encoded.derived.vectors[users[cut.users]] = outputs["user_vector"][: len(cut.users)]
+            encoded.cuts.append((cut.among(users), {**outputs, "lengths": inputs["lengths"]}))
+
+
+def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:
+    """The users whose histories are known whole, those to append to, and those to encode."""
+    same, grown, rest = [], [], []
+    for user, (length, known, whole) in enumerate(
+        zip(lengths.tolist(), found.known, found.same, strict=True)
+    ):
+        if whole:
+            same.append(user)
+        elif known and length - known <= MOST_APPENDED:
+            grown.append(user)
+        else:
+            rest.append(user)
+    if grown:
+        some = np.array(grown)
+        pays = buckets.appends_pay(lengths[some], lengths[some] - np.array(found.known)[some])
+        rest = sorted(rest + some[~pays].tolist())
+        grown = some[pays].tolist()
+    return np.array(same, np.int64), np.array(grown, np.int64), np.array(rest, np.int64)
+
+
+def _copy(
+    cache: UserCache,
+    buckets: Buckets,
+    encoded: Encoded,
+    found: Found,
+    chosen: Int64,
+    work: Work,
+    users: Int64,
+) -> list[tuple[Cut, Tensors]]:
+    """Known states, by cut, of those chosen among the users that were looked for."""
+    copies: list[tuple[Cut, Tensors]] = []
+    if not len(chosen):
+        return copies
+    lengths = encoded.histories.lengths[users]
+    for cut in (cut.among(chosen) for cut in buckets.cuts(lengths[chosen], work)):
+        states = cache.states([found.slots[user] for user in cut.users], cut.batch, cut.history)
+        states["lengths"] = pad_rows(lengths[cut.users].astype(np.int32), cut.batch)
+        copies.append((cut.among(users), states))
+    return copies
+
+
+def _scattered(values: Int32, rows: Int64, batch: int) -> Int32:
+    """Values at some rows of a cut, padding at the others."""
+    padded = np.zeros((batch, *values.shape[1:]), np.int32)
+    padded[rows] = values
+    return padded
+
+
+def _cut_out(arrays: HistoryArrays, cut: Cut) -> Tensors:
+    """The users of a cut, padded to its shape. Shorter histories have only padding beyond the cut."""
+    if len(arrays) == cut.batch == 1:
+        return {name: array[..., : cut.history] for name, array in arrays.tensors().items()}
+    return {
+        name: pad_rows(array[cut.users] if array.ndim == 1 else array[cut.users, : cut.history], cut.batch)
+        for name, array in arrays.tensors().items()
+    }

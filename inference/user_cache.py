@@ -1,0 +1,252 @@
+"""Encoded histories of active users, so that the same question is not computed twice.
+
+A history whose events are all known costs no encoding, no retrieval, and no scoring of the candidates it
+was scored with last; one that has grown by a few events costs those
+events alone (`append` in `compression.export`). What is kept is compared byte for byte with what is
+asked, so an answer never rests on a history that was trimmed, corrected or has aged since.
+
+One cache belongs to one ranker, which is one released version: versions cannot mix. Slots are
+preallocated and bounded; the user asked for longest ago leaves first. The lock is held for bookkeeping
+only, never while states are copied: who reads a slot pins it, and a slot that is being written is in
+nobody's reach until it is whole.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+import numpy as np
+
+from compression.registry import ModelShape
+from features.sequence import count_events
+from inference.derived import Derived
+from inference.types import Tensors
+
+# Of bookkeeping per user, and per event: a wide event's bytes.
+_ENTRY_BYTES: Final = 300
+_EVENT_BYTES: Final = 24
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Found:
+    """What is kept for each history that was asked for, all [users].
+
+    slots: where, -1 for nowhere. known: how many of its first events have their keys and values there.
+    same: it is the whole history, so what is derived from it is there, too.
+    """
+
+    slots: list[int]
+    known: list[int]
+    same: list[bool]
+
+
+@dataclass(slots=True, eq=False)
+class _Entry:
+    slot: int
+    history: bytes
+    precision: str
+
+
+@dataclass(slots=True)
+class _Slots:
+    """Which slots are free, which are read just now, and which are to be freed after that."""
+
+    free: list[int]
+    pins: list[int]
+    left: set[int] = field(default_factory=set)
+
+    def give_back(self, slot: int) -> None:
+        if self.pins[slot]:
+            self.left.add(slot)
+        else:
+            self.free.append(slot)
+
+    def unpin(self, slot: int) -> None:
+        self.pins[slot] -= 1
+        if not self.pins[slot] and slot in self.left:
+            self.left.remove(slot)
+            self.free.append(slot)
+
+
+class _Write(NamedTuple):
+    """The states of one of the users to keep, on their way into a slot that has the first `known` events."""
+
+    place: int
+    user: int
+    entry: _Entry
+    known: int
+
+
+class UserCache:
+    """For a model of one shape. Safe to call from several threads."""
+
+    def __init__(self, model: ModelShape, slots: int, *, retrieved: int, listed: int) -> None:
+        """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
+        states = (slots, model.layers, model.heads, model.max_history, model.dim // model.heads)
+        # Zeros take no memory before they are written, and no number in a slot is ever infinite.
+        self._keys = np.zeros(states, np.float32)
+        self._values = np.zeros(states, np.float32)
+        self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
+        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._slots = _Slots(list(range(slots))[::-1], [0] * slots)
+        self._lock = threading.Lock()
+
+    @classmethod
+    def within(cls, budget_mb: float, model: ModelShape, *, retrieved: int, listed: int) -> UserCache | None:
+        """As many users as fit into so many MiB; None where that is not one."""
+        slots = int(budget_mb * 2**20 / cls.user_bytes(model, retrieved=retrieved, listed=listed))
+        return cls(model, slots, retrieved=retrieved, listed=listed) if slots else None
+
+    @staticmethod
+    def user_bytes(model: ModelShape, *, retrieved: int, listed: int) -> int:
+        """Memory of one user, at most."""
+        states = 2 * model.layers * model.max_history * model.dim * 4
+        derived = Derived.nothing(1, model.dim, retrieved, listed).user_bytes
+        return states + derived + _EVENT_BYTES * model.max_history + _ENTRY_BYTES
+
+    def __len__(self) -> int:
+        """Users kept."""
+        return len(self._entries)
+
+    @property
+    def slots(self) -> int:
+        return len(self._keys)
+
+    @property
+    def listed(self) -> int:
+        """How many scores are kept of a user."""
+        return int(self._derived.rows.shape[1])
+
+    @contextmanager
+    def find(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> Iterator[Found]:
+        """What is kept of these histories (`features.sequence.newest_events`). It stays where it is until
+        the block ends; copy it out there. States computed in another precision are not found."""
+        slots, known, same = [-1] * len(users), [0] * len(users), [False] * len(users)
+        pinned: list[int] = []
+        with self._lock:
+            for row, (user, history) in enumerate(zip(users, histories, strict=True)):
+                entry = self._entries.get(user)
+                if entry is None or entry.precision != precision or not history:
+                    continue
+                if entry.history == history:
+                    known[row], same[row] = count_events(history), True
+                elif history.startswith(entry.history):
+                    known[row] = count_events(entry.history)
+                elif entry.history.startswith(history):
+                    # Asked late. Only the vector after its last event is gone.
+                    known[row] = count_events(history) - 1
+                if not known[row]:
+                    continue
+                slots[row] = entry.slot
+                self._slots.pins[entry.slot] += 1
+                self._entries.move_to_end(user)
+                pinned.append(entry.slot)
+        try:
+            yield Found(slots, known, same)
+        finally:
+            if pinned:
+                with self._lock:
+                    for slot in pinned:
+                        self._slots.unpin(slot)
+
+    def states(self, slots: Sequence[int], batch: int, history: int) -> Tensors:
+        """A copy of keys and values, padded to a shape; only the known events of a row mean anything."""
+        tensors: Tensors = {}
+        for name, kept in (("keys", self._keys), ("values", self._values)):
+            copied = np.empty((batch, *kept.shape[1:3], history, kept.shape[4]), np.float32)
+            copied[len(slots) :] = 0
+            # User by user: an index of all of them copies everything twice.
+            for row, slot in enumerate(slots):
+                copied[row] = kept[slot, :, :, :history]
+            tensors[name] = copied
+        return tensors
+
+    def derived(self, slots: Sequence[int]) -> Derived:
+        """A copy of what follows from whole histories."""
+        return self._derived.of(np.asarray(slots, np.int64))
+
+    def keep(
+        self,
+        users: Sequence[int],
+        histories: Sequence[bytes],
+        states: Tensors,
+        rows: Sequence[int],
+        derived: Derived,
+        places: Sequence[int],
+        precision: str,
+    ) -> None:
+        """Keep, per user, the `keys` and `values` in a row of a cut, and what is derived at a place. What is
+        kept and longer already stays."""
+        writes = self._reserve(users, histories, precision)
+        if not writes:
+            return
+        try:
+            for write in writes:
+                self._write(write, states, rows[write.place], derived, places[write.place])
+        except BaseException:
+            with self._lock:
+                for write in writes:
+                    self._slots.give_back(write.entry.slot)
+            raise
+        with self._lock:
+            for write in writes:
+                self._publish(write)
+
+    def _write(self, write: _Write, states: Tensors, row: int, derived: Derived, place: int) -> None:
+        slot, new = write.entry.slot, slice(write.known, count_events(write.entry.history))
+        self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
+        self._values[slot, :, :, new] = states["values"][row, :, :, new]
+        self._derived.put(slot, derived, place)
+
+    def _reserve(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> list[_Write]:
+        """A slot for each user whose states are news, out of everybody's reach until it is published."""
+        longest: dict[int, int] = {}
+        for place, (user, history) in enumerate(zip(users, histories, strict=True)):
+            before = longest.get(user)
+            if history and (before is None or len(history) > len(histories[before])):
+                longest[user] = place
+        writes: list[_Write] = []
+        with self._lock:
+            for user, place in longest.items():
+                history, entry = histories[place], self._entries.get(user)
+                known = 0
+                if entry is not None and entry.precision == precision:
+                    if len(entry.history) > len(history) and entry.history.startswith(history):
+                        continue
+                    if history.startswith(entry.history) and not self._slots.pins[entry.slot]:
+                        known = count_events(entry.history)
+                if known and entry is not None:
+                    del self._entries[user]
+                    slot = entry.slot
+                else:
+                    free = self._free_slot()
+                    if free is None:
+                        break
+                    slot = free
+                writes.append(_Write(place, user, _Entry(slot, history, precision), known))
+        return writes
+
+    def _free_slot(self) -> int | None:
+        """A free slot, the oldest user's if need be; None while all are read or written."""
+        if not self._slots.free:
+            for user, entry in self._entries.items():
+                if not self._slots.pins[entry.slot]:
+                    del self._entries[user]
+                    return entry.slot
+            return None
+        return self._slots.free.pop()
+
+    def _publish(self, write: _Write) -> None:
+        other = self._entries.get(write.user)
+        if other is not None:
+            if other.precision == write.entry.precision and other.history.startswith(write.entry.history):
+                self._slots.give_back(write.entry.slot)
+                return
+            self._slots.give_back(other.slot)
+        self._entries[write.user] = write.entry
+        self._entries.move_to_end(write.user)
