@@ -13,6 +13,7 @@ from infra.lazy_group import LazyGroup
 # name -> (module, one line for --help): benches that hold their own command.
 BENCHES = {
     "batching": ("infra.bench.batching", "Ways to wait for a fuller batch, compared under the same load."),
+    "cost-model": ("infra.bench.cost_model", "What every warmed shape takes, and formulas fitted to it."),
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
 }
 
