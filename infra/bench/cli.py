@@ -15,6 +15,7 @@ BENCHES = {
     "batching": ("infra.bench.batching", "Ways to wait for a fuller batch, compared under the same load."),
     "cost-model": ("infra.bench.cost_model", "What every warmed shape takes, and formulas fitted to it."),
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
+    "serve": ("infra.bench.serve.command", "Lists per second within 50 ms, against five other servers."),
 }
 
 

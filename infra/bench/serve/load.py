@@ -1,0 +1,67 @@
+"""The load of arms with an address: python -m infra.bench.serve.load WIRE HOST PORT PATH LISTS SHAPE.
+
+SHAPE is the model's (`ModelShape`) as JSON. Reads steps and writes results as `driver` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from dataclasses import dataclass
+from typing import Final
+
+import uvloop
+
+from compression.registry import ModelShape
+from infra.bench.serve import payload
+from infra.bench.serve.driver import Sender, drive
+from infra.bench.serve.grpc_client import GrpcSender
+from infra.bench.serve.http_client import HttpSender
+
+METHOD: Final = "/inference.GRPCInferenceService/ModelInfer"
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where an arm listens, and which of `payload.WIRES` it speaks; the path is HTTP's."""
+
+    wire: str
+    host: str
+    port: int
+    path: str = "/"
+
+
+async def connect(address: Address, model: ModelShape, lists: int) -> Sender:
+    """A sender of the requests that all arms get; `OSError` where nobody listens."""
+    wire = payload.WIRES[address.wire]
+    bodies = [wire.write(rows) for rows in payload.requests(model, lists)]
+    if wire.content_type:
+        return HttpSender(address.host, address.port, address.path, bodies, wire.content_type)
+    grpc = GrpcSender(address.host, address.port, METHOD, bodies)
+    await grpc.connect()
+    return grpc
+
+
+async def first_scores(
+    address: Address, model: ModelShape, lists: int, *, timeout_s: float = 5.0
+) -> payload.Float32 | None:
+    """The scores of the first request; None where no answer comes."""
+    try:
+        sender = await connect(address, model, lists)
+    except OSError:
+        return None
+    answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+    sender.send(0, lambda body: None if answer.done() else answer.set_result(body))
+    await asyncio.wait([answer], timeout=timeout_s)
+    body = answer.result() if answer.done() else None
+    sender.close()
+    return None if body is None else payload.WIRES[address.wire].read(body)
+
+
+async def main(wire: str, host: str, port: str, path: str, lists: str, shape: str) -> None:
+    address = Address(wire, host, int(port), path)
+    await drive(await connect(address, ModelShape.model_validate_json(shape), int(lists)), int(lists))
+
+
+if __name__ == "__main__":
+    uvloop.run(main(*sys.argv[1:]))
