@@ -64,7 +64,6 @@ class Rival(Arm):
             "SERVE_WORKERS": str(served.workers),
             "SERVE_MAX_BATCH": str(max(1, MAX_LISTS // served.lists)),
             "SERVE_WAIT_MS": str(WAIT_MS),
-            "PYTHONPATH": str(INFRA.parent),
         }
         return _spawn([str(self.install()), "-m", module], served.folder, told)
 
@@ -74,12 +73,14 @@ class OurServer(Arm):
     """`tailrace serve`, over gRPC."""
 
     def start(self, served: Served) -> subprocess.Popen[bytes]:
-        command = ["-m", "infra.cli", "serve", "--registry", str(served.registry), "--engine", "onnx"]
-        return _spawn(
-            [sys.executable, *command, "--grpc-port", str(served.port)],
-            served.folder,
-            {"INFERENCE_RUNNERS": str(served.workers)},
-        )
+        command = [sys.executable, "-m", "infra.cli", "serve", "--registry", str(served.registry)]
+        ports = ["--grpc-port", str(served.port), "--http-port", "0", "--admin-port", "0"]
+        told = {
+            "INFERENCE_LANES": f"onnx*{served.workers}",
+            "INFERENCE_SPARES": "0",
+            "INFERENCE_MAX_BATCH": str(MAX_LISTS),
+        }
+        return _spawn([*command, *ports, "--log-level", "WARNING"], served.folder, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +111,6 @@ def _spawn(command: Sequence[str], folder: Path, told: Mapping[str, str]) -> sub
             stdout=log,
             stderr=log,
             cwd=folder,
-            env={**os.environ, **told},
+            env={**os.environ, "PYTHONPATH": str(INFRA.parent), **told},
             start_new_session=True,
         )

@@ -1,57 +1,45 @@
-"""The path the stream takes, without a network: batcher and engine in the process that asks.
+"""The path the stream takes, without a network: `Plane.rank` in the process that asks.
 
-python -m infra.bench.serve.in_process REGISTRY RUNNERS LISTS; steps and results as `driver` says.
+python -m infra.bench.serve.in_process REGISTRY RUNNERS LISTS; steps and results as `driver` says. It
+does more than the servers do: it starts from packed histories and item ids, and ends with ordered
+lists; and it answers with "encode" and "score", which are the halves of the graph they run.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import uvloop
 
-from compression.registry import ModelShape, Registry
-from inference import engines
-from inference.batcher import Batcher, BatcherLimits, Run
-from inference.buckets import BATCHES, fit, pad_rows
-from inference.engines.base import Engine, EngineOptions, Shape
+from compression.registry import Registry
+from features.encoding import Vocabulary
+from features.memory_store import MemoryStore
+from features.sequence import NARROW, NARROW_EVENT
+from features.settings import FeatureSettings
+from features.statistics import ItemStatistics
 from inference.errors import InferenceError
-from inference.types import Priority
+from inference.plane import Plane, Version
+from inference.settings import InferenceSettings
+from inference.types import RankRequest
+from infra.bench.in_process import tune
 from infra.bench.serve import payload
 from infra.bench.serve.driver import Done, drive
 from infra.bench.serve.shape import CANDIDATES, HISTORY, MAX_LISTS
 
-Int32 = npt.NDArray[np.int32]
-Float32 = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """One list: a row as `payload` makes them."""
-
-    row: Int32
-    priority: Priority = "normal"
-    deadline_s: float | None = None
+_NOW_S = 1_700_000_000
 
 
 class InProcess:
-    """Requests as groups of a batcher, one group a request, as the stream submits a unit."""
+    """Requests as groups, one a request, as the stream submits what it polled."""
 
-    def __init__(self, registry: Registry, *, runners: int, lists: int) -> None:
-        artefact = registry.open()
-        self.model: ModelShape = artefact.manifest.model
-        self._pool = [engines.create("onnx", EngineOptions(threads=1)) for _ in range(runners)]
-        for engine in self._pool:
-            engine.load(artefact, ("rank",))
-            engine.warm_up(Shape("rank", batch, HISTORY, CANDIDATES) for batch in BATCHES)
-        self._batcher: Batcher[Asked, Float32] = Batcher(
-            [_runner(engine) for engine in self._pool], BatcherLimits(max_batch=MAX_LISTS)
-        )
-        self._groups = [[Asked(row) for row in rows] for rows in payload.requests(self.model, lists)]
+    def __init__(self, plane: Plane, version: Version, groups: list[list[RankRequest]]) -> None:
+        self._plane = plane
+        self._version = version
+        self._groups = groups
         self._tasks: set[asyncio.Task[None]] = set()
 
     def send(self, number: int, done: Done) -> None:
@@ -68,22 +56,43 @@ class InProcess:
             task.cancel()
 
     async def _ask(self, number: int, done: Done) -> None:
-        answers = await self._batcher.submit(self._groups[number % len(self._groups)])
+        answers = await self._plane.rank(self._groups[number % len(self._groups)], self._version)
         failed = any(isinstance(answer, InferenceError) for answer in answers)
-        done(None if failed else np.stack([np.asarray(answer) for answer in answers]).tobytes())
+        done(None if failed else b"")
 
 
-def _runner(engine: Engine) -> Run[Asked, Float32]:
-    def run(asked: list[Asked]) -> Sequence[Float32]:
-        rows = np.stack([one.row for one in asked])
-        padded = pad_rows(rows, fit(BATCHES, len(rows)))
-        return list(engine.run("rank", payload.tensors(padded))["scores"][: len(rows)])
+def requests(rows: npt.NDArray[np.int32], vocabulary: Vocabulary) -> list[RankRequest]:
+    """The lists of one request [lists, ROW], as the stream has them: ids for rows, in packed histories.
 
-    return run
+    Ids in the hashed rows have no inverse; the last known item stands for them.
+    """
+    tensors = payload.tensors(rows)
+    known, categories = len(vocabulary.item_ids), len(vocabulary.category_ids)
+    events = np.zeros((len(rows), HISTORY), NARROW_EVENT)
+    events["item"] = vocabulary.item_ids[np.minimum(tensors["items"], known) - 1]
+    category = vocabulary.category_ids[np.minimum(tensors["categories"], categories) - 1]
+    events["category_behavior"] = category | (tensors["behaviors"].astype(np.int64) - 1) << 30
+    events["timestamp"] = _NOW_S + 60 * np.arange(HISTORY)
+    candidates = vocabulary.item_ids[np.minimum(tensors["candidates"], known) - 1]
+    return [
+        RankRequest(user, bytes((NARROW, 0)) + history.tobytes(), CANDIDATES, tuple(asked))
+        for user, (history, asked) in enumerate(zip(events, candidates.tolist(), strict=True))
+    ]
 
 
 async def main(registry: str, runners: int, lists: int) -> None:
-    await drive(InProcess(Registry(registry), runners=runners, lists=lists), lists)
+    features = FeatureSettings()
+    settings = InferenceSettings(lanes=f"onnx*{runners}", spares=0, max_batch=MAX_LISTS)
+    plane = Plane(settings, features, ItemStatistics(MemoryStore(), settings=features))
+    version = await plane.open(Path(registry), "serving")
+    artefact = Registry(registry).open()
+    vocabulary = artefact.vocabulary()
+    groups = [requests(rows, vocabulary) for rows in payload.requests(artefact.manifest.model, lists)]
+    tune()
+    try:
+        await drive(InProcess(plane, version, groups), lists)
+    finally:
+        await plane.close()
 
 
 if __name__ == "__main__":
