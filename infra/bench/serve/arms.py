@@ -31,6 +31,16 @@ class Served:
     port: int
     folder: Path
 
+    def told(self) -> dict[str, str]:
+        """What `rivals.session` reads from the environment."""
+        return {
+            "RIVAL_MODEL": str(self.rank_graph),
+            "RIVAL_PORT": str(self.port),
+            "RIVAL_WORKERS": str(self.workers),
+            "RIVAL_MAX_BATCH": str(max(1, MAX_LISTS // self.lists)),
+            "RIVAL_WAIT_MS": str(WAIT_MS),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Arm(ABC):
@@ -58,14 +68,7 @@ class Rival(Arm):
 
     def start(self, served: Served) -> subprocess.Popen[bytes]:
         module = f"infra.bench.serve.rivals.{self.name.replace('-', '_')}_server"
-        told = {
-            "SERVE_MODEL": str(served.rank_graph),
-            "SERVE_PORT": str(served.port),
-            "SERVE_WORKERS": str(served.workers),
-            "SERVE_MAX_BATCH": str(max(1, MAX_LISTS // served.lists)),
-            "SERVE_WAIT_MS": str(WAIT_MS),
-        }
-        return _spawn([str(self.install()), "-m", module], served.folder, told)
+        return spawn_server([str(self.install()), "-m", module], served.folder, served.told())
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class OurServer(Arm):
             "INFERENCE_SPARES": "0",
             "INFERENCE_MAX_BATCH": str(MAX_LISTS),
         }
-        return _spawn([*command, *ports, "--log-level", "WARNING"], served.folder, told)
+        return spawn_server([*command, *ports, "--log-level", "WARNING"], served.folder, told)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +105,8 @@ ARMS: Final[tuple[Arm, ...]] = (
 )
 
 
-def _spawn(command: Sequence[str], folder: Path, told: Mapping[str, str]) -> subprocess.Popen[bytes]:
+def spawn_server(command: Sequence[str], folder: Path, told: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A server in a folder of its own, with its log there; modules of ours are found."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "server.log").open("ab") as log:
         return subprocess.Popen(

@@ -44,7 +44,7 @@ async def drive(sender: Sender, lists: int) -> None:
         told = json.loads(line)
         due_s = bursty(told["lists_per_s"] / lists, told["seconds"], told["seed"])
         cpu_s = time.process_time()
-        latency_s, behind_s = await _Offer(sender, due_s).run()
+        latency_s, behind_s = await Offer(sender, due_s).run()
         cpu_s = time.process_time() - cpu_s
         answer = summary(latency_s, behind_s, told["seconds"], lists)
         answer["client_cpu_us"] = cpu_s * 1e6 / max(1, lists * int(np.isfinite(latency_s).sum()))
@@ -69,7 +69,7 @@ def summary(
     }
 
 
-class _Offer:
+class Offer:
     """One schedule being sent."""
 
     def __init__(self, sender: Sender, due_s: npt.NDArray[np.float64]) -> None:

@@ -62,18 +62,14 @@ class InProcess:
 
 
 def requests(rows: npt.NDArray[np.int32], vocabulary: Vocabulary) -> list[RankRequest]:
-    """The lists of one request [lists, ROW], as the stream has them: ids for rows, in packed histories.
-
-    Ids in the hashed rows have no inverse; the last known item stands for them.
-    """
+    """The lists of one request [lists, ROW], as the stream has them: ids for rows, in packed histories."""
     tensors = payload.tensors(rows)
-    known, categories = len(vocabulary.item_ids), len(vocabulary.category_ids)
     events = np.zeros((len(rows), HISTORY), NARROW_EVENT)
-    events["item"] = vocabulary.item_ids[np.minimum(tensors["items"], known) - 1]
-    category = vocabulary.category_ids[np.minimum(tensors["categories"], categories) - 1]
+    events["item"] = vocabulary.item_ids[tensors["items"] - 1]
+    category = vocabulary.category_ids[tensors["categories"] - 1]
     events["category_behavior"] = category | (tensors["behaviors"].astype(np.int64) - 1) << 30
     events["timestamp"] = _NOW_S + 60 * np.arange(HISTORY)
-    candidates = vocabulary.item_ids[np.minimum(tensors["candidates"], known) - 1]
+    candidates = vocabulary.item_ids[tensors["candidates"] - 1]
     return [
         RankRequest(user, bytes((NARROW, 0)) + history.tobytes(), CANDIDATES, tuple(asked))
         for user, (history, asked) in enumerate(zip(events, candidates.tolist(), strict=True))
@@ -85,9 +81,8 @@ async def main(registry: str, runners: int, lists: int) -> None:
     settings = InferenceSettings(lanes=f"onnx*{runners}", spares=0, max_batch=MAX_LISTS)
     plane = Plane(settings, features, ItemStatistics(MemoryStore(), settings=features))
     version = await plane.open(Path(registry), "serving")
-    artefact = Registry(registry).open()
-    vocabulary = artefact.vocabulary()
-    groups = [requests(rows, vocabulary) for rows in payload.requests(artefact.manifest.model, lists)]
+    vocabulary = Registry(registry).open().vocabulary()
+    groups = [requests(rows, vocabulary) for rows in payload.requests(payload.Known.of(vocabulary), lists)]
     tune()
     try:
         await drive(InProcess(plane, version, groups), lists)

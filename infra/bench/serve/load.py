@@ -1,6 +1,7 @@
-"""The load of arms with an address: python -m infra.bench.serve.load WIRE HOST PORT PATH LISTS SHAPE.
+"""The load of arms with an address, a process of its own.
 
-SHAPE is the model's (`ModelShape`) as JSON. Reads steps and writes results as `driver` says.
+python -m infra.bench.serve.load WIRE HOST PORT PATH LISTS ITEMS CATEGORIES; the last two as in
+`payload.Known`. Reads steps and writes results as `driver` says.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Final
 
 import uvloop
 
-from compression.registry import ModelShape
 from infra.bench.serve import payload
 from infra.bench.serve.driver import Sender, drive
 from infra.bench.serve.grpc_client import GrpcSender
@@ -31,10 +31,10 @@ class Address:
     path: str = "/"
 
 
-async def connect(address: Address, model: ModelShape, lists: int) -> Sender:
+async def connect(address: Address, known: payload.Known, lists: int) -> Sender:
     """A sender of the requests that all arms get; `OSError` where nobody listens."""
     wire = payload.WIRES[address.wire]
-    bodies = [wire.write(rows) for rows in payload.requests(model, lists)]
+    bodies = [wire.write(rows) for rows in payload.requests(known, lists)]
     if wire.content_type:
         return HttpSender(address.host, address.port, address.path, bodies, wire.content_type)
     grpc = GrpcSender(address.host, address.port, METHOD, bodies)
@@ -43,11 +43,11 @@ async def connect(address: Address, model: ModelShape, lists: int) -> Sender:
 
 
 async def first_scores(
-    address: Address, model: ModelShape, lists: int, *, timeout_s: float = 5.0
+    address: Address, known: payload.Known, lists: int, *, timeout_s: float = 5.0
 ) -> payload.Float32 | None:
     """The scores of the first request; None where no answer comes."""
     try:
-        sender = await connect(address, model, lists)
+        sender = await connect(address, known, lists)
     except OSError:
         return None
     answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
@@ -58,9 +58,10 @@ async def first_scores(
     return None if body is None else payload.WIRES[address.wire].read(body)
 
 
-async def main(wire: str, host: str, port: str, path: str, lists: str, shape: str) -> None:
-    address = Address(wire, host, int(port), path)
-    await drive(await connect(address, ModelShape.model_validate_json(shape), int(lists)), int(lists))
+async def main(wire: str, host: str, port: str, path: str, *numbers: str) -> None:
+    lists, items, categories = map(int, numbers)
+    sender = await connect(Address(wire, host, int(port), path), payload.Known(items, categories), lists)
+    await drive(sender, lists)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ import base64
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import ModelShape
-from features.encoding import CANDIDATE_BEHAVIOR, GAP_ROWS
+from features.encoding import CANDIDATE_BEHAVIOR, GAP_ROWS, Vocabulary
 from inference.types import Tensors
 from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 
@@ -24,17 +23,28 @@ Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 
 
-def requests(model: ModelShape, lists: int) -> list[Int32]:
-    """So many different requests [lists, ROW] of full histories."""
+class Known(NamedTuple):
+    """How many items and categories have rows of their own: 1 to so many."""
+
+    items: int
+    categories: int
+
+    @classmethod
+    def of(cls, vocabulary: Vocabulary) -> Known:
+        return cls(len(vocabulary.item_ids), len(vocabulary.category_ids))
+
+
+def requests(known: Known, lists: int) -> list[Int32]:
+    """So many different requests [lists, ROW] of full histories, of known items and categories."""
     rng = np.random.default_rng(_SEED)
     shape = (DIFFERENT, lists)
     columns = [
         rng.integers(1, rows, (*shape, HISTORY))
-        for rows in (model.item_rows, model.category_rows, CANDIDATE_BEHAVIOR, GAP_ROWS)
+        for rows in (known.items + 1, known.categories + 1, CANDIDATE_BEHAVIOR, GAP_ROWS)
     ]
     columns.append(np.full((*shape, 1), HISTORY))
     columns += [
-        rng.integers(1, rows, (*shape, CANDIDATES)) for rows in (model.item_rows, model.category_rows)
+        rng.integers(1, rows, (*shape, CANDIDATES)) for rows in (known.items + 1, known.categories + 1)
     ]
     return list(np.concatenate(columns, axis=2).astype(np.int32))
 

@@ -65,7 +65,6 @@ def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[R
     """Start, compare the first answer, hand over, stop everything. Raises `ArmFailed`."""
     folder = Path(tempfile.mkdtemp(prefix=f"tailrace-serve-{arm.name}-"))
     artefact = Registry(registry).open()
-    model = artefact.manifest.model
     served = Served(
         registry=registry,
         rank_graph=artefact.path / artefact.manifest.graphs["rank"],
@@ -82,10 +81,10 @@ def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[R
         else:
             address = Address(arm.wire, HOST, served.port, arm.path)
             _wait(server, address, artefact, lists, folder / "server.log")
-            shape = model.model_dump_json()
             arguments = [
                 "infra.bench.serve.load",
-                *(address.wire, address.host, str(address.port), address.path, str(lists), shape),
+                *(address.wire, address.host, str(address.port), address.path),
+                *map(str, (lists, *payload.Known.of(artefact.vocabulary()))),
             ]
         load = spawn(*arguments, folder=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         yield Running(load, psutil.Process(server.pid) if server else None, lists)
@@ -103,7 +102,7 @@ def expected_scores(artefact: Artefact, lists: int) -> payload.Float32:
 
     engine = engines.create("onnx")
     engine.load(artefact, ("rank",))
-    rows = payload.requests(artefact.manifest.model, lists)[0]
+    rows = payload.requests(payload.Known.of(artefact.vocabulary()), lists)[0]
     scores: payload.Float32 = engine.run("rank", payload.tensors(rows))["scores"]
     engine.close()
     return scores
@@ -114,9 +113,10 @@ def _wait(
 ) -> None:
     """Until the first request is answered, rightly."""
     expected = expected_scores(artefact, lists)
+    known = payload.Known.of(artefact.vocabulary())
     deadline_s = time.monotonic() + START_S
     while True:
-        scores = asyncio.run(first_scores(address, artefact.manifest.model, lists))
+        scores = asyncio.run(first_scores(address, known, lists))
         if scores is not None:
             break
         if server.poll() is not None:

@@ -16,12 +16,12 @@ import onnxruntime as ort
 
 from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 
-MODEL = os.environ.get("SERVE_MODEL", "")
-PORT = int(os.environ.get("SERVE_PORT", "8000"))
-WORKERS = int(os.environ.get("SERVE_WORKERS", "1"))
+MODEL = os.environ.get("RIVAL_MODEL", "")
+PORT = int(os.environ.get("RIVAL_PORT", "8000"))
+WORKERS = int(os.environ.get("RIVAL_WORKERS", "1"))
 # In requests: 32 lists, whatever number of lists a request has.
-MAX_BATCH = int(os.environ.get("SERVE_MAX_BATCH", "32"))
-WAIT_MS = float(os.environ.get("SERVE_WAIT_MS", "2"))
+MAX_BATCH = int(os.environ.get("RIVAL_MAX_BATCH", "32"))
+WAIT_MS = float(os.environ.get("RIVAL_WAIT_MS", "2"))
 
 
 class Ranker:
