@@ -167,6 +167,11 @@ class CostModel:
             [measured_s[shape] for shape in shapes], [self.seconds(shape) for shape in shapes]
         )
 
+    def without(self, shape: Shape, measured_s: Mapping[Shape, float]) -> CostModel:
+        """Fitted again to all measurements but one."""
+        others = {other: took for other, took in measured_s.items() if other != shape}
+        return self._at(self.model, others, self.cache_bytes)
+
     @classmethod
     def _at(cls, model: ModelShape, measured_s: Mapping[Shape, float], cache_bytes: int) -> CostModel:
         prices: dict[Graph, tuple[float, ...]] = {}
@@ -181,14 +186,10 @@ class CostModel:
         return sum((self.seconds(shape) / took - 1) ** 2 for shape, took in measured_s.items())
 
 
-def left_out(model: ModelShape, measured_s: Mapping[Shape, float]) -> dict[Shape, float]:
-    """What each shape is predicted to cost by a fit to all others: how good a prior is for a new shape."""
-    return {
-        shape: CostModel.fit(
-            model, {other: took for other, took in measured_s.items() if other != shape}
-        ).seconds(shape)
-        for shape in measured_s
-    }
+def left_out(cost: CostModel, measured_s: Mapping[Shape, float]) -> dict[Shape, float]:
+    """What each shape is predicted to cost by a fit to all others: how good a prior is for a new shape.
+    The size of the cache stays that of the whole fit."""
+    return {shape: cost.without(shape, measured_s).seconds(shape) for shape in measured_s}
 
 
 def least_relative(amounts_of: Float64, seconds: Float64) -> Float64:

@@ -100,7 +100,8 @@ def fit(registry: Path, engine: str, *, rounds: int, repeats: int) -> Report:
         measured_s = measure(made, list(buckets.shapes()), rounds=rounds, repeats=repeats)
     finally:
         made.close()
-    cost, apart_s = CostModel.fit(shape, measured_s), left_out(shape, measured_s)
+    cost = CostModel.fit(shape, measured_s)
+    apart_s = left_out(cost, measured_s)
     predicted_s = {one: cost.seconds(one) for one in measured_s}
     papers: dict[str, PaperCost] = {}
     fitted = []
