@@ -16,7 +16,7 @@ ARM_NAMES = ("in-process", "tailrace", "mosec", "triton", "litserve", "bentoml",
 @click.option("--arms", default=",".join(ARM_NAMES), show_default=True, help="Which, by name.")
 @click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True)
 @click.option(
-    "--seconds", type=click.FloatRange(0.5), default=3.0, show_default=True, help="Per rate offered."
+    "--seconds", type=click.FloatRange(0.5), default=2.5, show_default=True, help="Per rate offered."
 )
 @click.option("--quick", is_flag=True, help="One short round with one worker each: does it all run?")
 @options.registry
@@ -37,7 +37,7 @@ def serve(
     Everybody serves the released `rank` graph in ONNX Runtime with one thread a session, in batches of
     at most 32 lists, and is tried with one worker and two. Load is open loop and comes in bursts; rates
     rise until the p99, counted from when a request was due, passes 50 ms. Rivals are installed under
-    .tailrace/rivals the first time, which takes minutes.
+    .tailrace/rivals the first time, which takes minutes; all arms and three rounds then take about 18.
 
     \b
     tailrace bench serve --quick

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 # Ray's own switch for this: no per-request hops between event loops, quieter logs. Read at import.
 os.environ["RAY_SERVE_THROUGHPUT_OPTIMIZED"] = "1"
@@ -30,7 +31,8 @@ class Rank:
 
 
 if __name__ == "__main__":
-    ray.init(include_dashboard=False, logging_level="warning", log_to_driver=False)
+    quiet_here = {"include_dashboard": False, "logging_level": "warning", "log_to_driver": False}
+    ray.init(_temp_dir=str(Path.cwd()), **quiet_here)
     serve.start(http_options={"host": "127.0.0.1", "port": PORT})
     quiet = {"enable_access_log": False, "log_level": "WARNING"}
     serve.run(Rank.bind(), route_prefix="/", logging_config=quiet)  # type: ignore[attr-defined]
