@@ -28,6 +28,7 @@ INPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": _HISTORY,
     "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
     "rank": (*_HISTORY, *_CANDIDATES),
+    "append": ("keys", "values", *_HISTORY),
 }
 OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": ("user_vector", "keys", "values"),

@@ -18,7 +18,10 @@ BENCHES = {
         "infra.bench.engines",
         "Every engine and precision on one model: time, parity, memory.",
     ),
+    "cost-model": ("infra.bench.cost_model", "What every warmed shape takes, and formulas fitted to it."),
+    "dispatch": ("infra.bench.dispatch", "What batcher and dispatcher cost per request."),
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
+    "serve": ("infra.bench.serve.command", "Lists per second within 50 ms, against five other servers."),
 }
 
 

@@ -1,0 +1,120 @@
+"""What is compared: rivals in environments of their own, our server, and no server at all."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from infra.bench.serve.shape import MAX_LISTS
+from infra.bench.serve.venvs import Interpreter, ensure
+from infra.local.paths import INFRA
+
+WAIT_MS: Final = 2
+_ONNXRUNTIME: Final = "onnxruntime==1.31.1"
+_NUMPY: Final = "numpy==2.4.6"
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a server is started with: the released version, and how it is asked."""
+
+    registry: Path
+    rank_graph: Path
+    lists: int
+    workers: int
+    port: int
+    folder: Path
+
+    def told(self) -> dict[str, str]:
+        """What `rivals.session` reads from the environment."""
+        return {
+            "RIVAL_MODEL": str(self.rank_graph),
+            "RIVAL_PORT": str(self.port),
+            "RIVAL_WORKERS": str(self.workers),
+            "RIVAL_MAX_BATCH": str(max(1, MAX_LISTS // self.lists)),
+            "RIVAL_WAIT_MS": str(WAIT_MS),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Arm(ABC):
+    """One way to have lists ranked: its wire (`payload.WIRES`; none in process), and HTTP's path."""
+
+    name: str
+    wire: str = ""
+    path: str = "/"
+
+    @abstractmethod
+    def start(self, served: Served) -> subprocess.Popen[bytes] | None:
+        """The process that will answer at the port; None where there is none to start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rival(Arm):
+    """A server script of `infra.bench.serve.rivals`, in an environment that holds the rival."""
+
+    requirements: Sequence[str] = ()
+    interpreter: Interpreter = "ours"
+
+    def install(self) -> Path:
+        """Its interpreter; what is missing is installed. Raises `CannotInstall`."""
+        return ensure(self.name, self.requirements, self.interpreter)
+
+    def start(self, served: Served) -> subprocess.Popen[bytes]:
+        module = f"infra.bench.serve.rivals.{self.name.replace('-', '_')}_server"
+        return spawn_server([str(self.install()), "-m", module], served.folder, served.told())
+
+
+@dataclass(frozen=True, slots=True)
+class OurServer(Arm):
+    """`tailrace serve`, over gRPC."""
+
+    def start(self, served: Served) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "infra.cli", "serve", "--registry", str(served.registry)]
+        ports = ["--grpc-port", str(served.port), "--http-port", "0", "--admin-port", "0"]
+        told = {
+            "INFERENCE_LANES": f"onnx*{served.workers}",
+            "INFERENCE_SPARES": "0",
+            "INFERENCE_MAX_BATCH": str(MAX_LISTS),
+        }
+        return spawn_server([*command, *ports, "--log-level", "WARNING"], served.folder, told)
+
+
+@dataclass(frozen=True, slots=True)
+class NoServer(Arm):
+    """The path of the stream: batcher and engines in the process that asks."""
+
+    def start(self, served: Served) -> None:
+        return None
+
+
+ARMS: Final[tuple[Arm, ...]] = (
+    NoServer("in-process"),
+    OurServer("tailrace", "oip"),
+    Rival("mosec", "raw", "/inference", ("mosec==0.9.8", _ONNXRUNTIME, _NUMPY)),
+    Rival("triton", "triton", "", ("nvidia-pytriton==0.7.0", _ONNXRUNTIME, "numpy==1.26.4"), "system"),
+    Rival("litserve", "raw", "/predict", ("litserve==0.2.19", _ONNXRUNTIME, _NUMPY)),
+    Rival("bentoml", "base64", "/rank", ("bentoml==1.4.40", _ONNXRUNTIME, _NUMPY)),
+    Rival("ray-serve", "raw", "/", ("ray[serve]==2.60.0", _ONNXRUNTIME, _NUMPY)),
+)
+
+
+def spawn_server(command: Sequence[str], folder: Path, told: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """A server in a folder of its own, with its log there; modules of ours are found."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "server.log").open("ab") as log:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(INFRA.parent), **told},
+            start_new_session=True,
+        )

@@ -1,0 +1,62 @@
+"""`tailrace bench serve`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from infra.bench import options as bench_options
+from infra.commands import options
+
+ARM_NAMES = ("in-process", "tailrace", "mosec", "triton", "litserve", "bentoml", "ray-serve")
+
+
+@click.command()
+@click.option("--arms", default=",".join(ARM_NAMES), show_default=True, help="Which, by name.")
+@click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True)
+@click.option(
+    "--seconds", type=click.FloatRange(0.5), default=2.5, show_default=True, help="Per rate offered."
+)
+@click.option("--quick", is_flag=True, help="One short round with one worker each: does it all run?")
+@options.registry
+@bench_options.seed
+@bench_options.json_path
+def serve(
+    *,
+    arms: str,
+    rounds: int,
+    seconds: float,
+    quick: bool,
+    registry: Path,
+    seed: int,
+    json_path: Path | None,
+) -> None:
+    """Lists per second within 50 ms: ours against Triton, mosec, LitServe, BentoML and Ray Serve.
+
+    Everybody serves the released `rank` graph in ONNX Runtime with one thread a session, in batches of
+    at most 32 lists, and is tried with one worker and two. Load is open loop and comes in bursts; rates
+    rise until the p99, counted from when a request was due, passes 50 ms. Rivals are installed under
+    .tailrace/rivals the first time, which takes minutes; all arms and three rounds then take about 18.
+
+    \b
+    tailrace bench serve --quick
+    tailrace bench serve --arms in-process,mosec --rounds 5 --json serve.json
+    """
+    from compression.registry import ArtefactInvalid, Registry
+    from infra.bench.serve import measure
+    from infra.bench.serve.arms import ARMS
+
+    wanted = [name.strip() for name in arms.split(",")]
+    if unknown := sorted(set(wanted) - set(ARM_NAMES)):
+        raise click.UsageError(f"no arm is called {unknown[0]!r}; there are {', '.join(ARM_NAMES)}")
+    try:
+        model = Registry(registry).open().version
+    except ArtefactInvalid as error:
+        raise click.ClickException(str(error)) from None
+    if quick:
+        rounds, seconds = 1, min(seconds, 1.5)
+    chosen = [arm for arm in ARMS if arm.name in wanted]
+    plan = measure.Plan(registry.resolve(), rounds, seconds, seed, quick)
+    outcomes = measure.run(plan, chosen, say=lambda line: click.echo(line, err=True))
+    measure.show(outcomes, plan, model=model, json_path=json_path)

@@ -1,0 +1,202 @@
+"""The whole comparison: which number of workers suits each arm, then rounds over all arms in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Final
+
+from infra.bench import report
+from infra.bench.serve.arms import ARMS, Arm, Rival
+from infra.bench.serve.running import ArmFailed, Running, running
+from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
+from infra.bench.serve.venvs import CannotInstall
+
+LISTS: Final = (1, 16)
+WORKERS: Final = (1, 2)
+_START: Final = place_of(500)
+_STRIDE: Final = 8
+_WARM_UP: Final = (100.0, 1.0)  # lists per second, seconds
+# Of a step while workers are chosen; what is reported comes from whole ones.
+_TUNING: Final = 0.6
+
+Say = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One arm at one number of lists per request: its best step of each round, None where none kept up."""
+
+    arm: Arm
+    lists: int
+    workers: int = 0
+    place: int = _START
+    steps: list[Step | None] = field(default_factory=list)
+    failure: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm.name}, {self.lists} per request"
+
+    @property
+    def goodput(self) -> float:
+        """Median over rounds."""
+        return median(step.goodput if step else 0.0 for step in self.steps) if self.steps else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How everything is measured. A quick one tries one number of workers only."""
+
+    registry: Path
+    rounds: int
+    seconds: float
+    seed: int
+    quick: bool = False
+
+
+def run(plan: Plan, arms: Sequence[Arm], say: Say) -> list[Outcome]:
+    """Measure; an arm that cannot be had or fails is reported and left out of what follows."""
+    outcomes = [Outcome(arm, lists) for lists in LISTS for arm in arms]
+    for arm in arms:
+        if isinstance(arm, Rival):
+            say(f"{arm.name}: {', '.join(arm.requirements)}")
+            try:
+                arm.install()
+            except CannotInstall as error:
+                for outcome in outcomes:
+                    outcome.failure = str(error) if outcome.arm is arm else outcome.failure
+    for number in range(-1, plan.rounds):
+        for outcome in outcomes:
+            if outcome.failure:
+                continue
+            try:
+                if number < 0:
+                    _tune(outcome, plan, say)
+                else:
+                    _round(outcome, plan, number, say)
+            except ArmFailed as error:
+                outcome.failure = str(error)
+                say(f"{outcome.name}: {error}")
+    return outcomes
+
+
+def _tune(outcome: Outcome, plan: Plan, say: Say) -> None:
+    """Keep the number of workers with the higher goodput, and where it was found."""
+    best = -1.0
+    for workers in WORKERS[:1] if plan.quick else WORKERS:
+        with running(outcome.arm, plan.registry, lists=outcome.lists, workers=workers) as up:
+            found = _highest(up, plan.seconds * _TUNING, plan.seed, start=outcome.place, stride=_STRIDE)
+        step = found[1] if found else None
+        say(f"{outcome.name}, {workers} workers: {_told(step)}")
+        goodput = step.goodput if step else 0.0
+        if goodput > best:
+            best, outcome.workers = goodput, workers
+            outcome.place = found[0] if found else 0
+
+
+def _round(outcome: Outcome, plan: Plan, number: int, say: Say) -> None:
+    with running(outcome.arm, plan.registry, lists=outcome.lists, workers=outcome.workers) as up:
+        found = _highest(up, plan.seconds, plan.seed + number, start=outcome.place, stride=1)
+    step = found[1] if found else None
+    outcome.steps.append(step)
+    outcome.place = found[0] if found else outcome.place
+    say(f"round {number + 1}: {outcome.name}: {_told(step)}")
+
+
+def _highest(up: Running, seconds: float, seed: int, *, start: int, stride: int) -> tuple[int, Step] | None:
+    lists_per_s, warm_up_s = _WARM_UP
+    up.step(lists_per_s, seconds=warm_up_s, seed=seed)
+    return highest(lambda place: up.step(rate(place), seconds=seconds, seed=seed), start=start, stride=stride)
+
+
+def _told(step: Step | None) -> str:
+    if step is None:
+        return f"no rate with p99 within {GOAL_MS:.0f} ms"
+    return f"{step.goodput:,.0f} lists/s, p50 {step.p50_ms:.1f}, p99 {step.p99_ms:.1f} ms"
+
+
+def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path | None) -> None:
+    """A table per number of lists, what the goals say, and the JSON where a path is given."""
+    for lists in LISTS:
+        chosen = sorted(
+            (one for one in outcomes if one.lists == lists and one.steps), key=lambda one: -one.goodput
+        )
+        report.table(
+            f"serve: lists per request {lists}, model {model}, p99 within {GOAL_MS:.0f} ms",
+            ["arm", "lists/s", "lowest", "highest", "p50 ms", "p99 ms", "workers", "server µs", "load µs"],
+            [_row(one) for one in chosen],
+        )
+    for one in outcomes:
+        if one.failure:
+            report.note(f"{one.name}: not measured: {one.failure}")
+    ratios = _ratios(outcomes)
+    for name, ratio in ratios.items():
+        report.note(f"{name}: {ratio:.2f}")
+    report.note(
+        f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
+        "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
+        "machine with their load."
+    )
+    report.write(
+        json_path,
+        "serve",
+        {
+            "model": model,
+            "goal_ms": GOAL_MS,
+            "rounds": plan.rounds,
+            "seconds_per_step": plan.seconds,
+            "seed": plan.seed,
+            "rivals": {arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
+            "ratios": ratios,
+            "arms": [
+                {
+                    "arm": one.arm.name,
+                    "lists_per_request": one.lists,
+                    "workers": one.workers,
+                    "goodput": one.goodput,
+                    "failure": one.failure,
+                    "rounds": [asdict(step) if step else None for step in one.steps],
+                }
+                for one in outcomes
+            ],
+        },
+    )
+
+
+def _row(one: Outcome) -> list[str]:
+    kept = [step for step in one.steps if step]
+    if not kept:
+        return [one.arm.name, "0", *["-"] * 7]
+    goodputs = [step.goodput if step else 0.0 for step in one.steps]
+    return [
+        one.arm.name,
+        *(f"{value:,.0f}" for value in (one.goodput, min(goodputs), max(goodputs))),
+        f"{median(step.p50_ms for step in kept):.1f}",
+        f"{median(step.p99_ms for step in kept):.1f}",
+        str(one.workers),
+        f"{median(step.server_cpu_us for step in kept):,.0f}",
+        f"{median(step.client_cpu_us for step in kept):,.0f}",
+    ]
+
+
+def _ratios(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Ours over theirs, wherever both were measured."""
+    found = {(one.arm.name, one.lists): one.goodput for one in outcomes if one.steps}
+    slower = ("triton", "litserve", "bentoml", "ray-serve")
+    rivals = (*slower, "mosec")
+    compared = {
+        "gRPC, 1 list: over the best of Triton, LitServe, BentoML, Ray Serve": ("tailrace", 1, slower),
+        "gRPC, 1 list: over mosec": ("tailrace", 1, ("mosec",)),
+        "gRPC, 16 lists: over the best rival": ("tailrace", 16, rivals),
+        "in process, 1 list: over the best rival": ("in-process", 1, rivals),
+        "in process, 16 lists: over the best rival": ("in-process", 16, rivals),
+    }
+    ratios = {}
+    for name, (ours, lists, others) in compared.items():
+        best = max((found.get((other, lists), 0.0) for other in others), default=0.0)
+        if best and (ours, lists) in found:
+            ratios[name] = round(found[ours, lists] / best, 3)
+    return ratios

@@ -1,0 +1,77 @@
+"""The highest rate an arm keeps up with, found in steps on one grid of rates that all arms share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+GOAL_MS: Final = 50.0
+_FIRST: Final = 20.0  # lists per second
+_RATIO: Final = 1.08
+_NEAR: Final = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One rate, offered for some seconds. Latencies are from the time a request was due; one that got no
+    answer counts as never. `lists_per_s` is what was offered, `goodput` what came within `GOAL_MS`."""
+
+    lists_per_s: float
+    goodput: float
+    requests: int
+    failed: int
+    p50_ms: float
+    p99_ms: float
+    behind_p99_ms: float
+    client_cpu_us: float = 0.0
+    server_cpu_us: float = 0.0
+
+    def with_server_cpu_us(self, server_cpu_us: float) -> Step:
+        return replace(self, server_cpu_us=server_cpu_us)
+
+    @property
+    def kept_up(self) -> bool:
+        return self.p99_ms <= GOAL_MS
+
+
+def rate(place: int) -> float:
+    """Lists per second at a place of the grid."""
+    return _FIRST * _RATIO**place
+
+
+def place_of(lists_per_s: float) -> int:
+    """The place of the grid's highest rate that is not above this."""
+    place = 0
+    while rate(place + 1) <= lists_per_s:
+        place += 1
+    return place
+
+
+def highest(offer: Callable[[int], Step], *, start: int, stride: int) -> tuple[int, Step] | None:
+    """The highest place whose step keeps up, and that step; None where the lowest of all does not.
+
+    Strides from `start` until one step keeps up and a higher one does not, then halves the way between.
+    A step that just missed is taken once more: a machine has other things to do, too.
+    """
+    low: tuple[int, Step] | None = None
+    high, place = 1 << 30, max(0, start)
+    while True:
+        step = offer(place)
+        if GOAL_MS < step.p99_ms < _NEAR * GOAL_MS:
+            step = min(step, offer(place), key=lambda one: one.p99_ms)
+        if step.kept_up:
+            low = (place, step)
+        else:
+            high = place
+        if low is not None and high - low[0] <= 1:
+            return low
+        if low is None and high == 0:
+            return None
+        if low is None:
+            place = max(0, high - stride)
+            stride *= 2
+        elif high == 1 << 30:
+            place = low[0] + stride
+        else:
+            place = (low[0] + high) // 2

@@ -1,0 +1,368 @@
+"""The comparison of servers: fair load, honest latencies, and no figures of an arm that answers wrongly."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from aiohttp import web
+
+from compression.registry import Registry
+from features.encoding import encode_histories
+from features.sequence import unpack
+from infra.bench.serve import payload
+from infra.bench.serve.arms import Arm, NoServer, Served, spawn_server
+from infra.bench.serve.arrivals import BURST_S, bursty
+from infra.bench.serve.driver import Done, Offer, summary
+from infra.bench.serve.grpc_client import GrpcSender
+from infra.bench.serve.http_client import HttpSender
+from infra.bench.serve.in_process import requests
+from infra.bench.serve.running import ArmFailed, expected_scores, running
+from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
+from infra.bench.serve.shape import HISTORY
+from infra.bench.serve.venvs import CannotInstall, ensure
+from infra.local.server import HOST, free_port
+
+# Arrivals ----------------------------------------------------------------------------------------
+
+
+def test_every_arm_gets_the_same_schedule() -> None:
+    first, again = bursty(700, 3, seed=4), bursty(700, 3, seed=4)
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, bursty(700, 3, seed=5)[: len(first)])
+
+
+def test_the_rate_is_kept_and_arrivals_are_uneven() -> None:
+    due_s = bursty(1_000, 60, seed=1)
+    assert len(due_s) == pytest.approx(60_000, rel=0.02)
+    assert (np.diff(due_s) >= 0).all()
+    assert due_s[0] >= 0
+    assert due_s[-1] <= 60
+    counts = np.histogram(due_s, bins=np.arange(0, 60, BURST_S))[0]
+    # Poisson arrivals would have a variance like their mean.
+    assert counts.var() > 3 * counts.mean()
+
+
+# Search ------------------------------------------------------------------------------------------
+
+
+def step(lists_per_s: float, p99_ms: float) -> Step:
+    return Step(lists_per_s, lists_per_s, 100, 0, 1.0, p99_ms, 0.0)
+
+
+@dataclass
+class Server:
+    """Keeps up with so many lists a second and with no more."""
+
+    capacity: float
+    asked: int = 0
+
+    def offer(self, place: int) -> Step:
+        self.asked += 1
+        return step(rate(place), 20.0 if rate(place) <= self.capacity else float("inf"))
+
+
+@pytest.mark.parametrize("capacity", [21, 180, 3_000, 9_000])
+@pytest.mark.parametrize(("start", "stride"), [(0, 1), (40, 8), (80, 1), (60, 3)])
+def test_the_highest_rate_is_found_from_wherever_the_search_starts(
+    capacity: float, start: int, stride: int
+) -> None:
+    server = Server(capacity)
+    found = highest(server.offer, start=start, stride=stride)
+    assert found is not None
+    place, best = found
+    assert place == place_of(capacity)
+    assert best.lists_per_s <= capacity < rate(place + 1)
+
+
+def test_a_search_that_starts_where_it_ended_takes_two_steps() -> None:
+    server = Server(3_000)
+    highest(server.offer, start=place_of(3_000), stride=1)
+    assert server.asked == 2
+
+
+def test_a_server_that_never_keeps_up_has_no_rate() -> None:
+    assert highest(Server(1).offer, start=40, stride=8) is None
+
+
+def test_a_near_miss_is_tried_again_and_an_overload_is_not() -> None:
+    taken: list[int] = []
+
+    def offer(place: int) -> Step:
+        taken.append(place)
+        missed = place == 10 and taken.count(10) == 1
+        return step(rate(place), 2 * GOAL_MS if missed else 20.0 if place <= 10 else float("inf"))
+
+    found = highest(offer, start=10, stride=1)
+    assert found is not None
+    assert found[0] == 10
+    assert taken == [10, 10, 11]
+
+
+# Latency -----------------------------------------------------------------------------------------
+
+
+def test_a_request_without_an_answer_counts_as_late() -> None:
+    latency_s = np.array([0.01] * 95 + [np.inf] * 5)
+    found = summary(latency_s, np.zeros(100), seconds=1.0, lists=16)
+    assert found["failed"] == 5
+    assert found["p99_ms"] == np.inf
+    assert found["goodput"] == 95 * 16
+    assert found["lists_per_s"] == 100 * 16
+
+
+class Stalling:
+    """Answers nothing until it has five requests, then everything at once."""
+
+    def __init__(self) -> None:
+        self._held: list[Done] = []
+        self.was_reset = False
+
+    def send(self, number: int, done: Done) -> None:
+        self._held.append(done)
+        if number >= 4:
+            held, self._held = self._held, []
+            for one in held:
+                one(b"answer")
+
+    async def reset(self) -> None:
+        self.was_reset = True
+
+    def close(self) -> None: ...
+
+
+async def test_latency_counts_from_when_a_request_was_due() -> None:
+    due_s = np.array([0.0, 0.01, 0.02, 0.03, 0.1])
+    latency_s, behind_s = await Offer(Stalling(), due_s).run()
+    # The stall ends with the fifth request, whichever of the others waited for it.
+    assert latency_s[:4] == pytest.approx(due_s[4] - due_s[:4], abs=0.03)
+    assert (np.diff(latency_s[:4]) < 0).all()
+    assert len(behind_s) == 5
+
+
+async def test_a_hopeless_step_is_ended_and_what_hangs_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("infra.bench.serve.driver.GIVE_UP_S", 0.05)
+    monkeypatch.setattr("infra.bench.serve.driver.DRAIN_S", 0.05)
+    sender = Stalling()
+    latency_s, behind_s = await Offer(sender, np.array([0.0, 0.01, 0.08, 0.09, 60.0])).run()
+    assert np.isinf(latency_s).all()
+    assert len(behind_s) < 5
+    assert sender.was_reset
+
+
+# Clients -----------------------------------------------------------------------------------------
+
+
+async def ask_all(send: Callable[[int, Done], None], count: int) -> list[bytes | None]:
+    answers: list[bytes | None] = [b"none came"] * count
+    over, left = asyncio.get_running_loop().create_future(), count
+
+    def taker(number: int) -> Done:
+        def take(answer: bytes | None) -> None:
+            nonlocal left
+            answers[number] = answer
+            left -= 1
+            if not left:
+                over.set_result(None)
+
+        return take
+
+    for number in range(count):
+        send(number, taker(number))
+    await asyncio.wait_for(over, 20)
+    return answers
+
+
+@asynccontextmanager
+async def http_server(answer: Callable[[bytes], web.StreamResponse]) -> AsyncIterator[int]:
+    async def handle(request: web.Request) -> web.StreamResponse:
+        return answer(await request.read())
+
+    app = web.Application()
+    app.router.add_post("/rank", handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    port = free_port()
+    await web.TCPSite(runner, HOST, port).start()
+    try:
+        yield port
+    finally:
+        await runner.cleanup()
+
+
+async def test_http_answers_come_back_to_their_requests() -> None:
+    bodies = [bytes([number]) * (1 + 9_000 * number) for number in range(20)]
+    async with http_server(lambda body: web.Response(body=body)) as port:
+        sender = HttpSender(HOST, port, "/rank", bodies, "application/octet-stream")
+        for _ in range(2):  # on new connections, then on kept ones
+            answers = await ask_all(sender.send, 100)
+            assert answers == [bodies[number % 20] for number in range(100)]
+        sender.close()
+
+
+async def test_http_errors_are_no_answers() -> None:
+    async with http_server(lambda _: web.Response(status=503, body=b"busy")) as port:
+        sender = HttpSender(HOST, port, "/rank", [b"body"], "application/octet-stream")
+        assert await ask_all(sender.send, 3) == [None] * 3
+        sender.close()
+    # Nobody listens any more.
+    gone = HttpSender(HOST, port, "/rank", [b"body"], "application/octet-stream")
+    assert await ask_all(gone.send, 3) == [None] * 3
+
+
+@asynccontextmanager
+async def grpc_server(answer: Callable[[bytes, Any], Any]) -> AsyncIterator[int]:
+    handler = grpc.method_handlers_generic_handler(
+        "echo", {"Echo": grpc.unary_unary_rpc_method_handler(answer)}
+    )
+    server = grpc.aio.server()
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port(f"{HOST}:0")
+    await server.start()
+    try:
+        yield port
+    finally:
+        await server.stop(0)
+
+
+async def test_grpc_answers_come_back_to_their_calls_beyond_frames_and_windows() -> None:
+    # A frame holds 16 KiB and a window at first 64 KiB.
+    messages = [bytes([number]) * (1 + 30_000 * number) for number in range(10)]
+
+    async def echo(message: bytes, _: Any) -> bytes:
+        return message
+
+    async with grpc_server(echo) as port:
+        sender = GrpcSender(HOST, port, "/echo/Echo", messages)
+        await sender.connect()
+        answers = await ask_all(sender.send, 120)
+        connections = 8
+        for number, answer in enumerate(answers):
+            assert answer == messages[number % 10], number
+        assert len(answers) > 10 * connections
+        sender.close()
+
+
+async def test_a_grpc_call_that_fails_has_no_answer() -> None:
+    async def refuse(_: bytes, context: Any) -> bytes:
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "busy")
+        return b""
+
+    async with grpc_server(refuse) as port:
+        sender = GrpcSender(HOST, port, "/echo/Echo", [b"message"])
+        await sender.connect()
+        assert await ask_all(sender.send, 3) == [None] * 3
+        hung = GrpcSender(HOST, port, "/echo/Other", [b"message"])
+        await hung.connect()
+        assert await ask_all(hung.send, 3) == [None] * 3
+        sender.close()
+        hung.close()
+
+
+# Arms --------------------------------------------------------------------------------------------
+
+
+def test_every_arm_asks_for_the_same_lists(registry: Path) -> None:
+    """What the servers get as table rows, the in-process path gets as ids; both mean the same."""
+    vocabulary = Registry(registry).open().vocabulary()
+    rows = payload.requests(payload.Known.of(vocabulary), 4)[0]
+    tensors = payload.tensors(rows)
+    asked = requests(rows, vocabulary)
+    histories = encode_histories(unpack([one.sequence for one in asked]), vocabulary, HISTORY)
+    for name in ("items", "categories", "behaviors", "lengths"):
+        assert np.array_equal(getattr(histories, name), tensors[name]), name
+    candidates = np.array([one.candidates for one in asked])
+    assert np.array_equal(vocabulary.item_rows_of(candidates), tensors["candidates"])
+
+
+def test_the_path_without_a_server_answers_under_load(registry: Path) -> None:
+    with running(NoServer("in-process"), registry, lists=4, workers=1) as up:
+        found = up.step(200, seconds=1.0, seed=1)
+    assert found.requests > 20
+    assert found.failed == 0
+    assert found.client_cpu_us > 0
+
+
+SCRIPT = """
+    from aiohttp import web
+    from infra.bench.serve.rivals.session import PORT, Ranker
+
+    ranker = Ranker()
+
+    async def rank(request):
+        answer = ranker.rank([await request.read()])[0]
+        return web.Response(body=answer{spoil})
+
+    app = web.Application()
+    app.router.add_post("/", rank)
+    web.run_app(app, host="127.0.0.1", port=PORT, print=None)
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Scripted(Arm):
+    """A small server with a rival's session."""
+
+    spoil: str = ""
+
+    def start(self, served: Served) -> subprocess.Popen[bytes]:
+        script = textwrap.dedent(SCRIPT).replace("{spoil}", self.spoil)
+        return spawn_server([sys.executable, "-c", script], served.folder, served.told())
+
+
+def test_a_server_is_measured_with_its_cpu(registry: Path) -> None:
+    with running(Scripted("scripted", "raw"), registry, lists=2, workers=1) as up:
+        found = up.step(100, seconds=1.0, seed=1)
+    assert found.failed == 0
+    assert found.server_cpu_us > 0
+
+
+def test_a_server_that_answers_with_other_scores_is_not_measured(registry: Path) -> None:
+    arm = Scripted("scripted", "raw", spoil="[4:] + bytes(4)")
+    with pytest.raises(ArmFailed, match="other scores"), running(arm, registry, lists=2, workers=1):
+        pass
+
+
+def test_a_server_that_does_not_start_says_why(registry: Path) -> None:
+    arm = Scripted("scripted", "raw", spoil="; raise SystemExit(")  # no Python
+    failed = pytest.raises(ArmFailed, match=r"ended with 1(.|\n)*SyntaxError")
+    with failed, running(arm, registry, lists=1, workers=1):
+        pass
+
+
+@pytest.mark.parametrize("lists", [1, 16])
+def test_rivals_compute_what_our_engine_does(registry: Path, lists: int) -> None:
+    from infra.bench.serve.rivals.session import Ranker
+
+    artefact = Registry(registry).open()
+    ranker = Ranker(str(artefact.path / artefact.manifest.graphs["rank"]))
+    first, second, *_ = payload.requests(payload.Known.of(artefact.vocabulary()), lists)
+    raw = payload.WIRES["raw"]
+    answers = ranker.rank([raw.write(first), raw.write(second)])
+    assert len(answers) == 2
+    np.testing.assert_allclose(raw.read(answers[0]), expected_scores(artefact, lists), atol=1e-4)
+
+
+def test_base64_says_what_raw_bytes_say() -> None:
+    rows = np.arange(2 * payload.ROW, dtype=np.int32).reshape(2, -1)
+    written = payload.WIRES["base64"].write(rows)
+    assert written.startswith(b'["')
+    assert base64.b64decode(written[2:-2]) == payload.WIRES["raw"].write(rows)
+
+
+def test_a_rival_that_cannot_be_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAILRACE_HOME", str(tmp_path))
+    with pytest.raises(CannotInstall, match=r"nobody cannot be installed: .*no-such-package"):
+        ensure("nobody", [f"{tmp_path}/no-such-package"])
+    assert not (tmp_path / "rivals" / "nobody" / "installed").exists()
