@@ -19,7 +19,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from compression.registry import ArtefactInvalid, Registry
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference.batcher import Batcher
@@ -138,6 +137,18 @@ class Plane:
             if not version.in_flight:
                 version.idle.set()
 
+    async def rehearse(
+        self, requests: Sequence[RankRequest], version: Version
+    ) -> list[RankedList | InferenceError]:
+        """Rank with a version that serves nobody yet, behind everything that somebody waits for: in the
+        thread that warms, so that what is wrong with the version is not held against a lane."""
+        warmed = next(iter(version.warmed.values()))
+        rank = partial(version.ranker.rank, warmed, list(requests), self._statistics)
+        try:
+            return await self._quietly(rank)
+        except InferenceError as error:
+            return [error] * len(requests)
+
     async def retire(self, version: Version, timeout_s: float = DRAIN_S) -> None:
         """Let a version finish what it has accepted, then free it. Nobody may ask it any more."""
         with contextlib.suppress(TimeoutError):
@@ -220,16 +231,7 @@ class Plane:
     # Loading -----------------------------------------------------------------------------------
 
     def _ranker(self, root: Path | str, alias: str, sha256: str | None) -> Ranker:
-        if sha256 is not None:
-            try:
-                found = Registry(root).manifest_sha256(alias)
-            except ArtefactInvalid as error:
-                raise ModelUnavailable(str(error)) from error
-            if sha256 != found:
-                raise ModelUnavailable(
-                    f"{alias}: announced with checksum {sha256[:12]}…, found {found[:12]}…"
-                )
-        return Ranker.open(root, alias, settings=self._settings, features=self._features)
+        return Ranker.open(root, alias, sha256=sha256, settings=self._settings, features=self._features)
 
     async def _quietly(self, work: Callable[[], A]) -> A:
         return await asyncio.get_running_loop().run_in_executor(self._quiet, work)

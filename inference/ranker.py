@@ -89,14 +89,15 @@ class Ranker:
         registry_root: str | Path,
         alias: str = "serving",
         *,
+        sha256: str | None = None,
         settings: InferenceSettings | None = None,
         features: FeatureSettings | None = None,
     ) -> Ranker:
-        """Verify, load and index. Raises `ModelUnavailable` with the reason. Takes seconds: not for the
-        event loop's thread."""
+        """Verify, load and index. `sha256` is the manifest's, where somebody promised one. Raises
+        `ModelUnavailable` with the reason. Takes seconds: not for the event loop's thread."""
         settings = settings or InferenceSettings()
         try:
-            artefact = Registry(registry_root).open(alias)
+            artefact = Registry(registry_root).open(alias, sha256=sha256)
             vocabulary, table = artefact.vocabulary(), artefact.item_table()
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error

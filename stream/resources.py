@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -19,6 +18,7 @@ from inference.admission.concurrency import ConcurrencyLimits
 from inference.admission.control import Admission
 from inference.admission.settings import AdmissionSettings
 from inference.admission.shared import CountedRate
+from inference.plane import Plane
 from inference.settings import InferenceSettings
 from stream.delivery import Backoff, Delivery
 from stream.feeder import Feeder, HandOver
@@ -54,7 +54,7 @@ class Resources:
         self.metrics = StreamMetrics()
         self.store = RedisStore(stream.redis_url, settings=features)
         self.statistics = ItemStatistics(self.store, settings=features)
-        self.model = ServingModel(Path(stream.registry), stream.alias, self.statistics, inference, features)
+        self.model = ServingModel(Plane(inference, features, self.statistics), stream, self.metrics)
         self.admission = admission_of(stream, admission or AdmissionSettings())
         self.load = LoadProbe(self.admission, self.metrics)
         backoff = Backoff(stream.retry_min_ms / 1000, stream.retry_max_ms / 1000)
@@ -173,6 +173,10 @@ class Resources:
         """What is in hand, in words. Callable from any thread."""
         records = self.feeder.in_flight if self.feeder else 0
         return f"{records} records in hand, which their next owner reads again"
+
+    def models(self) -> dict[str, object]:
+        """Which versions answer whom, and what comparing them has found."""
+        return self.model.describe()
 
     # Probes ------------------------------------------------------------------------------------
 
