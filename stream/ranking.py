@@ -410,7 +410,10 @@ class ServingModel:
         """Free everything. Nothing may be asked any more."""
         await self._end_shadow()
         self._arms = Arms()
-        await self.settled()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await self._versions.close()
 
     # Telling -----------------------------------------------------------------------------------

@@ -75,6 +75,7 @@ class Resources:
         self.http_port = 0
         self._runner: web.AppRunner | None = None
         self._loaded = False
+        self._frozen = False
 
     async def open(self) -> None:
         """Open everything but the tap; `tasks` starts consuming into `hand_over`."""
@@ -111,10 +112,12 @@ class Resources:
     async def load_model(self, announced: str | None = None, sha256: str | None = None) -> None:
         """Serve what the alias names now, checked against the announcement if there is one."""
         if await self.model.load(announced, sha256):
-            # What was frozen with the model before may be garbage by now.
-            gc.unfreeze()
-            gc.collect()
-            gc.freeze()
+            if not self._frozen:
+                # Once: a collection stops all threads for as long as it takes, and a version that is
+                # freed later is in no cycle that only a collection would find.
+                gc.collect()
+                gc.freeze()
+                self._frozen = True
             self.metrics.model.clear()
             self.metrics.model.labels(version=self.model.version, engine=self.model.engine).set(1)
 

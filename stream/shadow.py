@@ -115,4 +115,4 @@ class Shadow:
 
 def unhurried(requests: Iterable[RankRequest], deadline_s: float | None) -> list[RankRequest]:
     """The same requests behind everything that somebody waits for."""
-    return [replace(request, priority="low", deadline_s=deadline_s) for request in requests]
+    return [replace(request, priority="low", tier=0, deadline_s=deadline_s) for request in requests]
