@@ -65,6 +65,7 @@ def retrain(settings: RetrainSettings, progress: Progress = lambda step, fractio
     """Run every step. Nothing is published unless all before it went well."""
     clock = _Clock(progress)
     registry = Registry(settings.registry)
+    registry.check_publishing()
     with clock.step("read") as tell:
         log = read_log(settings.log, max_events=settings.max_events, progress=tell.fraction)
         vocabulary = encode_vocabulary(log, settings.recipe)

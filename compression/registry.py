@@ -1,19 +1,17 @@
 """Released models: a folder per version, a manifest with checksums, aliases replaced last.
 
-    versions/<version>/manifest.json and the files it names
-    aliases/<alias>.json               {"version", "manifest_sha256"}
+    versions/<version>/manifest.json, manifest.sig and the files the manifest names
+    aliases/<alias>.json               `compression.aliases`
 
-A reader never sees half a version: it is written elsewhere and renamed. Nothing is unpickled.
+A reader never sees half a version: it is written elsewhere and renamed. Nothing is unpickled. Every
+version that is opened has been checked against its signature (`compression.signing`) and checksums.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import re
 import shutil
-import stat
 import tempfile
 from io import BytesIO
 from pathlib import Path
@@ -23,7 +21,23 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compression.aliases import Aliases, AliasState, Release, check_name, is_name
+from compression.errors import ArtefactInvalid, ReleaseRefused
+from compression.files import fsync, read_plain, write_whole
+from compression.signing import MAX_SIGNATURE_BYTES, SIGNATURE, Signer, Trust
 from features.encoding import Vocabulary, VocabularyInvalid
+
+__all__ = [
+    "ITEM_TABLE",
+    "SERVING",
+    "VOCABULARY",
+    "Artefact",
+    "ArtefactInvalid",
+    "FileEntry",
+    "Manifest",
+    "ModelShape",
+    "Registry",
+]
 
 SERVING: Final = "serving"
 MAX_FILES: Final = 64
@@ -32,12 +46,6 @@ MAX_MANIFEST_BYTES: Final = 4 * 2**20
 MANIFEST: Final = "manifest.json"
 VOCABULARY: Final = "vocabulary.npz"
 ITEM_TABLE: Final = "item_table.npy"
-
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-class ArtefactInvalid(ValueError):
-    """A version that must not serve: missing, altered, cut short, or not what its manifest says."""
 
 
 class FileEntry(BaseModel):
@@ -103,12 +111,17 @@ class Artefact:
         entry = self.manifest.files.get(name)
         if entry is None:
             raise ArtefactInvalid(f"{self.version}: the manifest names no file {name!r}")
-        data = _read_plain(self.path / name, entry.bytes, self.version)
+        data = read_plain(self.path / name, entry.bytes, self.version)
         if len(data) != entry.bytes:
             raise ArtefactInvalid(f"{self.version}: {name} has {len(data)} bytes, not {entry.bytes}")
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise ArtefactInvalid(f"{self.version}: {name} is not the file that was published")
         return data
+
+    def read_all(self) -> None:
+        """Check every file."""
+        for name in self.manifest.files:
+            self.read(name)
 
     def vocabulary(self) -> Vocabulary:
         try:
@@ -135,16 +148,36 @@ class Artefact:
 
 
 class Registry:
-    """A folder of versions and aliases."""
+    """A folder of versions and aliases. What is trusted and who signs comes from the environment
+    (`compression.signing`) unless it is given."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, *, trust: Trust | None = None, signer: Signer | None = None) -> None:
         self.root = Path(root)
+        self._aliases = Aliases(self.root / "aliases")
+        self._trust = trust
+        self._signer = signer
+
+    # Publishing --------------------------------------------------------------------------------
+
+    def check_publishing(self) -> None:
+        """Refuse now what opening would refuse after an hour of training: no key, or one not trusted."""
+        trust, signer = self._trusted(), self._signs()
+        if not trust.required:
+            return
+        if signer is None:
+            raise ArtefactInvalid(
+                "only signed versions are used here, and TAILRACE_SIGNING_KEY names no key to sign with"
+            )
+        if signer.key_id not in trust.keys:
+            raise ArtefactInvalid(f"the signing key {signer.key_id[:16]} is not among those trusted here")
 
     def publish(self, staging: Path, manifest: Manifest) -> Manifest:
-        """Copy every file of `staging` in as `manifest.version`; all of it appears at once or not at all."""
+        """Copy every file of `staging` in as `manifest.version`, signed where there is a key to sign
+        with; all of it appears at once or not at all."""
         target = self._version_path(manifest.version)
         if target.exists():
             raise ArtefactInvalid(f"{manifest.version} is already published")
+        signer = self._signs()
         target.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=".publishing-", dir=target.parent))
         try:
@@ -158,25 +191,46 @@ class Registry:
             complete = manifest.model_copy(update={"files": files})
             _check_complete(complete)
             (work / MANIFEST).write_bytes(complete.to_bytes())
+            if signer is not None:
+                (work / SIGNATURE).write_bytes(signer.sign(complete.to_bytes()))
             for path in work.iterdir():
-                _fsync(path)
-            _fsync(work)
+                fsync(path)
+            fsync(work)
             work.chmod(0o755)
             work.rename(target)
-            _fsync(target.parent)
+            fsync(target.parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return complete
+
+    def sign(self, version: str) -> str:
+        """Vouch for a version that is there already: its files are checked, then its manifest is signed.
+        The id of the key."""
+        signer = self._signs()
+        if signer is None:
+            raise ArtefactInvalid("TAILRACE_SIGNING_KEY names no key to sign with")
+        data = self._manifest_bytes(version)
+        artefact = Artefact(self._version_path(version), _parse(data, version), _sha256(data))
+        artefact.read_all()
+        write_whole(artefact.path / SIGNATURE, signer.sign(data))
+        return signer.key_id
+
+    # Reading -----------------------------------------------------------------------------------
 
     def versions(self) -> list[str]:
         """Published versions, oldest name first."""
         folder = self.root / "versions"
         if not folder.is_dir():
             return []
-        return sorted(p.name for p in folder.iterdir() if _NAME.fullmatch(p.name) and p.is_dir())
+        return sorted(p.name for p in folder.iterdir() if is_name(p.name) and p.is_dir())
 
     def manifest(self, version: str) -> Manifest:
-        return self._read_manifest(version)[0]
+        """What a version says of itself, unchecked: for showing, not for serving."""
+        return _parse(self._manifest_bytes(version), version)
+
+    def signed_by(self, version: str) -> str | None:
+        """The trusted key that signed a version's manifest; None where it is unsigned and may be."""
+        return self._check_signature(version, self._manifest_bytes(version))
 
     def resolve(self, alias_or_version: str) -> str:
         """The version an alias stands for; a version stands for itself."""
@@ -184,83 +238,112 @@ class Registry:
 
     def manifest_sha256(self, version: str) -> str:
         """The checksum that an announcement of the version carries."""
-        return self._read_manifest(version)[1]
+        return self._release(version).manifest_sha256
 
-    def promote(self, version: str, alias: str = SERVING) -> None:
-        """Make the alias stand for a version, in one atomic step."""
-        _check_name(alias)
-        digest = self._read_manifest(version)[1]
-        folder = self.root / "aliases"
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=".promoting-", dir=folder)
-        work = Path(name)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump({"version": version, "manifest_sha256": digest}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            work.chmod(0o644)
-            work.replace(folder / f"{alias}.json")
-            _fsync(folder)
-        finally:
-            work.unlink(missing_ok=True)
-
-    def open(self, alias_or_version: str = SERVING) -> Artefact:
-        """A version whose every file has been verified, or `ArtefactInvalid` with the reason."""
-        version, promised = self._resolve(alias_or_version)
-        manifest, digest = self._read_manifest(version)
-        if promised is not None and promised != digest:
+    def open(self, alias_or_version: str = SERVING, *, sha256: str | None = None) -> Artefact:
+        """A version whose signature and every file have been verified, or `ArtefactInvalid` with the
+        reason. `sha256` is the manifest's, where somebody promised one."""
+        version, promoted = self._resolve(alias_or_version)
+        data = self._manifest_bytes(version)
+        digest = _sha256(data)
+        if promoted is not None and promoted != digest:
             raise ArtefactInvalid(f"{version}: the manifest is not the one that was promoted")
-        _check_complete(manifest)
-        artefact = Artefact(self._version_path(version), manifest, digest)
-        for name in manifest.files:
-            artefact.read(name)
+        if sha256 is not None and sha256 != digest:
+            raise ArtefactInvalid(f"{version}: announced with checksum {sha256[:12]}…, found {digest[:12]}…")
+        self._check_signature(version, data)
+        artefact = Artefact(self._version_path(version), _parse(data, version), digest)
+        artefact.read_all()
         return artefact
 
-    def _resolve(self, alias_or_version: str) -> tuple[str, str | None]:
-        _check_name(alias_or_version)
-        alias = self.root / "aliases" / f"{alias_or_version}.json"
-        if not alias.is_file():
-            if not self._version_path(alias_or_version).is_dir():
-                raise ArtefactInvalid(
-                    f"no version or alias {alias_or_version!r} in {self.root}; "
-                    "`tailrace retrain --log FILE` publishes one"
-                )
-            return alias_or_version, None
-        try:
-            entry = json.loads(_read_plain(alias, MAX_MANIFEST_BYTES, alias_or_version))
-            version, digest = entry["version"], entry["manifest_sha256"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ArtefactInvalid(f"alias {alias_or_version!r} cannot be read: {error}") from None
-        if not isinstance(version, str) or not isinstance(digest, str):
-            raise ArtefactInvalid(f"alias {alias_or_version!r} does not name a version")
-        _check_name(version)
-        return version, digest
+    # Stages ------------------------------------------------------------------------------------
 
-    def _read_manifest(self, version: str) -> tuple[Manifest, str]:
-        data = _read_plain(self._version_path(version) / MANIFEST, MAX_MANIFEST_BYTES, version)
-        try:
-            manifest = Manifest.model_validate_json(data)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ArtefactInvalid(f"{version}: manifest: {field}: {first['msg']}") from None
-        if manifest.version != version:
-            raise ArtefactInvalid(f"{version}: the manifest is of version {manifest.version}")
-        return manifest, hashlib.sha256(data).hexdigest()
+    def state(self, alias: str = SERVING) -> AliasState | None:
+        """Who serves, who is tried and who served before; None where nobody was promoted yet."""
+        return self._aliases.read(alias)
+
+    def promote(self, version: str, alias: str = SERVING) -> AliasState:
+        """Make the alias stand for a version, in one atomic step; the version before is kept in mind."""
+        release = self._release(version)
+        return self._aliases.change(
+            alias, lambda state: state.promoted(release) if state else AliasState(**release.model_dump())
+        )
+
+    def canary(self, version: str, percent: float, alias: str = SERVING) -> AliasState:
+        """Give a version a share of the alias's users."""
+        release = self._release(version)
+        return self._aliases.change(alias, lambda state: _promoted(state).with_canary(release, percent))
+
+    def shadow(self, version: str, percent: float, alias: str = SERVING) -> AliasState:
+        """Let a version rank a share of the alias's requests, for comparison only."""
+        release = self._release(version)
+        return self._aliases.change(alias, lambda state: _promoted(state).with_shadow(release, percent))
+
+    def retire(self, version: str, alias: str = SERVING) -> AliasState:
+        """End a version's time as canary or shadow."""
+        return self._aliases.change(alias, lambda state: _promoted(state).retired(version))
+
+    def rollback(self, alias: str = SERVING) -> AliasState:
+        """Let the version before serve again, all users."""
+        return self._aliases.change(alias, lambda state: _promoted(state).rolled_back())
+
+    # -------------------------------------------------------------------------------------------
+
+    def _resolve(self, alias_or_version: str) -> tuple[str, str | None]:
+        state = self._aliases.read(alias_or_version)
+        if state is not None:
+            return state.version, state.manifest_sha256
+        if not self._version_path(alias_or_version).is_dir():
+            raise ArtefactInvalid(
+                f"no version or alias {alias_or_version!r} in {self.root}; "
+                "`tailrace retrain --log FILE` publishes one"
+            )
+        return alias_or_version, None
+
+    def _release(self, version: str) -> Release:
+        data = self._manifest_bytes(version)
+        _parse(data, version)
+        return Release(version=version, manifest_sha256=_sha256(data))
+
+    def _manifest_bytes(self, version: str) -> bytes:
+        return read_plain(self._version_path(version) / MANIFEST, MAX_MANIFEST_BYTES, version)
+
+    def _check_signature(self, version: str, manifest: bytes) -> str | None:
+        path = self._version_path(version) / SIGNATURE
+        signature = read_plain(path, MAX_SIGNATURE_BYTES, version) if os.path.lexists(path) else None
+        return self._trusted().check(version, manifest, signature)
+
+    def _trusted(self) -> Trust:
+        return self._trust or Trust.from_environment()
+
+    def _signs(self) -> Signer | None:
+        return self._signer or Signer.from_environment()
 
     def _version_path(self, version: str) -> Path:
-        _check_name(version)
+        check_name(version)
         return self.root / "versions" / version
 
 
-def _check_name(name: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise ArtefactInvalid(f"{name!r} is not a version or alias: letters, digits, . _ - only")
+def _promoted(state: AliasState | None) -> AliasState:
+    if state is None:
+        raise ReleaseRefused("no version serves yet: `tailrace models promote VERSION` comes first")
+    return state
+
+
+def _parse(data: bytes, version: str) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ArtefactInvalid(f"{version}: manifest: {field}: {first['msg']}") from None
+    if manifest.version != version:
+        raise ArtefactInvalid(f"{version}: the manifest is of version {manifest.version}")
+    _check_complete(manifest)
+    return manifest
 
 
 def _check_file_name(name: str, version: str) -> None:
-    if not _NAME.fullmatch(name) or name == MANIFEST:
+    if not is_name(name) or name in (MANIFEST, SIGNATURE):
         raise ArtefactInvalid(f"{version}: {name!r} is not a plain file name")
 
 
@@ -277,27 +360,11 @@ def _check_complete(manifest: Manifest) -> None:
         raise ArtefactInvalid(f"{manifest.version}: no graph named {', '.join(sorted(missing))}")
 
 
-def _read_plain(path: Path, limit: int, version: str) -> bytes:
-    """At most `limit` + 1 bytes of a regular file: a link or a device is refused, not followed."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise ArtefactInvalid(f"{version}: {path.name} cannot be read: {error.strerror}") from None
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ArtefactInvalid(f"{version}: {path.name} is not a plain file")
-        return file.read(limit + 1)
-
-
 def _entry(path: Path) -> FileEntry:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return FileEntry(sha256=digest, bytes=path.stat().st_size)
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

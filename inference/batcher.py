@@ -452,13 +452,25 @@ class Batcher(Generic[T, R]):
             lane.finished(len(batch.entries), took_s)
             self.waiting.observe(len(batch.entries), batch.started_s - batch.entries[0][0].entered_s, took_s)
             if whole or 2 * len(again) > len(batch.entries):
-                self._failed(lane, f"failed at a batch of {len(batch.entries)}")
+                if elsewhere or not self._is_the_keys_fault(batch, lane):
+                    self._failed(lane, f"failed at a batch of {len(batch.entries)}")
             elif not again:
                 lane.succeeded()
+                lane.good_at = id(batch.key)
             if again:
                 self._again.append(_Batch(batch.key, again, (*batch.tried, lane)))
             self._dispatch()
         self._refresh_slow()
+
+    def _is_the_keys_fault(self, batch: _Batch[T, R], lane: Lane) -> bool:
+        """A batch that failed on every lane, each of which last did well with another key: a version that
+        is not well takes no lane from the others, and what it failed at before is forgiven."""
+        lanes = (*batch.tried, lane)
+        if any(tried.good_at in (0, id(batch.key)) for tried in lanes):
+            return False
+        for tried in batch.tried:
+            tried.failures = max(0, tried.failures - 1)
+        return True
 
     def _hung(self, lane: Lane, batch: _Batch[T, R]) -> None:
         """A batch that should have been answered long ago: others take it, the lane gets a new thread."""
@@ -619,29 +631,32 @@ def _answers(
 ) -> tuple[list[Any], int, bool]:
     """Run a batch, in the lane's thread; where the whole fails, in parts if told so. Also says how often
     again, and whether the whole failed."""
-    retries = 0
+    most = _MAX_RETRIES if in_parts else 0
+    answers, left, whole = _attempt(run, items, most)
+    return answers, most - left, whole
 
-    def attempt(part: list[Any]) -> tuple[list[Any], bool]:
-        nonlocal retries
-        try:
-            answers = list(run(part))
-        except (ModelUnavailable, DeadlineExceeded, Overloaded) as error:
-            return [error for _ in part], False
-        except Exception as error:
-            if isinstance(error, EngineFailed):
-                logger.warning("a batch of %d failed: %s", len(part), error)
-            else:
-                logger.exception("a batch of %d failed", len(part))
-            if in_parts and len(part) > 1 and retries + 2 <= _MAX_RETRIES:
-                retries += 2
-                half = len(part) // 2
-                first, second = attempt(part[:half]), attempt(part[half:])
-                return first[0] + second[0], first[1] and second[1]
-            return [EngineFailed(f"{type(error).__name__}: {error}") for _ in part], True
-        if len(answers) != len(part):
-            told = f"asked {len(part)} questions, got {len(answers)} answers"
-            return [EngineFailed(told) for _ in part], True
-        return answers, False
 
-    answers, whole = attempt(items)
-    return answers, retries, whole
+# Not a closure: one that calls itself is a cycle, which would keep each batch and its version alive.
+def _attempt(
+    run: Callable[[list[Any]], Sequence[Any]], part: list[Any], left: int
+) -> tuple[list[Any], int, bool]:
+    """Answers, how many more runs are left of `left`, and whether all of them failed."""
+    try:
+        answers = list(run(part))
+    except (ModelUnavailable, DeadlineExceeded, Overloaded) as error:
+        return [error for _ in part], left, False
+    except Exception as error:
+        if isinstance(error, EngineFailed):
+            logger.warning("a batch of %d failed: %s", len(part), error)
+        else:
+            logger.exception("a batch of %d failed", len(part))
+        if len(part) > 1 and left >= 2:
+            half = len(part) // 2
+            first, left, first_failed = _attempt(run, part[:half], left - 2)
+            second, left, second_failed = _attempt(run, part[half:], left)
+            return first + second, left, first_failed and second_failed
+        return [EngineFailed(f"{type(error).__name__}: {error}") for _ in part], left, True
+    if len(answers) != len(part):
+        told = f"asked {len(part)} questions, got {len(answers)} answers"
+        return [EngineFailed(told) for _ in part], left, True
+    return answers, left, False

@@ -55,6 +55,7 @@ class Lane:
     busy: bool = False
     free_at_s: float = 0.0  # when what runs now is predicted to be done
     failures: int = 0
+    good_at: int = 0  # the id of the key of the last batch that it answered; 0 before the first
     out: bool = False
     pause_s: float = _FIRST_PAUSE_S
     probed_s: float = 0.0

@@ -13,19 +13,20 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from compression.registry import ArtefactInvalid, Registry
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference.batcher import Batcher
 from inference.dispatcher import Lane
+from inference.engines.base import Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
+from inference.memory import give_back
 from inference.profile import LatencyProfile
 from inference.ranker import Ranker, Warmed
 from inference.settings import InferenceSettings
@@ -34,8 +35,11 @@ from inference.types import RankedList, RankRequest
 log = logging.getLogger(__name__)
 
 DRAIN_S: Final = 10.0
-# Loading and warming leave the processor to what serves.
+# Loading and warming leave the processor to what serves: a lower priority, and after each piece of work
+# a rest so many times as long, because two hardware threads of one core are slower than one.
 _NICENESS: Final = 10
+_REST: Final = 2.0
+_LONGEST_REST_S: Final = 0.5
 
 A = TypeVar("A")
 
@@ -77,6 +81,7 @@ class Plane:
         self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming", initializer=_leave_room)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
+        self._worked_s = 0.0  # when the quiet thread's last piece of work began
 
     @property
     def batcher(self) -> Batcher[RankRequest, RankedList]:
@@ -102,9 +107,7 @@ class Plane:
         try:
             for name, spec in self._specs.items():
                 try:
-                    version.warmed[name] = await self._quietly(
-                        partial(version.ranker.warm, spec.engine, spec.options, self._closing.is_set)
-                    )
+                    version.warmed[name] = await self._quietly(partial(self._warm, version, spec))
                 except ModelUnavailable as error:
                     if spec.engine != "remote":
                         raise
@@ -137,6 +140,18 @@ class Plane:
             version.in_flight -= 1
             if not version.in_flight:
                 version.idle.set()
+
+    async def rehearse(
+        self, requests: Sequence[RankRequest], version: Version
+    ) -> list[RankedList | InferenceError]:
+        """Rank with a version that serves nobody yet, behind everything that somebody waits for: in the
+        thread that warms, so that what is wrong with the version is not held against a lane."""
+        warmed = next(iter(version.warmed.values()))
+        rank = partial(version.ranker.rank, warmed, list(requests), self._statistics)
+        try:
+            return await self._quietly(rank)
+        except InferenceError as error:
+            return [error] * len(requests)
 
     async def retire(self, version: Version, timeout_s: float = DRAIN_S) -> None:
         """Let a version finish what it has accepted, then free it. Nobody may ask it any more."""
@@ -202,8 +217,7 @@ class Plane:
 
     async def _warm_spare(self, version: Version, spec: LaneSpec) -> None:
         try:
-            warm = partial(version.ranker.warm, spec.engine, spec.options, self._closing.is_set)
-            warmed = await self._quietly(warm)
+            warmed = await self._quietly(partial(self._warm, version, spec))
         except (ModelUnavailable, EngineFailed) as error:
             log.warning("No spare of %s for %s: %s", spec.name, version.version, error)
             return
@@ -220,19 +234,41 @@ class Plane:
     # Loading -----------------------------------------------------------------------------------
 
     def _ranker(self, root: Path | str, alias: str, sha256: str | None) -> Ranker:
-        if sha256 is not None:
-            try:
-                found = Registry(root).manifest_sha256(alias)
-            except ArtefactInvalid as error:
-                raise ModelUnavailable(str(error)) from error
-            if sha256 != found:
-                raise ModelUnavailable(
-                    f"{alias}: announced with checksum {sha256[:12]}…, found {found[:12]}…"
-                )
-        return Ranker.open(root, alias, settings=self._settings, features=self._features)
+        return Ranker.open(
+            root, alias, sha256=sha256, settings=self._settings, features=self._features, rest=self._rest
+        )
+
+    def _warm(self, version: Version, spec: LaneSpec) -> Warmed:
+        """One more engine. Its shapes cost what they cost its like: then each is run once, not timed."""
+        return version.ranker.warm(spec.engine, spec.options, self._rest, self._costs_s(version, spec))
+
+    def _costs_s(self, version: Version, spec: LaneSpec) -> Mapping[Shape, float]:
+        for other in (version, *self._versions):
+            if other.ranker.model != version.ranker.model:
+                continue
+            for name, warmed in list(other.warmed.items()):
+                if (self._specs[name].engine, self._specs[name].options) == (spec.engine, spec.options):
+                    return warmed.buckets.cost_s
+        return {}
+
+    def _rest(self) -> bool:
+        """Between two pieces of work of the quiet thread: leave room where somebody is served. True when
+        there is no need to go on."""
+        if self._versions:
+            worked_s = time.perf_counter() - self._worked_s
+            self._closing.wait(min(_REST * worked_s, _LONGEST_REST_S))
+        self._worked_s = time.perf_counter()
+        return self._closing.is_set()
 
     async def _quietly(self, work: Callable[[], A]) -> A:
-        return await asyncio.get_running_loop().run_in_executor(self._quiet, work)
+        return await asyncio.get_running_loop().run_in_executor(self._quiet, self._begun(work))
+
+    def _begun(self, work: Callable[[], A]) -> Callable[[], A]:
+        def begun() -> A:
+            self._worked_s = time.perf_counter()
+            return work()
+
+        return begun
 
     @staticmethod
     def _free(version: Version) -> None:
@@ -240,6 +276,7 @@ class Plane:
             warmed.close()
         version.warmed.clear()
         version.spares.clear()
+        give_back()
 
 
 def _leave_room() -> None:

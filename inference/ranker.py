@@ -10,7 +10,7 @@ called in the thread of the lane whose warmed engine it is given (`inference.pla
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -18,7 +18,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import Artefact, ArtefactInvalid, Registry
+from compression.registry import Artefact, ArtefactInvalid, ModelShape, Registry
 from features.candidates import SOURCES, Candidates, find_candidates
 from features.encoding import Vocabulary
 from features.sequence import SequenceBatch, unpack
@@ -101,15 +101,20 @@ class Ranker:
         registry_root: str | Path,
         alias: str = "serving",
         *,
+        sha256: str | None = None,
         settings: InferenceSettings | None = None,
         features: FeatureSettings | None = None,
+        rest: Callable[[], bool] = lambda: False,
     ) -> Ranker:
-        """Verify, load and index. Raises `ModelUnavailable` with the reason. Takes seconds: not for the
-        event loop's thread."""
+        """Verify, load and index, with a `rest` in between. `sha256` is the manifest's, where somebody
+        promised one. Raises `ModelUnavailable` with the reason, also when `rest` says that there is no
+        need to go on. Takes seconds: not for the event loop's thread."""
         settings = settings or InferenceSettings()
         try:
-            artefact = Registry(registry_root).open(alias)
+            artefact = Registry(registry_root).open(alias, sha256=sha256)
+            _go_on(rest)
             vocabulary, table = artefact.vocabulary(), artefact.item_table()
+            _go_on(rest)
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
         known = len(vocabulary.item_ids)
@@ -119,26 +124,34 @@ class Ranker:
             exact_until=settings.exact_until,
             probes=settings.probes,
         )
+        _go_on(rest)
         return cls(artefact, vocabulary, index, settings=settings, features=features or FeatureSettings())
+
+    @property
+    def model(self) -> ModelShape:
+        return self._model
 
     def warm(
         self,
         name: str = "auto",
         options: EngineOptions | None = None,
-        stop: Callable[[], bool] = lambda: False,
+        rest: Callable[[], bool] = lambda: False,
+        known_s: Mapping[Shape, float] | None = None,
     ) -> Warmed:
         """An engine with this version's graphs, every bucket run and what comes out checked; ready then.
 
-        Raises `ModelUnavailable` with the reason, also when `stop` says so between two shapes. Takes
-        seconds.
+        Between two shapes there is a `rest`, which may say that there is no need to go on. What shapes
+        cost is measured, unless it is `known_s` from an engine like this one. Raises `ModelUnavailable`
+        with the reason. Takes seconds.
         """
         engine = engines.create(name, options or EngineOptions())
         appends = self._appends and getattr(engine, "keeps_states", True)
         graphs: tuple[Graph, ...] = ("encode", "score", "append") if appends else ("encode", "score")
         engine.load(self._artefact, graphs)
         try:
-            costs_s = engine.warm_up(_until(stop, self.buckets.shapes(append=appends)))
-            warmed = Warmed(engine, self.buckets.with_costs(costs_s))
+            shapes = _resting(rest, self.buckets.shapes(append=appends))
+            costs_s = engine.warm_up(shapes, repeats=1) if known_s else engine.warm_up(shapes)
+            warmed = Warmed(engine, self.buckets.with_costs(known_s or costs_s))
             self.check(warmed)
         except EngineFailed as error:
             engine.close()
@@ -326,11 +339,15 @@ class _Stages:
         return self._ms
 
 
-def _until(stop: Callable[[], bool], shapes: Iterable[Shape]) -> Iterator[Shape]:
+def _resting(rest: Callable[[], bool], shapes: Iterable[Shape]) -> Iterator[Shape]:
     for shape in shapes:
-        if stop():
-            raise ModelUnavailable("not needed any more")
+        _go_on(rest)
         yield shape
+
+
+def _go_on(rest: Callable[[], bool]) -> None:
+    if rest():
+        raise ModelUnavailable("not needed any more")
 
 
 def _at_places(states: Tensors, places: Int64, cut: Cut, buckets: Buckets) -> Tensors:

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "synth": ("infra.commands.training", "A Taobao-format log with learnable structure."),
     "retrain": ("infra.commands.training", "Train, evaluate, export and publish a model."),
     "evaluate": ("infra.commands.training", "A model's accuracy on a log."),
+    "models": ("infra.commands.models", "Released versions: canary, promote, roll back, verify."),
     "bench": ("infra.bench.cli", "Measure; each prints a table."),
 }
 

@@ -13,9 +13,9 @@ from importlib.metadata import PackageNotFoundError
 
 import psutil
 
+from compression.home import home
 from infra.local import stack
 from infra.local.kafka import jars_dir, kafka_version
-from infra.local.paths import home
 from infra.local.server import is_free
 
 GIB = 2**30

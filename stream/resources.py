@@ -6,7 +6,6 @@ import asyncio
 import gc
 import logging
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 from aiohttp import web
@@ -19,6 +18,7 @@ from inference.admission.concurrency import ConcurrencyLimits
 from inference.admission.control import Admission
 from inference.admission.settings import AdmissionSettings
 from inference.admission.shared import CountedRate
+from inference.plane import Plane
 from inference.settings import InferenceSettings
 from stream.delivery import Backoff, Delivery
 from stream.feeder import Feeder, HandOver
@@ -54,7 +54,7 @@ class Resources:
         self.metrics = StreamMetrics()
         self.store = RedisStore(stream.redis_url, settings=features)
         self.statistics = ItemStatistics(self.store, settings=features)
-        self.model = ServingModel(Path(stream.registry), stream.alias, self.statistics, inference, features)
+        self.model = ServingModel(Plane(inference, features, self.statistics), stream, self.metrics)
         self.admission = admission_of(stream, admission or AdmissionSettings())
         self.load = LoadProbe(self.admission, self.metrics)
         backoff = Backoff(stream.retry_min_ms / 1000, stream.retry_max_ms / 1000)
@@ -75,6 +75,7 @@ class Resources:
         self.http_port = 0
         self._runner: web.AppRunner | None = None
         self._loaded = False
+        self._frozen = False
 
     async def open(self) -> None:
         """Open everything but the tap; `tasks` starts consuming into `hand_over`."""
@@ -111,10 +112,12 @@ class Resources:
     async def load_model(self, announced: str | None = None, sha256: str | None = None) -> None:
         """Serve what the alias names now, checked against the announcement if there is one."""
         if await self.model.load(announced, sha256):
-            # What was frozen with the model before may be garbage by now.
-            gc.unfreeze()
-            gc.collect()
-            gc.freeze()
+            if not self._frozen:
+                # Once: a collection stops all threads for as long as it takes, and a version that is
+                # freed later is in no cycle that only a collection would find.
+                gc.collect()
+                gc.freeze()
+                self._frozen = True
             self.metrics.model.clear()
             self.metrics.model.labels(version=self.model.version, engine=self.model.engine).set(1)
 
@@ -173,6 +176,10 @@ class Resources:
         """What is in hand, in words. Callable from any thread."""
         records = self.feeder.in_flight if self.feeder else 0
         return f"{records} records in hand, which their next owner reads again"
+
+    def models(self) -> dict[str, object]:
+        """Which versions answer whom, and what comparing them has found."""
+        return self.model.describe()
 
     # Probes ------------------------------------------------------------------------------------
 

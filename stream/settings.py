@@ -57,6 +57,12 @@ class StreamSettings(BaseSettings):
     click_deadline_ms: int = Field(default=2000, ge=1)
     """A click not ranked this long after it was read gets a degraded list at once."""
 
+    check_requests: int = Field(default=64, ge=0, le=10_000)
+    """So many recent requests a version has to rank before it serves; 0 asks for none."""
+
+    keep_previous: int = Field(default=1, ge=0, le=1)
+    """Versions before the serving one that stay open, so that a rollback takes effect at once."""
+
     commit_interval_ms: int = Field(default=500, ge=10)
     session_timeout_ms: int = Field(default=10_000, ge=6_000)
     drain_timeout_ms: int = Field(default=10_000, ge=0)

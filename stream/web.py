@@ -1,4 +1,4 @@
-"""/healthz, /readyz and /metrics of a worker, over aiohttp.
+"""/healthz, /readyz, /models and /metrics of a worker, over aiohttp.
 
 Health is progress, not a listening port: a worker that holds or knows of records and has answered
 none for `stall_ms` is not healthy, whatever its sockets say.
@@ -17,6 +17,7 @@ class Worker(Protocol):
 
     def health(self) -> dict[str, object]: ...
     async def readiness(self) -> dict[str, object]: ...
+    def models(self) -> dict[str, object]: ...
 
 
 async def serve(
@@ -32,12 +33,16 @@ async def serve(
         body = await worker.readiness()
         return web.json_response(body, status=200 if body["ready"] else 503)
 
+    async def models(_: web.Request) -> web.Response:
+        return web.json_response(worker.models())
+
     async def metrics(_: web.Request) -> web.Response:
         text = generate_latest(registry) + generate_latest(REGISTRY)
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
     app = web.Application(client_max_size=64 * 1024)
-    app.add_routes([web.get("/healthz", healthz), web.get("/readyz", readyz), web.get("/metrics", metrics)])
+    handlers = {"/healthz": healthz, "/readyz": readyz, "/models": models, "/metrics": metrics}
+    app.add_routes([web.get(path, handler) for path, handler in handlers.items()])
     runner = web.AppRunner(app, access_log=None, handle_signals=False)
     await runner.setup()
     await web.TCPSite(runner, host, port).start()

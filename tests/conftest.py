@@ -32,6 +32,10 @@ MakeTopics = Callable[..., dict[str, Topic]]
 StartWorker = Callable[..., LocalWorker]
 
 
+# A key that a developer of this checkout trusts is no key of the tests' registries.
+os.environ["TAILRACE_REQUIRE_SIGNATURE"] = "no"
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--brokers",

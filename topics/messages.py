@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_serializer
 
 MAX_ID = 2**63 - 1
 MAX_LIST = 1_000
@@ -19,6 +19,7 @@ BEHAVIORS: tuple[Behavior, ...] = ("pv", "cart", "fav", "buy")
 
 Source = Literal["retrieval", "transition", "recent", "category", "popular", "request"]
 Degradation = Literal["cached", "popular"]
+Stage = Literal["serving", "canary", "shadow", "retired", "rolled_back"]
 
 EntityId = Annotated[int, Field(ge=0, le=MAX_ID)]
 Label = Annotated[str, Field(min_length=1, max_length=128)]
@@ -100,10 +101,19 @@ class Recommendation(Message):
 
 
 class ModelReleased(Message):
-    """A version of the model has changed stage. The record key is the release alias."""
+    """A version of the model has changed stage. The record key is the release alias.
+
+    It says when to look; what serves is what the registry's alias says by then. `traffic_percent` is
+    the canary's share of users, or the shadow's of requests.
+    """
 
     version: Label
     uri: str
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="of the manifest")]
-    stage: Literal["canary", "serving", "retired"]
-    traffic_percent: Annotated[int, Field(ge=0, le=100)] = 100
+    stage: Stage
+    traffic_percent: Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)] = 100
+
+    @field_serializer("traffic_percent")
+    def _whole_where_it_is(self, percent: float) -> int | float:
+        # Readers from before there were fractions take whole numbers only.
+        return int(percent) if percent == int(percent) else percent

@@ -12,6 +12,7 @@ from infra.lazy_group import LazyGroup
 
 # name -> (module, one line for --help): benches that hold their own command.
 BENCHES = {
+    "swap": ("infra.bench.swap", "Versions swapped under load: failures, p99, memory."),
     "batching": ("infra.bench.batching", "Ways to wait for a fuller batch, compared under the same load."),
     "cache": ("infra.bench.cache", "What an ask costs when its history is known already."),
     "engines": (

@@ -186,13 +186,9 @@ commands: list[click.Command] = [synth, retrain, evaluate]
 
 
 def _announce(bootstrap: str, topic_suffix: str, done: Retrained) -> bool:
-    """Say on `model-releases` which version the alias now stands for. False, with a sentence on stderr,
-    when the broker cannot be reached: the version is promoted all the same."""
-    from kafka import KafkaProducer
-    from kafka.errors import KafkaError
-
-    from topics.catalog import RELEASES
-    from topics.codec import encode
+    """Say which version the alias now stands for. False, with a sentence on stderr, when the broker
+    cannot be reached: the version is promoted all the same."""
+    from infra.announce import announce
     from topics.messages import ModelReleased
 
     message = ModelReleased(
@@ -201,18 +197,10 @@ def _announce(bootstrap: str, topic_suffix: str, done: Retrained) -> bool:
         sha256=done.manifest_sha256,
         stage="serving",
     )
-    value, headers = encode(message)
-    try:
-        producer = KafkaProducer(bootstrap_servers=bootstrap.split(","), acks="all")
-        try:
-            key = str(done.alias).encode()
-            producer.send(RELEASES.name + topic_suffix, key=key, value=value, headers=headers).get(timeout=30)
-        finally:
-            producer.close(timeout=5)
-    except KafkaError as error:
-        click.echo(f"{bootstrap}: the release was not announced: {error}", err=True)
-        return False
-    return True
+    error = announce(bootstrap, topic_suffix, str(done.alias), [message])
+    if error is not None:
+        click.echo(error, err=True)
+    return error is None
 
 
 class _ProgressBar:

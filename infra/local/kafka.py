@@ -11,7 +11,8 @@ import tempfile
 import uuid
 from pathlib import Path
 
-from infra.local.paths import INFRA, home
+from compression.home import home
+from infra.local.paths import INFRA
 from infra.local.server import HOST, LocalServer, ServerFailed, free_port
 from topics.admin import TopicsUnavailable, ping
 

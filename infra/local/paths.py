@@ -1,20 +1,12 @@
-"""Where what we start keeps its files: `.tailrace/` in the checkout, or `$TAILRACE_HOME`."""
+"""Where what we start keeps its files, under `compression.home`."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
+from compression.home import home
+
 INFRA = Path(__file__).resolve().parent.parent
-
-
-def home() -> Path:
-    """The folder of local state; an installed package without a checkout uses the current directory."""
-    if given := os.environ.get("TAILRACE_HOME"):
-        return Path(given).resolve()
-    checkout = INFRA.parent
-    base = checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
-    return base / ".tailrace"
 
 
 def registry_dir() -> Path:

@@ -16,12 +16,13 @@ import urllib.request
 from pathlib import Path
 from typing import Final
 
+from compression.home import home
 from compression.registry import Artefact
 from inference.engines.base import GRAPHS
 from inference.oip.graph_specs import specs
 from inference.oip.models import TensorSpec
 from inference.types import Graph
-from infra.local.paths import INFRA, home
+from infra.local.paths import INFRA
 from infra.local.server import HOST, LocalServer, ServerFailed, free_port
 
 PACKAGES: Final = ("nvidia-pytriton==0.7.0", "tritonclient[grpc,http]==2.73.0", "onnxruntime==1.31.1")

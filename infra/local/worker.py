@@ -61,6 +61,10 @@ class LocalWorker(LocalServer):
         """What /healthz says; empty where nothing listens."""
         return self._probe("/healthz")
 
+    def models(self) -> dict[str, Any]:
+        """What /models says; empty where nothing listens."""
+        return self._probe("/models")
+
     def metric(self, name: str) -> float:
         """The sum of a metric over its labels, 0 where it has none yet."""
         with urllib.request.urlopen(f"http://{self.address}/metrics", timeout=5) as response:

@@ -1,4 +1,4 @@
-"""Releases: a version that begins to serve is loaded beside the one before it, then switched to."""
+"""Releases: whatever changes stage, the worker looks at what its alias says by now."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ def agent(loader: Loader, alias: str) -> Callable[[Any], Awaitable[None]]:
             except DecodeError as error:
                 log.warning("A release announcement cannot be read: %s", error)
                 continue
-            if release.stage == "serving":
-                await loader.load_model(release.version, release.sha256)
+            await loader.load_model(release.version, release.sha256)
 
     return releases

@@ -8,31 +8,13 @@ import sys
 import numpy as np
 import pytest
 
-from compression.registry import ArtefactInvalid, Manifest, Registry
-from features.encoding import Vocabulary
-
-
-def manifest(version="v1", **changes):
-    fields = {
-        "schema": 1,
-        "version": version,
-        "created_at": "2017-12-03T10:15:00+00:00",
-        "model": {"dim": 4, "item_rows": 5, "category_rows": 4},
-        "graphs": {"encode": "encode.onnx", "score": "score.onnx", "rank": "rank.onnx"},
-    }
-    return Manifest.model_validate(fields | changes)
+from compression.registry import ArtefactInvalid, Registry
+from tests.compression.versions import manifest, stage
 
 
 @pytest.fixture
 def staging(tmp_path):
-    folder = tmp_path / "staging"
-    folder.mkdir()
-    for graph in ("encode", "score", "rank"):
-        (folder / f"{graph}.onnx").write_bytes(graph.encode() * 1000)
-    ids = np.array([10, 20])
-    Vocabulary(ids, np.array([1, 1], np.int32), np.array([7]), 2, 2).save(folder / "vocabulary.npz")
-    np.save(folder / "item_table.npy", np.ones((5, 4), np.float32))
-    return folder
+    return stage(tmp_path / "staging")
 
 
 @pytest.fixture

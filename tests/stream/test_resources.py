@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from compression.aliases import AliasState
 from compression.registry import Registry
 from features.settings import FeatureSettings
 from inference.ranker import Ranker
@@ -28,7 +29,8 @@ async def test_a_version_no_library_can_read_is_not_served_and_the_worker_goes_o
     def breaks(*_, **__):
         raise RuntimeError("protobuf parsing failed")
 
-    monkeypatch.setattr(Registry, "resolve", lambda *_: "v2")
+    state = AliasState(version="v2", manifest_sha256="0" * 64)
+    monkeypatch.setattr(Registry, "state", lambda *_: state)
     monkeypatch.setattr(Ranker, "open", breaks)
     await resources.load_model("v2")
     assert resources.model.version is None

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal
 
-from infra.local.paths import home
+from compression.home import home
 
 Interpreter = Literal["ours", "system"]
 SYSTEM_PYTHON: Final = "/usr/bin/python3"
