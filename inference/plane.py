@@ -119,7 +119,7 @@ class Plane:
             raise
         if not self._versions:
             for name, warmed in version.warmed.items():
-                lanes[name].profile = LatencyProfile(warmed.cost_s())
+                lanes[name].profile = LatencyProfile(warmed.cost_s(self._settings.max_batch))
         version.cold_start_s = time.perf_counter() - started_s
         self._versions.append(version)
         for spec in {(spec.engine, spec.options): spec for spec in self._specs.values()}.values():

@@ -26,6 +26,7 @@ from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
+from inference.cost_model import CostModel
 from inference.encoder import Encoded, Encoder
 from inference.engines.base import Engine, EngineOptions, Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
@@ -55,10 +56,18 @@ class Warmed:
     def name(self) -> str:
         return self.engine.name
 
-    def cost_s(self) -> dict[int, float]:
-        """What the engine takes for the longest histories, by batch size: a lane's first guess."""
-        longest = self.buckets.histories[-1]
-        return {batch: self.buckets.cost(batch, longest) for batch in self.buckets.batches}
+    def cost_s(self, most: int) -> dict[int, float]:
+        """Seconds for the longest histories by batch size, powers of two up to the one that holds `most`: a
+        lane's first guess. Sizes that were not warmed are foreseen (`inference.cost_model`)."""
+        longest, width = self.buckets.histories[-1], self.buckets.candidates[0]
+        known = {batch: self.buckets.cost(batch, longest) for batch in self.buckets.batches}
+        if most > self.buckets.batches[-1] and self.buckets.cost_s:
+            foreseen = CostModel.fit(self.engine.model, self.buckets.cost_s)
+            size = 2 * self.buckets.batches[-1]
+            while size < 2 * most:
+                known[size] = foreseen.predict(size, longest, width)
+                size *= 2
+        return known
 
     def close(self) -> None:
         self.engine.close()
