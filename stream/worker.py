@@ -1,16 +1,10 @@
-"""Running a worker process, or several beside each other."""
+"""Running a worker process."""
 
 from __future__ import annotations
 
 import gc
-import logging
-import os
 import signal
-import subprocess
 import sys
-import time
-from dataclasses import dataclass
-from types import FrameType
 
 import uvloop
 
@@ -19,10 +13,6 @@ from inference.admission.settings import AdmissionSettings
 from inference.settings import InferenceSettings
 from stream.hard_stop import HardStop
 from stream.settings import StreamSettings
-
-log = logging.getLogger(__name__)
-
-RESTART_AFTER_S = 1.0
 
 
 def run(
@@ -79,55 +69,3 @@ def _tune() -> None:
     """
     gc.set_threshold(20_000, 50, 100)
     sys.setswitchinterval(0.0005)
-
-
-@dataclass(slots=True)
-class _Child:
-    arguments: list[str]
-    process: subprocess.Popen[bytes]
-    started_s: float
-
-
-def supervise(count: int, arguments: list[str], instance_id: str, http_port: int) -> int:
-    """`count` worker processes `<instance_id>-0…`, probes on ports from `http_port`; one that dies is
-    started again. Returns when SIGTERM or SIGINT has been passed on and all have drained."""
-    stopping = False
-
-    def stop(_: int, __: FrameType | None) -> None:
-        nonlocal stopping
-        stopping = True
-        for child in children:
-            if child.process.poll() is None:
-                child.process.send_signal(signal.SIGTERM)
-
-    children = [
-        _start(
-            [
-                *arguments,
-                "--instance-id",
-                f"{instance_id}-{number}",
-                "--http-port",
-                str(http_port + number if http_port else 0),
-            ]
-        )
-        for number in range(count)
-    ]
-    signal.signal(signal.SIGTERM, stop)
-    signal.signal(signal.SIGINT, stop)
-    while not stopping:
-        for position, child in enumerate(children):
-            code = child.process.poll()
-            if code is not None and not stopping:
-                log.warning("Worker process %d ended with %d and is started again", position, code)
-                time.sleep(max(0.0, RESTART_AFTER_S - (time.monotonic() - child.started_s)))
-                if not stopping:
-                    children[position] = _start(child.arguments)
-        time.sleep(0.2)
-    # Again: a child that was being started when the signal came has not had it.
-    stop(signal.SIGTERM, None)
-    return max(abs(child.process.wait()) for child in children)
-
-
-def _start(arguments: list[str]) -> _Child:
-    command = [sys.executable, "-m", "infra.cli", "worker", *arguments]
-    return _Child(arguments, subprocess.Popen(command, env=os.environ.copy()), time.monotonic())

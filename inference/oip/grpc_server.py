@@ -42,7 +42,7 @@ def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
         # And one that has gone without a word is noticed.
         "grpc.keepalive_time_ms": 60_000,
         "grpc.keepalive_timeout_ms": 10_000,
-        "grpc.so_reuseport": 0,
+        "grpc.so_reuseport": int(settings.reuse_port),
     }
     server = grpc.aio.server(
         options=list(limits.items()), maximum_concurrent_rpcs=settings.max_requests + _HEALTH_ROOM

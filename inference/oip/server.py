@@ -82,14 +82,14 @@ class InferenceServer:
         await self.close()
 
     async def start(self) -> Ports:
-        """Listen on every port. Raises `OSError` where one is taken."""
+        """Listen on every port, before or after loading. Raises `OSError` where one is taken."""
         settings = self.settings
         try:
             grpc_port = self._grpc.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
         except RuntimeError as error:
             raise OSError(f"gRPC cannot listen on {settings.host}:{settings.grpc_port}: {error}") from error
         await self._grpc.start()
-        http = await self._listen(self._rest, settings.host, settings.http_port)
+        http = await self._listen(self._rest, settings.host, settings.http_port, settings.reuse_port)
         admin_port = await self._listen(self._admin, settings.admin_host, settings.admin_port)
         self._refreshing = asyncio.create_task(self._refresh())
         self.ports = Ports(grpc_port, http, admin_port)
@@ -119,8 +119,8 @@ class InferenceServer:
         await self.versions.close()
         return idle
 
-    async def _listen(self, app: web.Application, host: str, port: int) -> int:
-        runner, port = await listen(app, host, port)
+    async def _listen(self, app: web.Application, host: str, port: int, reuse_port: bool = False) -> int:
+        runner, port = await listen(app, host, port, reuse_port=reuse_port)
         self._runners.append(runner)
         return port
 
@@ -134,7 +134,9 @@ class InferenceServer:
             await asyncio.sleep(_REFRESH_S)
 
 
-async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRunner, int]:
+async def listen(
+    app: web.Application, host: str, port: int, *, reuse_port: bool = False
+) -> tuple[web.AppRunner, int]:
     """Serve an application; the runner to clean up, and the port. A client that goes away cancels its
     handler."""
     runner = web.AppRunner(
@@ -142,7 +144,7 @@ async def listen(app: web.Application, host: str, port: int) -> tuple[web.AppRun
     )
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        await web.TCPSite(runner, host, port, reuse_port=reuse_port).start()
     except OSError:
         await runner.cleanup()
         raise

@@ -21,6 +21,9 @@ class ServeSettings(BaseSettings):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8002
 
+    reuse_port: bool = False
+    """Several processes listen on the same ports, and the system shares connections out among them."""
+
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 64 * 2**20
     max_json_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
     """The JSON part of a REST request: its numbers are parsed on the event loop."""

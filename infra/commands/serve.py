@@ -15,6 +15,8 @@ import click
 from pydantic import ValidationError
 
 from infra.commands import options
+from infra.local.server import is_free
+from infra.supervise import supervise
 
 _PORT = click.IntRange(0, 65535)
 
@@ -37,6 +39,13 @@ _PORT = click.IntRange(0, 65535)
 @click.option(
     "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
 )
+@click.option(
+    "--workers",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Processes on the same ports; each has an admin port of its own, the next ones from --admin-port.",
+)
 @click.option("--redis-url", default="", help="Where the workers keep what is popular.", show_default="none")
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
 def serve(
@@ -49,6 +58,7 @@ def serve(
     admin_host: str,
     admin_port: int,
     engine: str,
+    workers: int,
     redis_url: str,
     log_level: str,
 ) -> None:
@@ -62,6 +72,7 @@ def serve(
     \b
     tailrace serve
     tailrace serve --engine openvino --grpc-port 9001
+    tailrace serve --workers 4
     INFERENCE_LANES='onnx*2; openvino' tailrace serve --redis-url redis://localhost:6379/0
     curl localhost:8000/v2/models/tailrace-lists
     curl -H 'Content-Type: application/json' -d '{"version": "20260101T000000-a"}' localhost:8002/load
@@ -87,6 +98,20 @@ def serve(
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
     except ValidationError as error:
         raise click.ClickException(f"a setting is wrong: {error}") from error
+    if workers > 1:
+        ports = [grpc_port, http_port, *(admin_port + number for number in range(workers))]
+        taken = [port for port in ports if not is_free(port)]
+        if 0 in (grpc_port, http_port, admin_port) or taken:
+            why = f"{taken[0]} is taken" if taken else "0 would be another one for each"
+            raise click.ClickException(f"several processes need ports of their own: {why}")
+        arguments = [
+            *("--registry", str(registry), "--version", version, "--host", host, "--admin-host", admin_host),
+            *("--grpc-port", str(grpc_port), "--http-port", str(http_port), "--engine", engine),
+            *("--redis-url", redis_url, "--log-level", log_level),
+        ]
+        command = ["env", "SERVE_REUSE_PORT=true", sys.executable, "-m", "infra.cli", "serve", *arguments]
+        commands = [[*command, "--admin-port", str(admin_port + number)] for number in range(workers)]
+        raise SystemExit(supervise(commands))
     try:
         import grpc  # noqa: F401  # named here, so that its absence is a sentence
     except ModuleNotFoundError as error:
@@ -115,7 +140,8 @@ def serve(
             token=os.environ.get(TOKEN_VARIABLE, ""),
         )
         try:
-            ports = await server.start()
+            # One of several processes is not given connections before it can serve them.
+            ports = None if settings.reuse_port else await server.start()
             loading = asyncio.create_task(server.load(version))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
@@ -123,6 +149,7 @@ def serve(
                 loading.cancel()
                 return
             await loading
+            ports = ports or await server.start()
             # What was loaded stays: collections need not look at it.
             gc.collect()
             gc.freeze()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 from pathlib import Path
 
 import click
 from pydantic import ValidationError
 
 from infra.commands import options
+from infra.supervise import supervise
 
 
 @click.command()
@@ -74,7 +76,7 @@ def worker(
     from inference.admission.settings import AdmissionSettings
     from inference.settings import InferenceSettings
     from stream.settings import StreamSettings
-    from stream.worker import run, supervise
+    from stream.worker import run
 
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level != "DEBUG":
@@ -116,5 +118,13 @@ def worker(
             *("--topic-suffix", topic_suffix, "--http-host", http_host, "--trigger", trigger),
             *("--k", str(k), "--engine", engine, "--log-level", log_level),
         ]
-        raise SystemExit(supervise(workers, arguments, instance_id, http_port))
+        command = [sys.executable, "-m", "infra.cli", "worker", *arguments]
+        commands = [
+            [
+                *(*command, "--instance-id", f"{instance_id}-{number}"),
+                *("--http-port", str(http_port + number if http_port else 0)),
+            ]
+            for number in range(workers)
+        ]
+        raise SystemExit(supervise(commands))
     run(stream, features, inference, admission, log_level=log_level)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from inference.oip.client import Client
+from infra.local.server import free_port, is_free
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["--grpc-port", "0", "--http-port", "0", "--admin-port", "0", "--engine", "onnx"]
@@ -102,3 +103,38 @@ def test_a_taken_port_is_a_sentence(registry: Path, port: str) -> None:
     assert process.returncode == 1
     assert taken in errors
     assert "Traceback" not in errors
+
+
+def test_several_processes_share_the_ports_and_drain_together(registry: Path) -> None:
+    grpc_port, http_port = free_port(), free_port()
+    admin_port = next(port for port in range(free_port(), 32_000) if is_free(port) and is_free(port + 1))
+    words = ["--grpc-port", grpc_port, "--http-port", http_port, "--admin-port", admin_port]
+    process = serve(registry, "--workers", "2", *map(str, words))
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline() for _ in range(2)]
+        assert all(f"gRPC 127.0.0.1:{grpc_port}" in line for line in lines), lines
+        assert {line.split("admin ")[1].split(";")[0] for line in lines} == {
+            f"127.0.0.1:{admin_port}",
+            f"127.0.0.1:{admin_port + 1}",
+        }
+
+        async def ask() -> bool:
+            async with Client(f"127.0.0.1:{grpc_port}") as client:
+                return await client.ready()
+
+        assert all(asyncio.run(ask()) for _ in range(8))
+        process.send_signal(signal.SIGTERM)
+        said, errors = process.communicate(timeout=30)
+        assert process.returncode == 0, errors
+        assert said.count("all were answered") == 2
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_several_processes_need_ports_that_are_named_and_free(registry: Path) -> None:
+    process = serve(registry, "--workers", "2")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "ports of their own" in errors

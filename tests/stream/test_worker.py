@@ -91,33 +91,6 @@ def test_sigterm_ends_a_worker_whose_broker_is_silent(silent_broker, tmp_path):
         assert "0 records in hand" in told
 
 
-SUPERVISOR = """
-import logging, subprocess, sys, time
-from stream import worker
-logging.basicConfig(level="INFO")
-lives = iter(["pass", "import time; time.sleep(3600)"])
-def start(arguments):
-    command = [sys.executable, "-c", next(lives)]
-    return worker._Child(arguments, subprocess.Popen(command), time.monotonic())
-worker._start = start
-sys.exit(worker.supervise(1, [], "test", 0))
-"""
-
-
-def test_a_worker_that_is_started_again_when_the_signal_comes_ends_too():
-    command = [sys.executable, "-c", SUPERVISOR]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True) as process:
-        try:
-            for told in process.stderr:
-                if b"is started again" in told:
-                    break
-            process.send_signal(signal.SIGTERM)
-            process.wait(10)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-
 def test_sigterm_ends_a_worker_whose_broker_has_gone_silent_since(parts, kafka, start_worker):
     running = start_worker(environment={"STREAM_DRAIN_TIMEOUT_MS": "1000", "STREAM_CLOSE_TIMEOUT_MS": "4000"})
     process = psutil.Process(running.pid)
