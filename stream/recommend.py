@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from features.statistics import ItemStatistics
 from features.store import Append, Appended, FeatureStore, StoreUnavailable, User
-from inference.admission.control import Admission, Ticket
+from inference.admission.control import Admission, Group, Ticket
 from inference.errors import DeadlineExceeded, InferenceError, Overloaded
 from inference.types import RankedList, RankRequest
 from stream.delivery import Record, Undeliverable
@@ -311,40 +311,54 @@ class RequestPath:
     async def _rank_and_deliver(
         self, unit: Unit, answers: list[Answer], asked: list[RankRequest], refused: Sequence[Record]
     ) -> None:
-        wait_ms = (_now() - unit.received_s) * 1000
-        outcomes = await self._rank(asked)
+        """Who is not admitted has a degraded list at once; the top tier does not wait for the others."""
+        now_s = _now()
+        wait_ms = (now_s - unit.received_s) * 1000
+        ticket = self._admission.admit(asked, now_s)
+        ranking = [self._rank_group(group, answers, wait_ms) for group in ticket.groups]
+        try:
+            if not (ticket.refused or refused) and len(ranking) == 1:
+                await ranking[0]
+                return
+            self._count_refused(asked, ticket)
+            shed = [self._fallback.answer(answers[at]) for at in ticket.refused]
+            async with asyncio.TaskGroup() as together:
+                for part in (*ranking, self._deliver(shed, refused)):
+                    together.create_task(part)
+        finally:
+            # Also those whose task was cancelled before it began.
+            for group in ticket.groups:
+                self._admission.finish(group, _now())
+
+    async def _rank_group(self, group: Group, answers: Sequence[Answer], wait_ms: float) -> None:
+        outcomes = await self._rank(group.requests)
+        self._admission.finish(group, _now(), outcomes)
+        self._count_late(group.requests, outcomes)
         finished = [
-            self._finish(answer, outcome, wait_ms) for answer, outcome in zip(answers, outcomes, strict=True)
+            self._finish(answers[at], outcome, wait_ms)
+            for at, outcome in zip(group.positions, outcomes, strict=True)
         ]
-        await self._deliver(finished, refused)
+        await self._deliver(finished, [])
 
     async def _rank(self, asked: Sequence[RankRequest]) -> Sequence[RankedList | InferenceError]:
-        if not asked:
-            return []
         started_s = _now()
-        ticket = self._admission.admit(asked, started_s)
-        ranked: Sequence[RankedList | InferenceError] = []
         try:
-            ranked = await self._ranking.rank(ticket.admitted) if ticket.admitted else []
+            return await self._ranking.rank(asked)
         except InferenceError as error:
-            ranked = [error] * len(ticket.admitted)
+            return [error] * len(asked)
         finally:
-            ended_s = _now()
-            self._admission.finish(ticket, ended_s, ranked)
-            self._metrics.rank_s.observe(ended_s - started_s)
-        self._count_shed(asked, ticket, ranked)
-        if not ticket.refused:
-            return ranked
-        rest = iter(ranked)
-        return [ticket.refused[at].error if at in ticket.refused else next(rest) for at in range(len(asked))]
+            self._metrics.rank_s.observe(_now() - started_s)
 
-    def _count_shed(
-        self, asked: Sequence[RankRequest], ticket: Ticket, ranked: Sequence[RankedList | InferenceError]
-    ) -> None:
+    def _count_refused(self, asked: Sequence[RankRequest], ticket: Ticket) -> None:
         names = self._admission.tiers.names
         for at, refusal in ticket.refused.items():
             self._metrics.shed.labels(reason=refusal.reason, tier=names[asked[at].tier]).inc()
-        for request, outcome in zip(ticket.admitted, ranked, strict=True):
+
+    def _count_late(
+        self, asked: Sequence[RankRequest], outcomes: Sequence[RankedList | InferenceError]
+    ) -> None:
+        names = self._admission.tiers.names
+        for request, outcome in zip(asked, outcomes, strict=True):
             if isinstance(outcome, (DeadlineExceeded, Overloaded)):
                 reason = "late" if isinstance(outcome, DeadlineExceeded) else "queue"
                 self._metrics.shed.labels(reason=reason, tier=names[request.tier]).inc()

@@ -9,8 +9,8 @@ full processors with short queues are what one pays for; it makes the rise slow.
 Levels, 0 the least, are what is shed first. The limit holds for all but the top tier, the lower a
 level the smaller its share, and is never cut below the floor. The top tier enters up to the ceiling.
 Only when it has more than the floor in hand by itself, the others are down to the floor or have nothing
-in hand, and lists still wait too long for an engine, is it limited too; then nobody else is let in while
-anything is in hand, and the top tier is the first to be let in again.
+in hand, and its own lists still wait too long for an engine, is it limited too; then nobody else is let
+in while anything is in hand, and the top tier is the first to be let in again.
 
 What a busy event loop adds to a list's way to the engine and back is no waiting for an engine, and
 ranking less would not shorten it: it is taken off.
@@ -68,9 +68,12 @@ class AdaptiveLimit:
         self._is_top = np.arange(levels) >= lower
         self._limit = self._top = self._ceiling
         self._caps = self._new_caps()
-        self._lower_in_flight = 0
-        self._peak = self._lower_peak = self._top_peak = 0
-        self._waited_s, self._waited = 0.0, 0
+        self._peak = 0
+        # Of the lower tiers, of the top one.
+        self._own = [0, 0]
+        self._own_peaks = [0, 0]
+        self._waited_s = [0.0, 0.0]
+        self._waited = [0, 0]
         self._lags_s = [0.0] * _LAG_SAMPLES
         self._rest_until_s = -math.inf
         self.in_flight = 0
@@ -93,51 +96,58 @@ class AdaptiveLimit:
         """Up to how many lists in hand each level is let in, [levels], rising."""
         return self._caps
 
-    def enter(self, lists: int, lower: int) -> None:
-        """So many lists are in hand now, `lower` of them below the top tier."""
+    def enter(self, lists: int, *, is_top: bool) -> None:
+        """So many lists are in hand now, of the top tier or of those below."""
         self.in_flight += lists
-        self._lower_in_flight += lower
+        self._own[is_top] += lists
         self._peak = max(self._peak, self.in_flight)
-        self._lower_peak = max(self._lower_peak, self._lower_in_flight)
-        self._top_peak = max(self._top_peak, self.in_flight - self._lower_in_flight)
+        self._own_peaks[is_top] = max(self._own_peaks[is_top], self._own[is_top])
 
-    def leave(self, lists: int, lower: int) -> None:
+    def leave(self, lists: int, *, is_top: bool) -> None:
         """And no longer."""
         self.in_flight -= lists
-        self._lower_in_flight -= lower
+        self._own[is_top] -= lists
 
-    def waited(self, queue_s: float, lists: int) -> None:
+    def waited(self, queue_s: float, lists: int, *, is_top: bool) -> None:
         """So long did lists wait for an engine that have now been answered."""
-        self._waited_s += queue_s * lists
-        self._waited += lists
+        self._waited_s[is_top] += queue_s * lists
+        self._waited[is_top] += lists
 
-    def update(self, now_s: float, *, oldest_s: float, lag_s: float, cpu: float) -> None:
-        """Many times a second. `oldest_s`: how long the oldest list in hand has waited beyond what
+    def update(
+        self, now_s: float, *, oldest_lower_s: float, oldest_top_s: float, lag_s: float, cpu: float
+    ) -> None:
+        """Many times a second. `oldest_…_s`: how long the oldest list in hand has waited beyond what
         ranking takes; `cpu`: the share of the processors in use, 0 to 1."""
         limits = self._limits
         self._lags_s = [*self._lags_s[1:], lag_s]
         lasting_s = min(self._lags_s)
-        queue_s = max(oldest_s, self._waited_s / self._waited if self._waited else 0.0)
-        queue_s -= _LOOP_TURNS * sum(self._lags_s) / _LAG_SAMPLES
+        crossing_s = _LOOP_TURNS * sum(self._lags_s) / _LAG_SAMPLES
+        lower_s, top_s = (
+            max(oldest_s, waited_s / max(1, lists)) - crossing_s
+            for oldest_s, waited_s, lists in zip(
+                (oldest_lower_s, oldest_top_s), self._waited_s, self._waited, strict=True
+            )
+        )
+        queue_s = max(lower_s, top_s)
         # How much longer than the targets is waited; at 1 a target is just met.
         queue, lag = queue_s * 1000 / limits.queue_target_ms, lasting_s * 1000 / limits.lag_target_ms
         pressure = max(queue, lag)
         if pressure > 1.0:
             if now_s >= self._rest_until_s:
-                self._cut(max(_CUT_MOST, 1.0 / pressure), by_queue=queue > 1.0)
+                self._cut(max(_CUT_MOST, 1.0 / pressure), top_waits=top_s * 1000 > limits.queue_target_ms)
                 self._rest_until_s = now_s + max(queue_s, lasting_s)
         elif pressure < _RISE_BELOW and self.is_limiting:
             busy = min(1.0, max(0.0, (cpu - limits.cpu_high) / (1.0 - limits.cpu_high)))
             self._rise(1.0 - 0.9 * busy)
         self._caps = self._new_caps()
-        self._waited_s, self._waited = 0.0, 0
-        self._peak, self._lower_peak = self.in_flight, self._lower_in_flight
-        self._top_peak = self.in_flight - self._lower_in_flight
+        self._waited_s, self._waited = [0.0, 0.0], [0, 0]
+        self._peak, self._own_peaks = self.in_flight, list(self._own)
 
-    def _cut(self, factor: float, *, by_queue: bool) -> None:
-        if self._limit > self._floor and self._lower_peak:
+    def _cut(self, factor: float, *, top_waits: bool) -> None:
+        lower_peak, top_peak = self._own_peaks
+        if self._limit > self._floor and lower_peak:
             self._limit = max(self._floor, min(self._limit, self._peak) * factor)
-        elif by_queue and self._top_peak > self._floor:
+        elif top_waits and top_peak > self._floor:
             self._limit = 1.0
             self._top = max(self._floor, min(self._top, self._peak) * factor)
 

@@ -46,12 +46,21 @@ class Refusal:
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """What came of one batch. `admitted` are in hand until `Admission.finish`; `refused` by position."""
+class Group:
+    """Admitted requests of one batch with their positions in it, in hand until `Admission.finish`: the
+    top tier's by themselves, since how long those wait is looked at by itself."""
 
     number: int
-    admitted: Sequence[RankRequest]
-    lower: int  # of the admitted, below the top tier
+    is_top: bool
+    positions: Sequence[int]
+    requests: Sequence[RankRequest]
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """What came of one batch: each of its positions is in one group or refused."""
+
+    groups: list[Group]
     refused: dict[int, Refusal]
 
 
@@ -67,31 +76,37 @@ class Admission:
         self._clients = ClientBuckets(settings.clients_kept) if self.tiers.any_client_limit else None
         self._any_rate = self.leases.any_limit or self._clients is not None
         self._numbers = count()
-        self._since_s: dict[int, float] = {}  # batches in hand, oldest first
+        # Groups in hand, oldest first: those of lower tiers, those of the top one.
+        self._since_s: tuple[dict[int, float], dict[int, float]] = ({}, {})
         self._fastest_s = self._fastest_before_s = 0.0
         self._fastest_from_s = 0.0
 
     def admit(self, requests: Sequence[RankRequest], now_s: float) -> Ticket:
-        """Let in whom there is room for. Each ticket must be finished, whatever becomes of it."""
-        number = next(self._numbers)
+        """Let in whom there is room for. Each group must be finished, whatever becomes of it."""
         refused = self._refuse(requests, now_s)
-        admitted = [r for at, r in enumerate(requests) if at not in refused] if refused else requests
         top = len(self.tiers) - 1
-        lower = sum(request.tier < top for request in admitted)
-        if admitted:
-            self.limit.enter(len(admitted), lower)
-            self._since_s[number] = now_s
-        return Ticket(number, admitted, lower, refused)
+        of_tier: tuple[list[int], list[int]] = ([], [])
+        for at, request in enumerate(requests):
+            if at not in refused:
+                of_tier[request.tier >= top].append(at)
+        groups = []
+        for is_top, positions in zip((False, True), of_tier, strict=True):
+            if positions:
+                number = next(self._numbers)
+                self.limit.enter(len(positions), is_top=is_top)
+                self._since_s[is_top][number] = now_s
+                groups.append(Group(number, is_top, positions, [requests[at] for at in positions]))
+        return Ticket(groups, refused)
 
     def finish(
-        self, ticket: Ticket, now_s: float, outcomes: Sequence[RankedList | InferenceError] = ()
+        self, group: Group, now_s: float, outcomes: Sequence[RankedList | InferenceError] = ()
     ) -> None:
-        """The admitted have these outcomes, or none, and are no longer in hand."""
-        if not ticket.admitted:
+        """The group has these outcomes, or none, and is no longer in hand. Once more does nothing."""
+        since_s = self._since_s[group.is_top].pop(group.number, None)
+        if since_s is None:
             return
-        took_s = now_s - self._since_s.pop(ticket.number)
-        self.limit.leave(len(ticket.admitted), ticket.lower)
-        took_ms, waited_ms, lists = took_s * 1000, 0.0, 0
+        self.limit.leave(len(group.requests), is_top=group.is_top)
+        took_ms, waited_ms, lists = (now_s - since_s) * 1000, 0.0, 0
         for outcome in outcomes:
             if isinstance(outcome, RankedList):
                 ranked_ms = outcome.timings_ms.get("rank", 0.0)
@@ -104,7 +119,7 @@ class Admission:
                 continue
             lists += 1
         if lists:
-            self.limit.waited(max(0.0, waited_ms / lists / 1000), lists)
+            self.limit.waited(max(0.0, waited_ms / lists / 1000), lists, is_top=group.is_top)
 
     def update(self, now_s: float, *, lag_s: float, cpu: float) -> None:
         """Adapt the limit; called many times a second. `lag_s`: how late the loop ran this call."""
@@ -112,8 +127,9 @@ class Admission:
             self._fastest_before_s, self._fastest_s = self._fastest_s, 0.0
             self._fastest_from_s = now_s
         if self._adaptive:
-            oldest_s = now_s - next(iter(self._since_s.values())) if self._since_s else 0.0
-            self.limit.update(now_s, oldest_s=max(0.0, oldest_s - self.fastest_s), lag_s=lag_s, cpu=cpu)
+            latest_s = now_s - self.fastest_s
+            lower_s, top_s = (latest_s - next(iter(since.values()), now_s) for since in self._since_s)
+            self.limit.update(now_s, oldest_lower_s=lower_s, oldest_top_s=top_s, lag_s=lag_s, cpu=cpu)
 
     @property
     def fastest_s(self) -> float:

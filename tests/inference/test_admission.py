@@ -184,13 +184,13 @@ async def test_of_a_tier_that_runs_dry_the_higher_priority_goes_first():
 def test_less_time_than_the_fastest_list_of_late_took_is_refused_and_old_news_is_forgotten():
     control = admission()
     slow = RankedList([1], [1.0], ["m"], "v1", "test", {"rank": 30.0})
-    control.finish(control.admit([request(1)], 0.0), 0.05, [slow])
+    control.finish(control.admit([request(1)], 0.0).groups[0], 0.05, [slow])
     soon, later = request(1, deadline_s=1.02), request(1, deadline_s=1.2)
     ticket = control.admit([soon, later], 1.0)
     assert [(at, refusal.reason) for at, refusal in ticket.refused.items()] == [(0, "deadline")]
     assert isinstance(ticket.refused[0].error, DeadlineExceeded)
-    assert list(ticket.admitted) == [later]
-    control.finish(ticket, 1.1)
+    assert [(group.positions, group.requests) for group in ticket.groups] == [([1], [later])]
+    control.finish(ticket.groups[0], 1.1)
     for now_s in (1.1, 2.2):
         control.update(now_s, lag_s=0.0, cpu=0.0)
     assert reasons(control, [request(1, deadline_s=3.01)], now_s=3.0) == {}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from inference.admission.concurrency import AdaptiveLimit, ConcurrencyLimits
-from inference.admission.control import Admission, Ticket
+from inference.admission.control import Admission, Group
 from inference.admission.settings import AdmissionSettings
 from inference.types import RankedList, RankRequest
 
@@ -35,20 +35,20 @@ def admission(limits: ConcurrencyLimits = LIMITS, **settings) -> Admission:
 class Engine:
     """One runner, batches of 32 in order of arrival: 8 ms and a quarter for each list, 2,000 lists/s."""
 
-    queue: deque[tuple[Ticket, RankRequest, float]] = field(default_factory=deque)
-    running: list[tuple[Ticket, RankRequest, float]] = field(default_factory=list)
+    queue: deque[tuple[Group, RankRequest, float]] = field(default_factory=deque)
+    running: list[tuple[Group, RankRequest, float]] = field(default_factory=list)
     until_s: float = 0.0
     started_s: float = 0.0
     slowness: float = 1.0
 
     capacity = 2_000
 
-    def step(self, now_s: float) -> list[tuple[Ticket, float, float]]:
-        """What is done by now: tickets with how long each list waited and how long it was ranked."""
+    def step(self, now_s: float) -> list[tuple[Group, float, float]]:
+        """What is done by now: groups with how long each list waited and how long it was ranked."""
         done = []
         if self.running and now_s >= self.until_s:
             run_s = self.until_s - self.started_s
-            done = [(ticket, self.started_s - since_s, run_s) for ticket, _, since_s in self.running]
+            done = [(group, self.started_s - since_s, run_s) for group, _, since_s in self.running]
             self.running = []
         if not self.running and self.queue:
             self.running = [self.queue.popleft() for _ in range(min(32, len(self.queue)))]
@@ -83,8 +83,8 @@ class Service:
         start_s = self.now_s
         for step in range(steps):
             self.now_s = start_s + step * 0.001
-            for ticket, queue_s, run_s in self.engine.step(self.now_s):
-                self._answer(ticket, queue_s, run_s)
+            for group, queue_s, run_s in self.engine.step(self.now_s):
+                self._answer(group, queue_s, run_s)
             if step % 5 == 0:
                 self._arrive(int(self.rng.poisson(rate * 0.005)), mix)
             if step % 50 == 0:
@@ -108,19 +108,32 @@ class Service:
         ticket = self.control.admit(requests, self.now_s)
         self.asked.update((request.tier, request.priority) for request in requests)
         self.shed.update((requests[at].tier, requests[at].priority) for at in ticket.refused)
-        self.missing[ticket.number] = len(ticket.admitted)
-        self.outcomes[ticket.number] = []
-        self.engine.queue.extend((ticket, request, self.now_s) for request in ticket.admitted)
+        for group in ticket.groups:
+            self.missing[group.number] = len(group.requests)
+            self.outcomes[group.number] = []
+            self.engine.queue.extend((group, request, self.now_s) for request in group.requests)
 
-    def _answer(self, ticket: Ticket, queue_s: float, run_s: float) -> None:
+    def _answer(self, group: Group, queue_s: float, run_s: float) -> None:
         timings_ms = {"queue": queue_s * 1000, "rank": run_s * 1000}
-        self.outcomes[ticket.number].append(RankedList([1], [1.0], ["m"], "v1", "test", timings_ms))
+        self.outcomes[group.number].append(RankedList([1], [1.0], ["m"], "v1", "test", timings_ms))
         self.ranked += 1
-        self.missing[ticket.number] -= 1
-        if not self.missing[ticket.number]:
-            for request in ticket.admitted:
+        self.missing[group.number] -= 1
+        if not self.missing[group.number]:
+            for request in group.requests:
                 self.waited_ms[request.tier].append(queue_s * 1000)
-            self.control.finish(ticket, self.now_s, self.outcomes.pop(ticket.number))
+            self.control.finish(group, self.now_s, self.outcomes.pop(group.number))
+
+
+def in_hand(limit: AdaptiveLimit, quarter: int) -> None:
+    """Four quarters more in hand, one of them the top tier's; or fewer."""
+    change, sign = (limit.enter, 1) if quarter > 0 else (limit.leave, -1)
+    change(sign * quarter, is_top=True)
+    change(sign * 3 * quarter, is_top=False)
+
+
+def update(limit: AdaptiveLimit, now_s: float, oldest_s: float = 0.0, **load: float) -> None:
+    load = {"lag_s": 0.0, "cpu": 0.0, **load}
+    limit.update(now_s, oldest_lower_s=oldest_s, oldest_top_s=oldest_s, **load)
 
 
 def test_below_capacity_nobody_is_shed():
@@ -217,15 +230,15 @@ def limit_after(*, lag_s: float = 0.0, cpu: float = 0.0, cut: bool = False, upda
     """Where a limit stands after as many updates, started at 100 lists if `cut`."""
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
     if cut:
-        limit.enter(200, 150)
-        limit.waited(2 * LIMITS.queue_target_ms / 1000, 200)
-        limit.update(0.0, oldest_s=0.0, lag_s=0.0, cpu=0.0)
-        limit.leave(200, 150)
+        in_hand(limit, 50)
+        limit.waited(2 * LIMITS.queue_target_ms / 1000, 200, is_top=False)
+        update(limit, 0.0, oldest_s=0.0, lag_s=0.0, cpu=0.0)
+        in_hand(limit, -50)
         assert limit.limit == 100
     if lag_s:
-        limit.enter(200, 150)
+        in_hand(limit, 50)
     for number in range(updates):
-        limit.update(1.0 + number * UPDATE_S, oldest_s=0.0, lag_s=lag_s, cpu=cpu)
+        update(limit, 1.0 + number * UPDATE_S, oldest_s=0.0, lag_s=lag_s, cpu=cpu)
     return limit.limit
 
 
@@ -234,18 +247,29 @@ def test_a_loop_that_lags_for_long_cuts_and_a_single_stall_does_not():
     assert limit_after(lag_s=1.0, updates=20) < CEILING
 
 
+def test_a_top_tier_that_is_served_first_is_not_limited_because_the_others_wait():
+    limit = AdaptiveLimit(LIMITS, levels=9, top=3)
+    in_hand(limit, 100)
+    for number in range(40):
+        limit.waited(0.005, 100, is_top=True)
+        limit.waited(0.500, 300, is_top=False)
+        limit.update(number, oldest_lower_s=0.6, oldest_top_s=0.005, lag_s=0.0, cpu=1.0)
+    assert limit.limit == LIMITS.floor
+    assert limit.top_limit == CEILING
+
+
 def test_what_the_loop_adds_to_a_lists_way_is_no_waiting_for_an_engine():
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
     for number in range(-3, 0):
-        limit.update(number * UPDATE_S, oldest_s=0.0, lag_s=0.045, cpu=1.0)
-    limit.enter(200, 150)
+        update(limit, number * UPDATE_S, lag_s=0.045, cpu=1.0)
+    in_hand(limit, 50)
     for number in range(20):
-        limit.waited(0.150, 200)
-        limit.update(number * UPDATE_S, oldest_s=0.15, lag_s=0.045, cpu=1.0)
+        limit.waited(0.150, 200, is_top=True)
+        update(limit, number * UPDATE_S, oldest_s=0.15, lag_s=0.045, cpu=1.0)
     assert not limit.is_limiting
     for number in range(20, 40):
-        limit.waited(0.200, 200)
-        limit.update(number * UPDATE_S, oldest_s=0.2, lag_s=0.045, cpu=1.0)
+        limit.waited(0.200, 200, is_top=True)
+        update(limit, number * UPDATE_S, oldest_s=0.2, lag_s=0.045, cpu=1.0)
     assert limit.is_limiting
 
 
@@ -265,21 +289,21 @@ def test_with_all_processors_busy_the_limit_rises_a_tenth_as_fast():
 
 def test_around_the_target_the_limit_stays_where_it_is():
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
-    limit.enter(200, 150)
-    limit.update(0.0, oldest_s=0.08, lag_s=0.0, cpu=0.0)
+    in_hand(limit, 50)
+    update(limit, 0.0, oldest_s=0.08, lag_s=0.0, cpu=0.0)
     for number, share in enumerate((0.75, 0.95, 0.8, 1.0)):
-        limit.waited(share * LIMITS.queue_target_ms / 1000, 10)
-        limit.update(1.0 + number, oldest_s=0.0, lag_s=0.0, cpu=0.0)
+        limit.waited(share * LIMITS.queue_target_ms / 1000, 10, is_top=False)
+        update(limit, 1.0 + number, oldest_s=0.0, lag_s=0.0, cpu=0.0)
         assert limit.limit == 100
 
 
 def test_a_cut_waits_for_the_answers_that_tell_what_the_one_before_did():
     limit = AdaptiveLimit(LIMITS, levels=9, top=3)
-    limit.enter(400, 300)
+    in_hand(limit, 100)
     for at_s in (0.0, 0.05, 0.1, 0.15):
-        limit.update(at_s, oldest_s=0.2, lag_s=0.0, cpu=0.0)
+        update(limit, at_s, oldest_s=0.2, lag_s=0.0, cpu=0.0)
         assert limit.limit == 200
-    limit.update(0.2, oldest_s=0.2, lag_s=0.0, cpu=0.0)
+    update(limit, 0.2, oldest_s=0.2, lag_s=0.0, cpu=0.0)
     assert limit.limit == 100
 
 
@@ -294,9 +318,9 @@ def test_the_ceiling_holds_for_everybody_and_the_highest_go_in_first(size):
     requests, ticket = tickets[-1]
     if size == 256:
         assert {requests[at].tier for at in ticket.refused} == {FREE, STANDARD}
-        assert sum(request.tier == PREMIUM for request in ticket.admitted) == 85
-    for _, ticket in tickets:
-        control.finish(ticket, 1.0)
+        assert [(group.is_top, len(group.requests)) for group in ticket.groups] == [(False, 15), (True, 85)]
+    for group in [group for _, ticket in tickets for group in ticket.groups] * 2:
+        control.finish(group, 1.0)
     assert control.limit.in_flight == 0
 
 
