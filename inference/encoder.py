@@ -65,7 +65,7 @@ class Encoder:
     ) -> Encoded:
         """`histories` are those of the requests, unpacked."""
         users, cache, longest = len(requests), self._cache, self._model.max_history
-        if not getattr(engine, "keeps_states", True):
+        if not engine.keeps_states:
             cache = None
         listed = 0 if cache is None else cache.listed
         encoded = Encoded(
