@@ -1,7 +1,7 @@
 """Histories to what candidates are scored with, by the least work that gives it.
 
-A history that the cache has whole is copied, one that has grown by a few events is copied and appended
-to where that is measured to be faster, and any other is encoded.
+A history that the cache has whole is copied once candidates need it, one that has grown by a few events is
+copied and appended to where that is measured to be faster, and any other is encoded.
 """
 
 from __future__ import annotations
