@@ -82,21 +82,26 @@ def amounts(model: ModelShape, shape: Shape, cache_bytes: int) -> tuple[float, .
     encode: every event becomes keys and values in each of L layers, and goes through attention and the
     feed-forward part in all but the last, where only the newest event asks: B·H·(2·L·d² + 2·(L−1)·d·f).
     score: every candidate goes through L layers of attention and feed-forward, without keys and values
-    of its own: B·C·2·L·d·f. rank: both.
+    of its own: B·C·2·L·d·f. rank: both. append: one event of its own through L layers: B·2·L·(d² + d·f).
     """
     batch, history, candidates = shape.batch, shape.history, shape.candidates
     dim, ffn, layers = model.dim, model.ffn, model.layers
     dense = attention = moved = tokens = 0
-    if shape.graph != "score":
+    if shape.graph in ("encode", "rank"):
         dense += batch * (history * 2 * (layers * dim**2 + (layers - 1) * dim * ffn) + 2 * dim * ffn)
         attention += batch * 2 * dim * history * ((layers - 1) * history + 1)
         moved += batch * history * dim * (4 + 2 * layers)
         tokens = batch * history
-    if shape.graph != "encode":
+    if shape.graph in ("score", "rank"):
         dense += batch * candidates * 2 * layers * dim * ffn
         attention += batch * candidates * 2 * layers * dim * (history + 1)
         moved += batch * dim * (2 * layers * history + 2 * candidates)
         tokens = max(tokens, batch * candidates)
+    if shape.graph == "append":
+        dense += batch * 2 * layers * dim * (dim + ffn)
+        attention += batch * 2 * layers * dim * (history + 1)
+        moved += batch * 2 * layers * history * dim
+        tokens = batch
     layer_bytes = 4 * tokens * (2 * dim + ffn + history)
     spilled = max(0, layer_bytes - cache_bytes)
     return 1.0, float(batch), float(dense), float(attention), float(moved), float(spilled)

@@ -6,7 +6,7 @@ the candidate alone, whatever stands beside it (`compression.model`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
@@ -83,4 +83,4 @@ class Derived:
         self.row_scores[users, :width] = scores[users, :width]
 
     def _columns(self) -> tuple[npt.NDArray[Any], ...]:
-        return tuple(getattr(self, field.name) for field in fields(self))
+        return (self.vectors, self.items, self.item_scores, self.has_retrieved, self.rows, self.row_scores)

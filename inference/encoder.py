@@ -1,7 +1,7 @@
 """Histories to what candidates are scored with, by the least work that gives it.
 
-A history that the cache has whole is copied, one that has grown by a few events is copied and appended
-to where that is measured to be faster, and any other is encoded.
+A history that the cache has whole is copied once candidates need it, one that has grown by a few events is
+copied and appended to where that is measured to be faster, and any other is encoded.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Encoder:
     ) -> Encoded:
         """`histories` are those of the requests, unpacked."""
         users, cache, longest = len(requests), self._cache, self._model.max_history
-        if not getattr(engine, "keeps_states", True):
+        if not engine.keeps_states:
             cache = None
         listed = 0 if cache is None else cache.listed
         encoded = Encoded(

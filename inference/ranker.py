@@ -154,7 +154,7 @@ class Ranker:
         with the reason. Takes seconds.
         """
         engine = engines.create(name, options or EngineOptions())
-        appends = self._appends and getattr(engine, "keeps_states", True)
+        appends = self._appends and engine.keeps_states
         graphs: tuple[Graph, ...] = ("encode", "score", "append") if appends else ("encode", "score")
         engine.load(self._artefact, graphs)
         try:

@@ -1,9 +1,9 @@
 """Encoded histories of active users, so that the same question is not computed twice.
 
 A history whose events are all known costs no encoding, no retrieval, and no scoring of the candidates it
-was scored with last; one that has grown by a few events costs those
-events alone (`append` in `compression.export`). What is kept is compared byte for byte with what is
-asked, so an answer never rests on a history that was trimmed, corrected or has aged since.
+was scored with last; one that has grown by a few events costs those events alone (`append` in
+`compression.export`). What is kept is compared byte for byte with what is asked, so an answer never
+rests on a history that was trimmed, corrected or has aged since.
 
 One cache belongs to one ranker, which is one released version: versions cannot mix. Slots are
 preallocated and bounded; the user asked for longest ago leaves first. The lock is held for bookkeeping

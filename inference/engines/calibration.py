@@ -51,11 +51,21 @@ def samples(artefact: Artefact, graph: Graph, *, batches: int = 32, seed: int = 
     found: list[Tensors] = []
     for history in np.linspace(1, longest, batches).astype(int).tolist():
         drawn = draw(vocabulary, users=8, history=history, candidates=50, rng=rng)
-        if graph == "score":
+        if graph in ("score", "append"):
             drawn |= encoder.run("encode", {name: drawn[name] for name in INPUTS["encode"]})
+        if graph == "append":
+            drawn |= _newest_apart(drawn)
         found.append({name: drawn[name] for name in INPUTS[graph]})
     encoder.close()
     return found
+
+
+def _newest_apart(drawn: Tensors) -> Tensors:
+    """The newest event of each history as the one to append to those before it."""
+    before = np.maximum(drawn["lengths"] - 1, 0)
+    columns = (name for name in INPUTS["encode"] if name != "lengths")
+    newest = {name: np.take_along_axis(drawn[name], before[:, None], 1) for name in columns}
+    return {**newest, "lengths": before}
 
 
 def _items(

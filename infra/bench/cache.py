@@ -5,9 +5,10 @@ in turn, and the CPU time of the process is taken. Statistics and histories are 
 vocabulary, popular items more often. Every list is made as in service: encode, retrieve, find candidates,
 score, select.
 
-    ask            the history is as it was
-    click          it has one event more, of 100 at most, so the one event is appended
-    click, full    100 events before and after: the window slides, and everything is encoded
+    ask               the history is as it was, and so are the candidates
+    ask, others       the history is as it was, other candidates are scored
+    click             it has one event more, of 100 at most, so the one event is appended
+    click, full       100 events before and after: the window slides, and everything is encoded
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from infra.commands import options
 GOAL: Final = 0.5
 USERS: Final = 256
 BATCHES: Final = (1, 32)
-WORKLOADS: Final = ("ask", "click", "click, full")
+WORKLOADS: Final = ("ask", "ask, others", "click", "click, full")
 _START_S: Final = 1_700_000_000
 _FIRST_EVENTS: Final = 60
 _SEEN_EVENTS: Final = 20_000
@@ -232,11 +233,20 @@ def _asks(world: _World, workload: str, rounds: int) -> Asks:
     def asks(number: int) -> list[RankRequest]:
         start, end = {
             "ask": (0, MAX_EVENTS),
+            "ask, others": (0, MAX_EVENTS),
             "click": (0, _FIRST_EVENTS + number),
             "click, full": (number, MAX_EVENTS + number),
         }[workload]
         header = bytes((NARROW, 1)) + pack_fence(1, 0, number)
-        return [RankRequest(user, header + made[user, start:end].tobytes()) for user in range(USERS)]
+        # What is excluded makes room for others: three items of the history, other ones each time.
+        first = MAX_EVENTS - 2 * number - 3
+        excluded = made["item"][:, first : first + (3 if workload == "ask, others" else 0)]
+        return [
+            RankRequest(
+                user, header + made[user, start:end].tobytes(), exclude=tuple(excluded[user].tolist())
+            )
+            for user in range(USERS)
+        ]
 
     return asks
 

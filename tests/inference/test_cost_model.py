@@ -96,6 +96,18 @@ def test_each_shape_is_foreseen_by_the_others() -> None:
     assert left_out(cost, {**measured, odd: 10 * measured[odd]})[odd] < 3 * measured[odd]
 
 
+def test_one_event_appended_is_far_less_work_than_its_history_encoded() -> None:
+    # Operations on weights and on states; nothing spills.
+    whole, one = (amounts(MODEL, Shape(graph, 8, 100, 0), CACHE_BYTES) for graph in ("encode", "append"))
+    assert one[2] * 20 < whole[2]
+    assert one[3] * 20 < whole[3]
+    assert one[5] == 0
+    measured = times() | {shape: 1e-6 * sum(one[:2]) for shape in [Shape("append", 8, 100, 0)]}
+    assert CostModel.fit(MODEL, measured).predict(8, 100, 50) == pytest.approx(
+        CostModel.fit(MODEL, times()).predict(8, 100, 50), rel=0.01
+    )
+
+
 def test_more_work_is_never_foreseen_to_cost_less() -> None:
     # Times that fall with size, as a disturbed warm-up may have them.
     measured = {shape: 1e-3 / (shape.batch * shape.history) for shape in Buckets().shapes()}

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from infra.bench.cache import WORKLOADS
 from infra.bench.cli import bench
 from infra.bench.dispatch import MAX_BATCH, measure
 
@@ -39,3 +40,18 @@ def test_an_arm_that_does_not_exist_is_named(registry: Path) -> None:
     ran = CliRunner().invoke(bench, ["serve", "--arms", "mosec,nobody", "--registry", str(registry)])
     assert ran.exit_code == 2
     assert "no arm is called 'nobody'" in ran.output
+
+
+def test_an_ask_whose_history_is_known_costs_half_at_most(registry: Path, tmp_path: Path) -> None:
+    file = tmp_path / "cache.json"
+    CliRunner().invoke(
+        bench,
+        ["cache", "--registry", str(registry), "--rounds", "2", "--json", str(file)],
+        catch_exceptions=False,
+    )
+    kept = json.loads(file.read_text())
+    assert kept["appends"] and kept["cache_users_at_most"] > kept["users"]
+    ratios = {(cost["workload"], cost["batch"]): cost["ratio"] for cost in kept["costs"]}
+    assert set(ratios) == {(name, batch) for name in WORKLOADS for batch in (1, 32)}
+    # The model of the tests is tiny, so encoding is a small part of a list; the promise is for a real one.
+    assert max(ratios["ask", 1], ratios["ask", 32]) < 0.8
