@@ -13,6 +13,7 @@ from infra.bench.serve.arms import ARMS, Arm, Rival
 from infra.bench.serve.running import ArmFailed, Running, running
 from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
 from infra.bench.serve.venvs import CannotInstall
+from infra.local.triton import PACKAGES as TRITON_PACKAGES
 
 LISTS: Final = (1, 16)
 WORKERS: Final = (1, 2)
@@ -61,13 +62,12 @@ def run(plan: Plan, arms: Sequence[Arm], say: Say) -> list[Outcome]:
     """Measure; an arm that cannot be had or fails is reported and left out of what follows."""
     outcomes = [Outcome(arm, lists) for lists in LISTS for arm in arms]
     for arm in arms:
-        if isinstance(arm, Rival):
-            say(f"{arm.name}: {', '.join(arm.requirements)}")
-            try:
-                arm.install()
-            except CannotInstall as error:
-                for outcome in outcomes:
-                    outcome.failure = str(error) if outcome.arm is arm else outcome.failure
+        say(f"{arm.name}: what it needs")
+        try:
+            arm.install()
+        except CannotInstall as error:
+            for outcome in outcomes:
+                outcome.failure = str(error) if outcome.arm is arm else outcome.failure
     for number in range(-1, plan.rounds):
         for outcome in outcomes:
             if outcome.failure:
@@ -149,7 +149,10 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             "rounds": plan.rounds,
             "seconds_per_step": plan.seconds,
             "seed": plan.seed,
-            "rivals": {arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
+            "rivals": {
+                "triton": list(TRITON_PACKAGES),
+                **{arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
+            },
             "ratios": ratios,
             "arms": [
                 {
