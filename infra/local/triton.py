@@ -76,11 +76,18 @@ class LocalTriton(LocalServer):
     name = "triton"
 
     def __init__(
-        self, data_dir: Path, artefact: Artefact, *, port: int | None = None, queue_delay_us: int = 500
+        self,
+        data_dir: Path,
+        artefact: Artefact,
+        *,
+        port: int | None = None,
+        queue_delay_us: int = 500,
+        instances: int = 1,
     ) -> None:
         super().__init__(data_dir, port=port)
         self._artefact = artefact
         self._queue_delay_us = queue_delay_us
+        self._instances = instances
         self._http_port = free_port()
 
     @property
@@ -128,7 +135,7 @@ class LocalTriton(LocalServer):
             'backend: "python"',
             f"max_batch_size: {MAX_BATCH}",
             f"dynamic_batching {{ max_queue_delay_microseconds: {self._queue_delay_us} }}",
-            "instance_group [ { kind: KIND_CPU count: 1 } ]",
+            f"instance_group [ {{ kind: KIND_CPU count: {self._instances} }} ]",
             *(_tensor("input", spec) for spec in inputs),
             *(_tensor("output", spec) for spec in outputs),
         ]

@@ -349,16 +349,16 @@ def test_rivals_compute_what_our_engine_does(registry: Path, lists: int) -> None
     ranker = Ranker(str(artefact.path / artefact.manifest.graphs["rank"]))
     first, second, *_ = payload.requests(payload.Known.of(artefact.vocabulary()), lists)
     raw = payload.WIRES["raw"]
-    answers = ranker.rank([raw.write(first), raw.write(second)])
+    answers = ranker.rank([raw.write(first, ""), raw.write(second, "")])
     assert len(answers) == 2
     np.testing.assert_allclose(raw.read(answers[0]), expected_scores(artefact, lists), atol=1e-4)
 
 
 def test_base64_says_what_raw_bytes_say() -> None:
     rows = np.arange(2 * payload.ROW, dtype=np.int32).reshape(2, -1)
-    written = payload.WIRES["base64"].write(rows)
+    written = payload.WIRES["base64"].write(rows, "")
     assert written.startswith(b'["')
-    assert base64.b64decode(written[2:-2]) == payload.WIRES["raw"].write(rows)
+    assert base64.b64decode(written[2:-2]) == payload.WIRES["raw"].write(rows, "")
 
 
 def test_a_rival_that_cannot_be_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from compression.registry import Artefact
 from infra.bench.serve.shape import MAX_LISTS
-from infra.bench.serve.venvs import Interpreter, ensure
+from infra.bench.serve.venvs import CannotInstall, ensure
 from infra.local.paths import INFRA
+from infra.local.server import ServerFailed
+from infra.local.triton import LocalTriton, ensure_triton
 
 WAIT_MS: Final = 2
 _ONNXRUNTIME: Final = "onnxruntime==1.31.1"
@@ -25,7 +28,7 @@ class Served:
     """What a server is started with: the released version, and how it is asked."""
 
     registry: Path
-    rank_graph: Path
+    artefact: Artefact
     lists: int
     workers: int
     port: int
@@ -34,7 +37,7 @@ class Served:
     def told(self) -> dict[str, str]:
         """What `rivals.session` reads from the environment."""
         return {
-            "RIVAL_MODEL": str(self.rank_graph),
+            "RIVAL_MODEL": str(self.artefact.path / self.artefact.manifest.graphs["rank"]),
             "RIVAL_PORT": str(self.port),
             "RIVAL_WORKERS": str(self.workers),
             "RIVAL_MAX_BATCH": str(max(1, MAX_LISTS // self.lists)),
@@ -44,11 +47,19 @@ class Served:
 
 @dataclass(frozen=True, slots=True)
 class Arm(ABC):
-    """One way to have lists ranked: its wire (`payload.WIRES`; none in process), and HTTP's path."""
+    """One way to have lists ranked: its wire (`payload.WIRES`; none in process), and HTTP's path or the
+    model's name."""
 
     name: str
     wire: str = ""
     path: str = "/"
+
+    def install(self) -> None:
+        """Fetch what is missing; minutes the first time. Raises `CannotInstall`."""
+        return
+
+    def target(self, served: Served) -> str:
+        return self.path
 
     @abstractmethod
     def start(self, served: Served) -> subprocess.Popen[bytes] | None:
@@ -60,15 +71,40 @@ class Rival(Arm):
     """A server script of `infra.bench.serve.rivals`, in an environment that holds the rival."""
 
     requirements: Sequence[str] = ()
-    interpreter: Interpreter = "ours"
 
-    def install(self) -> Path:
-        """Its interpreter; what is missing is installed. Raises `CannotInstall`."""
-        return ensure(self.name, self.requirements, self.interpreter)
+    def install(self) -> None:
+        self._python()
 
     def start(self, served: Served) -> subprocess.Popen[bytes]:
         module = f"infra.bench.serve.rivals.{self.name.replace('-', '_')}_server"
-        return spawn_server([str(self.install()), "-m", module], served.folder, served.told())
+        return spawn_server([str(self._python()), "-m", module], served.folder, served.told())
+
+    def _python(self) -> Path:
+        return ensure(self.name, self.requirements)
+
+
+@dataclass(frozen=True, slots=True)
+class Triton(Arm):
+    """Triton itself, our graphs in its Python backend: the wheel brings no other on the CPU."""
+
+    def install(self) -> None:
+        try:
+            ensure_triton()
+        except ServerFailed as error:
+            raise CannotInstall(str(error)) from error
+
+    def target(self, served: Served) -> str:
+        return f"tailrace-rank-{served.artefact.version}"
+
+    def start(self, served: Served) -> subprocess.Popen[bytes]:
+        server = LocalTriton(
+            served.folder,
+            served.artefact,
+            port=served.port,
+            queue_delay_us=1000 * WAIT_MS,
+            instances=served.workers,
+        )
+        return server.launch()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +132,9 @@ class NoServer(Arm):
 
 ARMS: Final[tuple[Arm, ...]] = (
     NoServer("in-process"),
-    OurServer("tailrace", "oip"),
+    OurServer("tailrace", "oip", "tailrace-rank"),
     Rival("mosec", "raw", "/inference", ("mosec==0.9.8", _ONNXRUNTIME, _NUMPY)),
-    Rival("triton", "triton", "", ("nvidia-pytriton==0.7.0", _ONNXRUNTIME, "numpy==1.26.4"), "system"),
+    Triton("triton", "triton"),
     Rival("litserve", "raw", "/predict", ("litserve==0.2.19", _ONNXRUNTIME, _NUMPY)),
     Rival("bentoml", "base64", "/rank", ("bentoml==1.4.40", _ONNXRUNTIME, _NUMPY)),
     Rival("ray-serve", "raw", "/", ("ray[serve]==2.60.0", _ONNXRUNTIME, _NUMPY)),

@@ -1,6 +1,6 @@
 """The load of arms with an address, a process of its own.
 
-python -m infra.bench.serve.load WIRE HOST PORT PATH LISTS ITEMS CATEGORIES; the last two as in
+python -m infra.bench.serve.load WIRE HOST PORT TARGET LISTS ITEMS CATEGORIES; the last two as in
 `payload.Known`. Reads steps and writes results as `driver` says.
 """
 
@@ -23,20 +23,21 @@ METHOD: Final = "/inference.GRPCInferenceService/ModelInfer"
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where an arm listens, and which of `payload.WIRES` it speaks; the path is HTTP's."""
+    """Where an arm listens, and which of `payload.WIRES` it speaks. The target is HTTP's path, or the
+    model's name."""
 
     wire: str
     host: str
     port: int
-    path: str = "/"
+    target: str
 
 
 async def connect(address: Address, known: payload.Known, lists: int) -> Sender:
     """A sender of the requests that all arms get; `OSError` where nobody listens."""
     wire = payload.WIRES[address.wire]
-    bodies = [wire.write(rows) for rows in payload.requests(known, lists)]
+    bodies = [wire.write(rows, address.target) for rows in payload.requests(known, lists)]
     if wire.content_type:
-        return HttpSender(address.host, address.port, address.path, bodies, wire.content_type)
+        return HttpSender(address.host, address.port, address.target, bodies, wire.content_type)
     grpc = GrpcSender(address.host, address.port, METHOD, bodies)
     await grpc.connect()
     return grpc
@@ -58,9 +59,9 @@ async def first_scores(
     return None if body is None else payload.WIRES[address.wire].read(body)
 
 
-async def main(wire: str, host: str, port: str, path: str, *numbers: str) -> None:
+async def main(wire: str, host: str, port: str, target: str, *numbers: str) -> None:
     lists, items, categories = map(int, numbers)
-    sender = await connect(Address(wire, host, int(port), path), payload.Known(items, categories), lists)
+    sender = await connect(Address(wire, host, int(port), target), payload.Known(items, categories), lists)
     await drive(sender, lists)
 
 

@@ -13,6 +13,7 @@ from infra.bench.serve.arms import ARMS, Arm, Rival
 from infra.bench.serve.running import ArmFailed, Running, running
 from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
 from infra.bench.serve.venvs import CannotInstall
+from infra.local.triton import PACKAGES as TRITON_PACKAGES
 
 LISTS: Final = (1, 16)
 WORKERS: Final = (1, 2)
@@ -21,6 +22,17 @@ _STRIDE: Final = 8
 _WARM_UP: Final = (100.0, 1.0)  # lists per second, seconds
 # Of a step while workers are chosen; what is reported comes from whole ones.
 _TUNING: Final = 0.6
+
+_SLOWER: Final = ("triton", "litserve", "bentoml", "ray-serve")
+_RIVALS: Final = (*_SLOWER, "mosec")
+# Name → which arm of ours, lists per request, over the best of which, and what the ratio should be.
+GOALS: Final = {
+    "gRPC, 1 list, over Triton, LitServe, BentoML, Ray Serve": ("tailrace", 1, _SLOWER, 1.0),
+    "gRPC, 1 list, over mosec": ("tailrace", 1, ("mosec",), 0.8),
+    "gRPC, 16 lists, over all": ("tailrace", 16, _RIVALS, 1.5),
+    "in process, 1 list, over all": ("in-process", 1, _RIVALS, 2.0),
+    "in process, 16 lists, over all": ("in-process", 16, _RIVALS, 2.0),
+}
 
 Say = Callable[[str], None]
 
@@ -61,13 +73,12 @@ def run(plan: Plan, arms: Sequence[Arm], say: Say) -> list[Outcome]:
     """Measure; an arm that cannot be had or fails is reported and left out of what follows."""
     outcomes = [Outcome(arm, lists) for lists in LISTS for arm in arms]
     for arm in arms:
-        if isinstance(arm, Rival):
-            say(f"{arm.name}: {', '.join(arm.requirements)}")
-            try:
-                arm.install()
-            except CannotInstall as error:
-                for outcome in outcomes:
-                    outcome.failure = str(error) if outcome.arm is arm else outcome.failure
+        say(f"{arm.name}: what it needs")
+        try:
+            arm.install()
+        except CannotInstall as error:
+            for outcome in outcomes:
+                outcome.failure = str(error) if outcome.arm is arm else outcome.failure
     for number in range(-1, plan.rounds):
         for outcome in outcomes:
             if outcome.failure:
@@ -133,8 +144,12 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
         if one.failure:
             report.note(f"{one.name}: not measured: {one.failure}")
     ratios = _ratios(outcomes)
-    for name, ratio in ratios.items():
-        report.note(f"{name}: {ratio:.2f}")
+    if ratios:
+        report.table(
+            "ours over theirs",
+            ["", "ratio", "goal"],
+            [[name, f"{ratio:.2f}", f"{goal:g}"] for name, (ratio, goal) in ratios.items()],
+        )
     report.note(
         f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
         "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
@@ -149,8 +164,11 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             "rounds": plan.rounds,
             "seconds_per_step": plan.seconds,
             "seed": plan.seed,
-            "rivals": {arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
-            "ratios": ratios,
+            "rivals": {
+                "triton": list(TRITON_PACKAGES),
+                **{arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
+            },
+            "ratios": {name: {"ratio": ratio, "goal": goal} for name, (ratio, goal) in ratios.items()},
             "arms": [
                 {
                     "arm": one.arm.name,
@@ -182,21 +200,12 @@ def _row(one: Outcome) -> list[str]:
     ]
 
 
-def _ratios(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Ours over theirs, wherever both were measured."""
+def _ratios(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, float]]:
+    """Ours over the best of theirs, and the goal for it, wherever both were measured."""
     found = {(one.arm.name, one.lists): one.goodput for one in outcomes if one.steps}
-    slower = ("triton", "litserve", "bentoml", "ray-serve")
-    rivals = (*slower, "mosec")
-    compared = {
-        "gRPC, 1 list: over the best of Triton, LitServe, BentoML, Ray Serve": ("tailrace", 1, slower),
-        "gRPC, 1 list: over mosec": ("tailrace", 1, ("mosec",)),
-        "gRPC, 16 lists: over the best rival": ("tailrace", 16, rivals),
-        "in process, 1 list: over the best rival": ("in-process", 1, rivals),
-        "in process, 16 lists: over the best rival": ("in-process", 16, rivals),
-    }
     ratios = {}
-    for name, (ours, lists, others) in compared.items():
+    for name, (ours, lists, others, goal) in GOALS.items():
         best = max((found.get((other, lists), 0.0) for other in others), default=0.0)
         if best and (ours, lists) in found:
-            ratios[name] = round(found[ours, lists] / best, 3)
+            ratios[name] = (round(found[ours, lists] / best, 3), goal)
     return ratios

@@ -16,7 +16,6 @@ from inference.types import Tensors
 from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 
 DIFFERENT: Final = 64
-MODEL_NAME: Final = "tailrace-rank"
 _SEED: Final = 5
 
 Int32 = npt.NDArray[np.int32]
@@ -63,17 +62,17 @@ def tensors(rows: Int32) -> Tensors:
 
 @dataclass(frozen=True, slots=True)
 class Wire:
-    """How a request [lists, ROW] is written, and its scores [lists, CANDIDATES] are read.
+    """How a request [lists, ROW] for a model is written, and its scores [lists, CANDIDATES] are read.
 
-    `content_type` is of HTTP; empty is gRPC.
+    `content_type` is of HTTP, where the path names the model; empty is gRPC.
     """
 
-    write: Callable[[Int32], bytes]
+    write: Callable[[Int32, str], bytes]
     read: Callable[[bytes], Float32]
     content_type: str = ""
 
 
-def _raw(rows: Int32) -> bytes:
+def _raw(rows: Int32, _: str = "") -> bytes:
     return rows.astype("<i4").tobytes()
 
 
@@ -81,7 +80,7 @@ def _raw_scores(answer: bytes) -> Float32:
     return np.frombuffer(answer, "<f4").reshape(-1, CANDIDATES)
 
 
-def _base64(rows: Int32) -> bytes:
+def _base64(rows: Int32, _: str) -> bytes:
     """A JSON array of one string."""
     return b'["' + base64.b64encode(_raw(rows)) + b'"]'
 
@@ -90,11 +89,11 @@ def _base64_scores(answer: bytes) -> Float32:
     return _raw_scores(base64.b64decode(answer.strip(b'[]"')))
 
 
-def _oip(rows: Int32, *, lengths: tuple[int, ...] = ()) -> bytes:
+def _oip(rows: Int32, model: str, *, lengths: tuple[int, ...] = ()) -> bytes:
     """An Open Inference Protocol `ModelInferRequest`; `lengths` are dimensions beside the batch's."""
     from inference.oip import open_inference_pb2 as messages
 
-    request = messages.ModelInferRequest(model_name=MODEL_NAME)
+    request = messages.ModelInferRequest(model_name=model)
     for name, array in tensors(rows).items():
         shape = (*array.shape, *lengths) if name == "lengths" else array.shape
         request.inputs.add(name=name, datatype="INT32", shape=shape)

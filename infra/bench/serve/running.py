@@ -22,7 +22,7 @@ from infra.bench.serve import payload
 from infra.bench.serve.arms import Arm, Served
 from infra.bench.serve.load import Address, first_scores
 from infra.bench.serve.search import Step
-from infra.local.server import HOST, free_port
+from infra.local.server import HOST, ServerFailed, free_port
 from infra.local.worker import spawn
 
 START_S: Final = 90.0
@@ -67,23 +67,26 @@ def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[R
     artefact = Registry(registry).open()
     served = Served(
         registry=registry,
-        rank_graph=artefact.path / artefact.manifest.graphs["rank"],
+        artefact=artefact,
         lists=lists,
         workers=workers,
         port=free_port(),
         folder=folder,
     )
-    server = arm.start(served)
+    try:
+        server = arm.start(served)
+    except ServerFailed as error:
+        raise ArmFailed(str(error)) from error
     load = None
     try:
         if server is None:
             arguments = ["infra.bench.serve.in_process", str(registry), str(workers), str(lists)]
         else:
-            address = Address(arm.wire, HOST, served.port, arm.path)
-            _wait(server, address, artefact, lists, folder / "server.log")
+            address = Address(arm.wire, HOST, served.port, arm.target(served))
+            _wait(server, address, artefact, lists, folder)
             arguments = [
                 "infra.bench.serve.load",
-                *(address.wire, address.host, str(address.port), address.path),
+                *(address.wire, address.host, str(address.port), address.target),
                 *map(str, (lists, *payload.Known.of(artefact.vocabulary()))),
             ]
         load = spawn(*arguments, folder=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -109,7 +112,7 @@ def expected_scores(artefact: Artefact, lists: int) -> payload.Float32:
 
 
 def _wait(
-    server: subprocess.Popen[bytes], address: Address, artefact: Artefact, lists: int, log: Path
+    server: subprocess.Popen[bytes], address: Address, artefact: Artefact, lists: int, folder: Path
 ) -> None:
     """Until the first request is answered, rightly."""
     expected = expected_scores(artefact, lists)
@@ -120,16 +123,17 @@ def _wait(
         if scores is not None:
             break
         if server.poll() is not None:
-            raise ArmFailed(f"ended with {server.returncode}{_tail(log)}")
+            raise ArmFailed(f"ended with {server.returncode}{_tail(folder)}")
         if time.monotonic() > deadline_s:
-            raise ArmFailed(f"no answer in {START_S:.0f} s{_tail(log)}")
+            raise ArmFailed(f"no answer in {START_S:.0f} s{_tail(folder)}")
         time.sleep(0.2)
     if scores.shape != expected.shape or np.abs(scores - expected).max() > TOLERANCE["f32"]:
         raise ArmFailed("answers with other scores than the model's")
 
 
-def _tail(log: Path, lines: int = 8) -> str:
-    return "".join(f"\n  {line}" for line in log.read_text(errors="replace").splitlines()[-lines:])
+def _tail(folder: Path, lines: int = 8) -> str:
+    said = [line for log in folder.rglob("*.log") for line in log.read_text(errors="replace").splitlines()]
+    return "".join(f"\n  {line}" for line in said[-lines:])
 
 
 def _tree(process: psutil.Process) -> list[psutil.Process]:

@@ -8,12 +8,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from compression.home import home
 
-Interpreter = Literal["ours", "system"]
-SYSTEM_PYTHON: Final = "/usr/bin/python3"
 _INSTALL_TIMEOUT_S: Final = 900
 
 
@@ -21,23 +19,20 @@ class CannotInstall(RuntimeError):
     """A rival that cannot be had here; the message says why."""
 
 
-def ensure(name: str, requirements: Sequence[str], interpreter: Interpreter = "ours") -> Path:
-    """The interpreter of an environment with exactly these requirements; minutes the first time.
+def ensure(name: str, requirements: Sequence[str]) -> Path:
+    """Its interpreter: ours, with exactly these requirements; minutes the first time.
 
     Raises `CannotInstall`.
     """
     folder = home() / "rivals" / name
     python = folder / "bin" / "python"
-    wanted = hashlib.sha256("\n".join([interpreter, *requirements]).encode()).hexdigest()
+    wanted = hashlib.sha256("\n".join(requirements).encode()).hexdigest()
     made = folder / "installed"
     if made.is_file() and made.read_text() == wanted and python.exists():
         return python
-    base = sys.executable if interpreter == "ours" else SYSTEM_PYTHON
-    if not Path(base).exists():
-        raise CannotInstall(f"{name} needs {base}, which is not here (Debian: python3-venv)")
     shutil.rmtree(folder, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    _run(name, [base, "-m", "venv", str(folder)])
+    _run(name, [sys.executable, "-m", "venv", str(folder)])
     _run(name, [str(python), "-m", "pip", "install", "--quiet", *requirements])
     made.write_text(wanted)
     return python
