@@ -81,7 +81,7 @@ class Plane:
         self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming", initializer=_leave_room)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
-        self._worked_s = 0.0  # when the quiet thread's last piece of work began
+        self._began_s = 0.0  # the quiet thread's own time when its last piece of work began
 
     @property
     def batcher(self) -> Batcher[RankRequest, RankedList]:
@@ -255,9 +255,10 @@ class Plane:
         """Between two pieces of work of the quiet thread: leave room where somebody is served. True when
         there is no need to go on."""
         if self._versions:
-            worked_s = time.perf_counter() - self._worked_s
+            # By what it had of the processor: waiting for others was a rest already.
+            worked_s = time.thread_time() - self._began_s
             self._closing.wait(min(_REST * worked_s, _LONGEST_REST_S))
-        self._worked_s = time.perf_counter()
+        self._began_s = time.thread_time()
         return self._closing.is_set()
 
     async def _quietly(self, work: Callable[[], A]) -> A:
@@ -265,7 +266,7 @@ class Plane:
 
     def _begun(self, work: Callable[[], A]) -> Callable[[], A]:
         def begun() -> A:
-            self._worked_s = time.perf_counter()
+            self._began_s = time.thread_time()
             return work()
 
         return begun

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import shutil
 import threading
+import time
 import weakref
 
 import pytest
@@ -144,11 +145,16 @@ async def test_only_opening_beside_a_version_that_serves_rests_in_between(plane,
     assert all(0 <= rest_s <= 0.5 for rest_s in rests)
 
 
-async def test_closing_in_the_middle_of_opening_does_not_wait_for_it(statistics, versions):
+async def test_closing_in_the_middle_of_opening_does_not_wait_for_it(statistics, versions, monkeypatch):
     root, first, second = versions
     plane = Plane(SETTINGS, FeatureSettings(), statistics)
     await plane.open(root, first)
+    resting = threading.Event()
+    monkeypatch.setattr(plane, "_rest", lambda: resting.set() or plane._closing.wait(30))
+    opening = asyncio.ensure_future(plane.open(root, second))
+    await asyncio.to_thread(resting.wait, 10)
+    began_s = time.monotonic()
     await plane.close()
-    assert plane._rest() is True
-    with pytest.raises((ModelUnavailable, RuntimeError)):
-        await plane.open(root, second)
+    with pytest.raises((ModelUnavailable, RuntimeError, asyncio.CancelledError)):
+        await opening
+    assert time.monotonic() - began_s < 10
