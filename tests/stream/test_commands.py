@@ -6,9 +6,9 @@ import pytest
 from click.testing import CliRunner
 from kafka.errors import KafkaTimeoutError
 
+from infra import supervise as processes_beside
 from infra.clients import BrokerUnavailable, Outgoing
 from infra.commands.worker import worker
-from stream import worker as worker_processes
 
 
 class FakeProducer:
@@ -52,7 +52,7 @@ def test_a_wrong_setting_stops_the_start_of_one_process_and_of_many(processes, m
     def nothing_starts(*_):
         raise AssertionError("started")
 
-    monkeypatch.setattr(worker_processes, "_start", nothing_starts)
+    monkeypatch.setattr(processes_beside, "_start", nothing_starts)
     answer = CliRunner().invoke(
         worker,
         ["--workers", processes, "--bootstrap", "x:1", "--redis-url", "redis://x"],
