@@ -19,11 +19,12 @@ from features.sequence import SequenceBatch, newest_events
 from inference import metrics
 from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
 from inference.derived import Derived
-from inference.engines.base import Engine, Precision
-from inference.types import RankRequest, Tensors
+from inference.engines.base import INPUTS, Engine, Precision
+from inference.types import Graph, RankRequest, Tensors
 from inference.user_cache import Found, UserCache
 
 Bool = npt.NDArray[np.bool_]
+Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
@@ -180,9 +181,30 @@ class Encoder:
         arrays = encode_histories(histories, self._vocabulary, longest)
         for cut in buckets.cuts(histories.lengths):
             inputs = _cut_out(arrays, cut)
-            outputs = engine.run("encode", inputs)
-            encoded.derived.vectors[users[cut.users]] = outputs["user_vector"][: len(cut.users)]
-            encoded.cuts.append((cut.among(users), {**outputs, "lengths": inputs["lengths"]}))
+            states = states_of(engine, inputs)
+            encoded.derived.vectors[users[cut.users]] = states["user_vector"][: len(cut.users)]
+            encoded.cuts.append((cut.among(users), states))
+
+
+def scoring(engine: Engine) -> Graph:
+    """The graph that scores on this engine: where keys and values are too heavy to bring back, the one that
+    takes histories as they are and encodes them again."""
+    return "score" if engine.keeps_states else "rank"
+
+
+def states_of(engine: Engine, inputs: Tensors) -> Tensors:
+    """Histories encoded: their user vectors, and what `scores_of` needs of them."""
+    if engine.keeps_states:
+        return {**engine.run("encode", inputs), "lengths": inputs["lengths"]}
+    return {**inputs, **engine.run_for("encode", inputs, ("user_vector",))}
+
+
+def scores_of(engine: Engine, states: Tensors, asked: Tensors) -> Float32:
+    """Scores of the candidates asked for after encoded histories."""
+    graph = scoring(engine)
+    inputs = {name: array for name, array in {**states, **asked}.items() if name in INPUTS[graph]}
+    scores: Float32 = engine.run(graph, inputs)["scores"]
+    return scores
 
 
 def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:

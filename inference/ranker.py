@@ -27,7 +27,7 @@ from features.statistics import ItemStatistics
 from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
 from inference.cost_model import CostModel
-from inference.encoder import Encoded, Encoder
+from inference.encoder import Encoded, Encoder, scores_of, scoring, states_of
 from inference.engines.base import Engine, EngineOptions, Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lookup import ItemLookup
@@ -155,11 +155,19 @@ class Ranker:
         """
         engine = engines.create(name, options or EngineOptions())
         appends = self._appends and engine.keeps_states
-        graphs: tuple[Graph, ...] = ("encode", "score", "append") if appends else ("encode", "score")
+        score = scoring(engine)
+        graphs: tuple[Graph, ...] = ("encode", score, "append") if appends else ("encode", score)
         engine.load(self._artefact, graphs)
         try:
-            shapes = _resting(rest, self.buckets.shapes(append=appends))
-            costs_s = engine.warm_up(shapes, repeats=1) if known_s else engine.warm_up(shapes)
+            shapes = (
+                shape._replace(graph=score) if shape.graph == "score" else shape
+                for shape in _resting(rest, self.buckets.shapes(append=appends))
+            )
+            measured_s = engine.warm_up(shapes, repeats=1) if known_s else engine.warm_up(shapes)
+            costs_s = {
+                shape._replace(graph="score") if shape.graph == score else shape: cost_s
+                for shape, cost_s in measured_s.items()
+            }
             warmed = Warmed(engine, self.buckets.with_costs(known_s or costs_s))
             self.check(warmed)
         except EngineFailed as error:
@@ -241,11 +249,11 @@ class Ranker:
                 width = fit(warmed.buckets.candidates, int(counts[users].min()) - column)
                 columns = slice(column, column + width)
                 inputs = _at_places(states, places, cut, warmed.buckets)
-                batch = len(inputs["lengths"])
-                asked = _padded(rows[users, columns], batch, width)
-                inputs["candidates"] = asked
-                inputs["candidate_categories"] = self._lookup.categories_of_rows(asked)
-                answer = warmed.engine.run("score", inputs)["scores"]
+                asked = _padded(rows[users, columns], len(inputs["lengths"]), width)
+                categories = self._lookup.categories_of_rows(asked)
+                answer = scores_of(
+                    warmed.engine, inputs, {"candidates": asked, "candidate_categories": categories}
+                )
                 filled = min(width, items.shape[1] - column)
                 scores[users, columns] = answer[: len(users), :filled]
                 column += width
@@ -318,10 +326,10 @@ class Ranker:
         }
         batch, width = buckets.batches[0], buckets.candidates[0]
         inputs = {name: pad_rows(array, batch) for name, array in inputs.items()}
-        states = engine.run("encode", inputs)
+        states = states_of(engine, inputs)
         candidates = np.resize(rows, (batch, width))
         asked = {"candidates": candidates, "candidate_categories": np.ones_like(candidates)}
-        scores = engine.run("score", {**states, "lengths": inputs["lengths"], **asked})["scores"]
+        scores = scores_of(engine, states, asked)
         if states["user_vector"].shape != (batch, self._model.dim) or scores.shape != (batch, width):
             raise ModelUnavailable(f"{self.version}: {warmed.name} answers with the wrong shape")
         if not (np.isfinite(states["user_vector"]).all() and np.isfinite(scores).all()):
