@@ -2,7 +2,8 @@
 
 python -m infra.bench.serve.in_process REGISTRY RUNNERS LISTS; steps and results as `driver` says. It
 does more than the servers do: it starts from packed histories and item ids, and ends with ordered
-lists; and it answers with "encode" and "score", which are the halves of the graph they run.
+lists; and it answers with "encode" and "score", which are the halves of the graph they run. The cache of
+encoded histories is off, as none of the others has one.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def requests(rows: npt.NDArray[np.int32], vocabulary: Vocabulary) -> list[RankRe
 
 async def main(registry: str, runners: int, lists: int) -> None:
     features = FeatureSettings()
-    settings = InferenceSettings(lanes=f"onnx*{runners}", spares=0, max_batch=MAX_LISTS)
+    # The load asks the same few requests again and again: with a cache it would compute nothing.
+    settings = InferenceSettings(lanes=f"onnx*{runners}", spares=0, max_batch=MAX_LISTS, cache_mb=0)
     plane = Plane(settings, features, ItemStatistics(MemoryStore(), settings=features))
     version = await plane.open(Path(registry), "serving")
     vocabulary = Registry(registry).open().vocabulary()
