@@ -144,7 +144,8 @@ class Batcher(Generic[T, R]):
         self._running: dict[int, _Batch[T, R]] = {}
         self._wake: asyncio.Handle | None = None
         self._wake_at = 0.0
-        self._alarm: asyncio.TimerHandle | None = None
+        self._alarm: asyncio.Handle | None = None
+        self._alarm_at = 0.0
         self._probes: set[asyncio.Future[None]] = set()
         self._pauses: set[asyncio.TimerHandle] = set()
         self._closing = False
@@ -570,9 +571,11 @@ class Batcher(Generic[T, R]):
 
     def _set_alarm(self, when_s: float) -> None:
         if self._alarm is not None:
-            if self._alarm.when() <= when_s:
+            if self._alarm_at <= when_s:
                 return
             self._alarm.cancel()
+        # Kept beside the handle: uvloop's has no time where that has passed.
+        self._alarm_at = when_s
         self._alarm = asyncio.get_running_loop().call_at(when_s, self._ring)
 
     def _ring(self) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import uvloop
 
 from inference.batcher import Batcher, BatcherLimits
 from inference.dispatcher import Lane
@@ -524,6 +525,20 @@ def test_what_the_queue_would_make_late_is_told_so_at_once() -> None:
         assert (await patient, await urgent) == ([990], [970])
 
     on_clock(story)
+
+
+def test_deadlines_that_have_passed_are_answered_on_the_loop_that_workers_run_on() -> None:
+    async def story() -> None:
+        lane = Lane("lane", lambda _, items: [item.number for item in items])
+        batcher: Batcher[Question, int] = Batcher([lane])
+        past_s = asyncio.get_running_loop().time() - 1
+        late = [batcher.submit([Question(number, deadline_s=past_s - number)]) for number in range(3)]
+        answers = await asyncio.gather(*late)
+        assert [type(answer) for (answer,) in answers] == [DeadlineExceeded] * 3
+        assert await batcher.drain()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.wait_for(story(), 10))
 
 
 @pytest.mark.parametrize("runners", [1, 3])
