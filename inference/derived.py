@@ -6,6 +6,7 @@ the candidate alone, whatever stands beside it (`compression.model`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -49,12 +50,8 @@ class Derived:
         """Memory of one user."""
         return sum(int(column.nbytes) for column in self._columns()) // max(1, len(self.vectors))
 
-    def of(self, users: Int64) -> Derived:
-        """A copy, of some users."""
-        return Derived(*(column[users] for column in self._columns()))
-
-    def put(self, users: Int64 | int, known: Derived, at: slice | int = slice(None)) -> None:
-        """Let users have what is known of others."""
+    def put(self, users: Int64 | int, known: Derived, at: Sequence[int] | int) -> None:
+        """Let users have what is known of others, at these places."""
         for column, theirs in zip(self._columns(), known._columns(), strict=True):
             column[users] = theirs[at]
 
@@ -69,7 +66,8 @@ class Derived:
             return scores, known
         same = rows[:, :width, None] == self.rows[:, None]
         known &= (same.any(axis=2) | (np.arange(width) >= counts[:, None])).all(axis=1)
-        scores[:, :width] = np.take_along_axis(self.row_scores, same.argmax(axis=2), 1)
+        if known.any():
+            scores[:, :width] = np.take_along_axis(self.row_scores, same.argmax(axis=2), 1)
         return scores, known
 
     def note_scores(self, users: Int64, rows: Int32, counts: Int64, scores: Float32) -> None:

@@ -124,7 +124,7 @@ class Encoder:
             same, grown, rest = _parts(buckets, encoded.histories.lengths, found)
             appends = _copy(cache, buckets, encoded, found, grown, "append", everybody)
             if len(same):
-                encoded.derived.put(same, cache.derived([found.slots[user] for user in same]))
+                encoded.derived.put(same, cache.derived, [found.slots[user] for user in same])
                 encoded.pending[same] = True
                 encoded.news[same] = False
         if appends:

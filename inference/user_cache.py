@@ -166,9 +166,10 @@ class UserCache:
             tensors[name] = copied
         return tensors
 
-    def derived(self, slots: Sequence[int]) -> Derived:
-        """A copy of what follows from whole histories."""
-        return self._derived.of(np.asarray(slots, np.int64))
+    @property
+    def derived(self) -> Derived:
+        """What follows from whole histories, by slot."""
+        return self._derived
 
     def keep(
         self,

@@ -360,7 +360,7 @@ def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> 
     """How many events are known of each history; their states are looked at."""
     with cache.find(users, histories, "f32") as found:
         states = cache.states([max(slot, 0) for slot in found.slots], len(users), 8)
-        vectors = cache.derived(found.slots).vectors
+        vectors = cache.derived.vectors[found.slots]
     for row, (one, known) in enumerate(zip(histories, found.known, strict=True)):
         items = np.frombuffer(one[1:], NARROW_EVENT)["item"][:known]
         assert (states["keys"][row, :, :, :known] == items[:, None] + 1).all()
