@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import click
 import numpy as np
@@ -29,7 +29,7 @@ from inference.plane import Plane
 from inference.settings import InferenceSettings
 from infra.bench import options as bench_options
 from infra.bench import report
-from infra.bench.in_process import capacity, prepare, run_on_uvloop, tune
+from infra.bench.in_process import prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
 from infra.commands import options
 from stream.delivery import Record
@@ -47,6 +47,10 @@ TIERS: Final = ("free", "standard", "premium")
 SHARES: Final = (0.5, 0.35, 0.15)
 LATE_S: Final = 0.005
 SETTLE_S: Final = 3.0
+TOPIC: Final = "recommendation-requests"
+CAPACITY_ASKS: Final = 12_800
+UNIT: Final = 64
+UNITS_AT_ONCE: Final = 8
 
 Float64 = npt.NDArray[np.float64]
 
@@ -58,7 +62,7 @@ class Asked:
     offset: int
     key: bytes
     value: bytes
-    topic: str = "recommendation-requests"
+    topic: str = TOPIC
     partition: int = 0
     headers: Sequence[tuple[str, bytes | None]] = ()
     timestamp: int = 0
@@ -178,16 +182,40 @@ async def measure(
     await worker.open(statistics)
     tune()
 
-    async def ask(group: Sequence[Any]) -> Any:
-        return await worker.model.rank(group)
-
-    most = await capacity(ask, requests, seconds=5.0)
+    most = await _capacity(worker, users.tolist(), deadline_ms)
     results = []
     for load in loads:
         asking = rng.choice(users, int(most * load * seconds)).tolist()
         results.append(await _one(worker, asking, tiers, load, most * load, deadline_ms, seconds, seed))
     await worker.close()
     return results, most
+
+
+async def _capacity(worker: Worker, users: Sequence[int], deadline_ms: int) -> float:
+    """Lists a second, decoding and replying included, when there is always something to read."""
+    records = _records([users[number % len(users)] for number in range(CAPACITY_ASKS)], 10_000)
+    worker.answers.expect(len(records))
+    loop = asyncio.get_running_loop()
+    room = asyncio.Semaphore(UNITS_AT_ONCE)
+    began_s = loop.time()
+    for first in range(0, len(records), UNIT):
+        await room.acquire()
+        unit = Unit(TOPIC, 1, records[first : first + UNIT], loop.time(), room.release)
+        await worker.path.requests(unit)
+    for _ in range(UNITS_AT_ONCE):
+        await room.acquire()
+    return int((~worker.answers.degraded).sum()) / (loop.time() - began_s)
+
+
+def _records(users: Sequence[int], deadline_ms: int) -> list[Asked]:
+    return [
+        Asked(
+            number,
+            record_key(user),
+            encode(RecommendRequest(request_id=str(number), user_id=user, deadline_ms=deadline_ms))[0],
+        )
+        for number, user in enumerate(users)
+    ]
 
 
 async def _one(
@@ -203,14 +231,7 @@ async def _one(
     loop = asyncio.get_running_loop()
     answers = worker.answers
     answers.expect(len(asking))
-    records = [
-        Asked(
-            number,
-            record_key(user),
-            encode(RecommendRequest(request_id=str(number), user_id=user, deadline_ms=deadline_ms))[0],
-        )
-        for number, user in enumerate(asking)
-    ]
+    records = _records(asking, deadline_ms)
     due_s = poisson(len(records), rate, seed)
     process = psutil.Process()
     memory: list[float] = []
@@ -221,9 +242,7 @@ async def _one(
         ready = int(np.searchsorted(due_s, now_s, side="right"))
         if ready > number:
             # What is due is handed over with the time at which it was due: waiting for us is waiting.
-            unit = Unit(
-                "recommendation-requests", 1, records[number:ready], began_s + float(due_s[number]), _nothing
-            )
+            unit = Unit(TOPIC, 1, records[number:ready], began_s + float(due_s[number]), _nothing)
             await worker.path.requests(unit)
             number = ready
         else:
