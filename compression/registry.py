@@ -101,6 +101,8 @@ class Artefact:
         self.path = path
         self.manifest = manifest
         self.manifest_sha256 = manifest_sha256
+        self.checked: set[str] = set()
+        """Graphs whose content has been looked at: `read` says that their bytes are still the same."""
 
     @property
     def version(self) -> str:

@@ -35,10 +35,11 @@ from inference.types import RankedList, RankRequest
 log = logging.getLogger(__name__)
 
 DRAIN_S: Final = 10.0
-# Loading and warming leave the processor to what serves: a lower priority, and after each piece of work
-# a rest so many times as long, because two hardware threads of one core are slower than one.
+# Opening a version leaves the processor to what serves. After each piece of work comes a rest so many
+# times as long. A low priority is only for long work without the interpreter's lock: a thread that holds
+# the lock and is not let on a processor keeps all others waiting (68 ms were seen at 350 lists/s).
 _NICENESS: Final = 10
-_REST: Final = 2.0
+_REST: Final = 4.0
 _LONGEST_REST_S: Final = 0.5
 
 A = TypeVar("A")
@@ -78,7 +79,8 @@ class Plane:
         self._specs = {spec.name: spec for spec in settings.lane_specs()}
         self._versions: list[Version] = []
         self._batcher: Batcher[RankRequest, RankedList] | None = None
-        self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming", initializer=_leave_room)
+        self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming")
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside", initializer=_leave_room)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
         self._began_s = 0.0  # the quiet thread's own time when its last piece of work began
@@ -172,7 +174,8 @@ class Plane:
         self._closing.set()
         for task in list(self._tasks):
             task.cancel()
-        self._quiet.shutdown(wait=False, cancel_futures=True)
+        for executor in (self._quiet, self._aside):
+            executor.shutdown(wait=False, cancel_futures=True)
         if self._batcher is not None:
             await self._batcher.drain(DRAIN_S)
         versions, self._versions = self._versions, []
@@ -235,7 +238,13 @@ class Plane:
 
     def _ranker(self, root: Path | str, alias: str, sha256: str | None) -> Ranker:
         return Ranker.open(
-            root, alias, sha256=sha256, settings=self._settings, features=self._features, rest=self._rest
+            root,
+            alias,
+            sha256=sha256,
+            settings=self._settings,
+            features=self._features,
+            rest=self._rest,
+            aside=lambda work: self._aside.submit(work).result(),
         )
 
     def _warm(self, version: Version, spec: LaneSpec) -> Warmed:

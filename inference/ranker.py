@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -114,24 +115,29 @@ class Ranker:
         settings: InferenceSettings | None = None,
         features: FeatureSettings | None = None,
         rest: Callable[[], bool] = lambda: False,
+        aside: Callable[[Callable[[], Any]], Any] = lambda work: work(),
     ) -> Ranker:
-        """Verify, load and index, with a `rest` in between. `sha256` is the manifest's, where somebody
-        promised one. Raises `ModelUnavailable` with the reason, also when `rest` says that there is no
-        need to go on. Takes seconds: not for the event loop's thread."""
+        """Verify, load and index, with a `rest` in between; what computes long without the interpreter's
+        lock is done `aside`. `sha256` is the manifest's, where somebody promised one. Raises
+        `ModelUnavailable` with the reason, also when `rest` says that there is no need to go on. Takes
+        seconds: not for the event loop's thread."""
         settings = settings or InferenceSettings()
         try:
-            artefact = Registry(registry_root).open(alias, sha256=sha256)
+            artefact: Artefact = aside(partial(Registry(registry_root).open, alias, sha256=sha256))
             _go_on(rest)
             vocabulary, table = artefact.vocabulary(), artefact.item_table()
             _go_on(rest)
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
         known = len(vocabulary.item_ids)
-        index = RetrievalIndex(
-            vocabulary.item_ids,
-            table[1 : 1 + known],
-            exact_until=settings.exact_until,
-            probes=settings.probes,
+        index: RetrievalIndex = aside(
+            partial(
+                RetrievalIndex,
+                vocabulary.item_ids,
+                table[1 : 1 + known],
+                exact_until=settings.exact_until,
+                probes=settings.probes,
+            )
         )
         _go_on(rest)
         return cls(artefact, vocabulary, index, settings=settings, features=features or FeatureSettings())

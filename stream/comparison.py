@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -84,7 +85,8 @@ class Comparison:
         return self._overlap / self.compared if self.compared else float("nan")
 
     def median_s(self) -> float:
-        return float(np.median(self.seconds)) if self.seconds else 0.0
+        # The standard library's: numpy's own imports more of numpy at its first call, on the event loop.
+        return statistics.median(self.seconds) if self.seconds else 0.0
 
     def figures(self) -> dict[str, float | int | None]:
         """For people and probes; None where nothing has been compared."""

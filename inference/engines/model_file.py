@@ -43,7 +43,10 @@ def read_graph(artefact: Artefact, graph: Graph) -> bytes:
         content = artefact.read(file)
     except ArtefactInvalid as error:
         raise ModelUnavailable(str(error)) from error
-    check_graph(content, graph, artefact.manifest.model)
+    # Once per version, not per engine: parsing holds the interpreter's lock for tens of milliseconds.
+    if graph not in artefact.checked:
+        check_graph(content, graph, artefact.manifest.model)
+        artefact.checked.add(graph)
     return content
 
 
