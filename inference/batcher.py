@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from inference import metrics
-from inference.dispatcher import SLOW, Dispatcher, Lane
+from inference.dispatcher import SLOW, Dispatcher, Lane, leave_room
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
 from inference.metrics import BatcherCounts
 from inference.types import Priority
@@ -39,6 +39,9 @@ _MAX_RETRIES: Final = 16
 # A lane that has become slow, and is not asked for it, is probed this often.
 _PROBE_EVERY_S: Final = 1.0
 _TIERS: Final = 16
+_LAST: Final = 3 * _TIERS
+# While more waits than can be ranked, a lane is left to the highest level that came within this time.
+_RESERVED_FOR_S: Final = 1.0
 _RANK: Final[dict[Priority, int]] = {"high": 0, "normal": _TIERS, "low": 2 * _TIERS}
 
 
@@ -114,6 +117,8 @@ class _Batch(Generic[T, R]):
     key: Hashable
     entries: list[_Entry[T, R]]
     tried: tuple[Lane, ...] = ()
+    level: int = 0
+    aside: bool = False
     started_s: float = 0.0
     watch: asyncio.TimerHandle | None = None
 
@@ -139,6 +144,8 @@ class Batcher(Generic[T, R]):
         self.dispatcher = Dispatcher(lanes)
         self._replace = replace
         self._queues: dict[int, deque[_Entry[T, R]]] = {}  # by level, the first to go first
+        self._seen_s: dict[int, float] = {}  # by level, when something last came
+        self._top = 0
         self._queued = 0
         self._again: deque[_Batch[T, R]] = deque()
         self._running: dict[int, _Batch[T, R]] = {}
@@ -200,7 +207,8 @@ class Batcher(Generic[T, R]):
             if handle is not None:
                 handle.cancel()
         for lane in self.dispatcher.lanes:
-            lane.executor.shutdown(wait=not lane.busy and not self._probes, cancel_futures=True)
+            for executor in lane.executors:
+                executor.shutdown(wait=not lane.busy and not self._probes, cancel_futures=True)
         return not left
 
     # Entering ----------------------------------------------------------------------------------
@@ -223,7 +231,9 @@ class Batcher(Generic[T, R]):
         earliest: float | None = None
         for position in positions:
             item = items[position]
-            self._queue(_level(item)).append((group, position))
+            level = _level(item)
+            self._queue(level).append((group, position))
+            self._seen_s[level] = group.entered_s
             if item.deadline_s is not None and (earliest is None or item.deadline_s < earliest):
                 earliest = item.deadline_s
         self._set_queued(self._queued + len(positions))
@@ -314,8 +324,15 @@ class Batcher(Generic[T, R]):
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
         urgent, most = self._urgent, self.limits.max_batch
-        head = next(queue for queue in self._queues.values() if queue)[0][0]
-        waiting = urgent or self._queued
+        level = next(level for level, queue in self._queues.items() if queue)
+        head = self._queues[level][0][0]
+        reserving = self._reserving(head.key, level, now_s)
+        if reserving and level > self._top and not self._room_below(head.key):
+            return False
+        upto = _TIERS - 1 if urgent else level if reserving and level <= self._top else _LAST
+        waiting = self._queued
+        if upto < _LAST:
+            waiting = sum(len(queue) for at, queue in self._queues.items() if at <= upto)
         lanes = self.dispatcher.lanes
         sizes = [min(most, waiting - most * place) for place in range(min(len(lanes), -(-waiting // most)))]
         choice = self.dispatcher.choose(head.key, sizes, now_s)
@@ -326,21 +343,39 @@ class Batcher(Generic[T, R]):
             if self.dispatcher.has_idle:
                 self._wake_soon(now_s + _HOLD_STEP_S)
             return False
-        entries = self._take(now_s, head.key, skip=choice.place * most, urgent=bool(urgent))
+        entries = self._take(now_s, head.key, skip=choice.place * most, upto=upto)
         if not entries and choice.place:
             # The others are of other keys.
-            entries = self._take(now_s, head.key, skip=0, urgent=bool(urgent))
+            entries = self._take(now_s, head.key, skip=0, upto=upto)
         if entries:
-            self._start(_Batch(head.key, entries), choice.lane, now_s)
+            aside = reserving and level > self._top
+            self._start(_Batch(head.key, entries, level=level, aside=aside), choice.lane, now_s)
         return True
 
-    def _take(self, now_s: float, key: Hashable, *, skip: int, urgent: bool) -> list[_Entry[T, R]]:
-        """Up to `max_batch` entries of one key, highest priority first, past the first `skip` of them.
-        What is urgent goes without company that would make it wait."""
+    def _reserving(self, key: Hashable, level: int, now_s: float) -> bool:
+        """Whether more waits than one batch can hold, and some of it could make what is above it wait.
+
+        Then one lane is left to the highest level seen of late, which goes without company, and what is
+        below runs at a low priority: who is first waits for no full batch of those who are not, and
+        shares the processor with it in his favour.
+        """
+        if self._queued < self.limits.max_batch:
+            return False
+        recent = (at for at, seen_s in self._seen_s.items() if now_s - seen_s < _RESERVED_FOR_S)
+        self._top = min(recent, default=level)
+        return len(self.dispatcher.able(key)) > 1
+
+    def _room_below(self, key: Hashable) -> bool:
+        below = sum(batch.level > self._top for batch in self._running.values())
+        return below < len(self.dispatcher.able(key)) - 1
+
+    def _take(self, now_s: float, key: Hashable, *, skip: int, upto: int) -> list[_Entry[T, R]]:
+        """Up to `max_batch` entries of one key, highest level first and none beyond `upto`, past the first
+        `skip` of them. What is urgent goes without company that would make it wait."""
         batch: list[_Entry[T, R]] = []
         max_batch = self.limits.max_batch
         for level, queue in self._queues.items():
-            if urgent and level >= _TIERS:
+            if level > upto:
                 break
             passed: list[_Entry[T, R]] = []
             while queue and len(batch) < max_batch:
@@ -403,7 +438,10 @@ class Batcher(Generic[T, R]):
         # The last lane there is looks for the item that poisons the batch; before that another lane may do.
         alone = len(self.dispatcher.able(batch.key, batch.tried)) == 1
         work = partial(_answers, partial(lane.run, batch.key), items, in_parts=alone)
-        future = loop.run_in_executor(lane.executor, work)
+        if batch.aside:
+            future = loop.run_in_executor(lane.aside, _aside, work)
+        else:
+            future = loop.run_in_executor(lane.executor, work)
         future.add_done_callback(partial(self._finish, lane, batch))
         hangs_s = now_s + lane.hangs_after_s(len(items), self.limits.hang_ms / 1e3)
         batch.watch = loop.call_at(hangs_s, self._hung, lane, batch)
@@ -622,6 +660,12 @@ class Batcher(Generic[T, R]):
     def _set_queued(self, items: int) -> None:
         self._queued = items
         metrics.QUEUE_ITEMS.set(items)
+
+
+def _aside(work: Callable[[], Any]) -> Any:
+    """For a thread that only ever does what may wait."""
+    leave_room()
+    return work()
 
 
 def _level(item: Work) -> int:

@@ -8,6 +8,9 @@ work spills over by prediction, not by a rule. Nothing here waits or runs: time 
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +26,13 @@ _LONGEST_PAUSE_S: Final = 10.0
 _HANGS_AT: Final = 10.0
 # A lane this much slower than it was when warmed is asked now and then whether it has recovered.
 SLOW: Final = 2.0
+_NICENESS: Final = 10
+
+
+def leave_room() -> None:
+    """Give this thread a lower priority than the threads that serve, where the system knows threads."""
+    with contextlib.suppress(AttributeError, OSError):
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _everything(_: Hashable) -> bool:
@@ -52,6 +62,7 @@ class Lane:
     new_thread: Callable[[str], Executor] = _thread
 
     executor: Executor = field(init=False)
+    aside: Executor = field(init=False)  # a thread of low priority, for what may wait
     busy: bool = False
     free_at_s: float = 0.0  # when what runs now is predicted to be done
     failures: int = 0
@@ -62,11 +73,18 @@ class Lane:
 
     def __post_init__(self) -> None:
         self.executor = self.new_thread(self.name)
+        self.aside = self.new_thread(f"{self.name}-aside")
+
+    @property
+    def executors(self) -> tuple[Executor, Executor]:
+        return self.executor, self.aside
 
     def renew_thread(self) -> None:
         """Leave a thread that hangs to itself."""
-        self.executor.shutdown(wait=False)
+        for executor in self.executors:
+            executor.shutdown(wait=False)
         self.executor = self.new_thread(self.name)
+        self.aside = self.new_thread(f"{self.name}-aside")
 
     def seconds(self, items: int) -> float:
         """Predicted for a batch, the way there and back included."""

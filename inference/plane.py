@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -22,7 +21,7 @@ from typing import Any, Final, TypeVar
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference.batcher import Batcher
-from inference.dispatcher import Lane
+from inference.dispatcher import Lane, leave_room
 from inference.engines.base import Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
@@ -38,7 +37,6 @@ DRAIN_S: Final = 10.0
 # Opening a version leaves the processor to what serves. After each piece of work comes a rest so many
 # times as long. A low priority is only for long work without the interpreter's lock: a thread that holds
 # the lock and is not let on a processor keeps all others waiting (68 ms were seen at 350 lists/s).
-_NICENESS: Final = 10
 _REST: Final = 4.0
 _LONGEST_REST_S: Final = 0.5
 
@@ -80,7 +78,7 @@ class Plane:
         self._versions: list[Version] = []
         self._batcher: Batcher[RankRequest, RankedList] | None = None
         self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming")
-        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside", initializer=_leave_room)
+        self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside", initializer=leave_room)
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
         self._began_s = 0.0  # the quiet thread's own time when its last piece of work began
@@ -163,7 +161,7 @@ class Plane:
         loop = asyncio.get_running_loop()
         lanes = self.batcher.dispatcher.lanes
         await asyncio.wait(
-            [loop.run_in_executor(lane.executor, _nothing) for lane in lanes], timeout=timeout_s
+            [loop.run_in_executor(e, _nothing) for lane in lanes for e in lane.executors], timeout=timeout_s
         )
         if version in self._versions:
             self._versions.remove(version)
@@ -287,12 +285,6 @@ class Plane:
         version.warmed.clear()
         version.spares.clear()
         give_back()
-
-
-def _leave_room() -> None:
-    """Give this thread a lower priority than the threads that serve, where the system knows threads."""
-    with contextlib.suppress(AttributeError, OSError):
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
 
 
 def _nothing() -> None:

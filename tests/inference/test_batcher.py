@@ -230,6 +230,34 @@ def test_within_a_priority_the_higher_tier_goes_first() -> None:
     on_clock(story)
 
 
+def test_while_more_waits_than_can_be_ranked_one_lane_is_left_to_the_highest_tier() -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=2)
+        world.ask(Question(0, tier=2))
+        await world.settle()
+        world.ask(*questions(*range(1, 9)))
+        await world.turn()
+        assert len(world.executor.held) == 1, "the other lane is kept"
+        first = world.ask(Question(9, tier=2))
+        await world.turn()
+        assert len(world.executor.held) == 2
+        world.executor.held.reverse()
+        await world.finish()
+        assert await first == [90], "it waited for nobody"
+        await world.settle()
+        assert world.batches[:3] == [[0], [9], [1, 2]], "and had no company"
+        world = World(runners=2, max_batch=2)
+        world.ask(Question(0, tier=2))
+        await world.settle()
+        await world.advance(2.0)
+        world.ask(*questions(*range(10, 18)))
+        await world.turn()
+        assert len(world.executor.held) == 2, "when none of it comes any more, both lanes serve the rest"
+        await world.settle()
+
+    on_clock(story)
+
+
 def test_a_full_queue_refuses_at_once_and_says_so() -> None:
     async def story() -> None:
         world = World(max_batch=2, max_queue=3)
