@@ -117,7 +117,7 @@ class LocalKafka(LocalServer):
             _PROPERTIES.format(
                 host=HOST,
                 port=self.port,
-                controller_port=free_port(),
+                controller_port=free_port(self.port),
                 log_dir=self.data_dir / "log",
                 max_message_bytes=MAX_MESSAGE_BYTES,
             )

@@ -22,10 +22,10 @@ class ServerFailed(RuntimeError):
     """A local server did not start or did not stop; the message ends with the tail of its log."""
 
 
-def free_port() -> int:
-    """A port nobody listens on, and none that the system gives to outgoing connections: a client that
-    keeps trying a stopped server could be given the server's own port, and hold it."""
-    while not is_free(port := random.randrange(_FIRST_PORT, _first_outgoing_port())):
+def free_port(*but: int) -> int:
+    """A port nobody listens on, none of `but`, and none that the system gives to outgoing connections: a
+    client that keeps trying a stopped server could be given the server's own port, and hold it."""
+    while (port := random.randrange(_FIRST_PORT, _first_outgoing_port())) in but or not is_free(port):
         continue
     return port
 
@@ -174,7 +174,8 @@ class LocalServer(ABC):
         return True
 
     def _log_tail(self, lines: int = 12) -> str:
+        """The last lines that say something: a Java stack would push out the sentence above it."""
         if not self.log_path.is_file():
             return ""
-        tail = self.log_path.read_text(errors="replace").splitlines()[-lines:]
-        return "".join(f"\n  {line}" for line in tail)
+        said = self.log_path.read_text(errors="replace").splitlines()
+        return "".join(f"\n  {line}" for line in [line for line in said if line[:1] != "\t"][-lines:])

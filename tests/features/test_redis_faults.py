@@ -169,7 +169,7 @@ async def test_a_cancelled_call_leaves_no_reply_behind_for_the_next(
 class ClusterNode(LocalRedis):
     def __init__(self, data_dir: Path) -> None:
         super().__init__(data_dir)
-        self._bus_port = free_port()
+        self._bus_port = free_port(self.port)
 
     def _command(self) -> list[str]:
         return [*super()._command(), "--cluster-enabled", "yes", "--cluster-port", str(self._bus_port)]

@@ -88,7 +88,8 @@ def test_up_twice_starts_once_and_down_stops_only_its_own(tailrace: Run, redis_s
     assert tailrace("status").returncode == 1
     assert "nothing of ours" in tailrace("down").stdout
 
-    assert tailrace("up", *ports).returncode == 0
+    again = tailrace("up", *ports)
+    assert again.returncode == 0, again.stderr
     with redis.Redis.from_url(started["redis_url"]) as client:
         assert client.get("kept") == b"yes"
 

@@ -106,7 +106,8 @@ def test_a_taken_port_is_a_sentence(registry: Path, port: str) -> None:
 
 
 def test_several_processes_share_the_ports_and_drain_together(registry: Path) -> None:
-    grpc_port, http_port = free_port(), free_port()
+    grpc_port = free_port()
+    http_port = free_port(grpc_port)
     admin_port = next(port for port in range(free_port(), 32_000) if is_free(port) and is_free(port + 1))
     words = ["--grpc-port", grpc_port, "--http-port", http_port, "--admin-port", admin_port]
     process = serve(registry, "--workers", "2", *map(str, words))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -126,3 +127,20 @@ def test_a_port_is_free_until_someone_listens() -> None:
 def test_free_ports_are_none_that_the_system_gives_to_clients() -> None:
     first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     assert all(port < first for port in (free_port() for _ in range(50)))
+
+
+def test_the_brokers_two_ports_are_never_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broker = LocalKafka(tmp_path, port=free_port())
+    drawn = iter([broker.port])
+    draw = random.randrange
+    monkeypatch.setattr(random, "randrange", lambda *between: next(drawn, None) or draw(*between))
+    with broker:
+        assert broker.pid is not None
+    assert next(drawn, None) is None
+
+
+def test_a_broker_that_cannot_start_says_why_and_not_where(tmp_path: Path) -> None:
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "meta.properties").write_text("version=1\nnode.id=2\ncluster.id=elsewhere\n")
+    with pytest.raises(ServerFailed, match="Stored node id 2 doesn't match"):
+        LocalKafka(tmp_path).start()
