@@ -11,6 +11,7 @@ from typing import Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from compression.item_lists import ItemListReader, is_item_lists
 from compression.log_reader import EventChunk, LogReader, ReadReport
 from features.encoding import Vocabulary
 from features.sequence import SequenceBatch
@@ -89,9 +90,9 @@ def read_log(
     now_s: float | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Log:
-    """Stream a log into sequences. Of a log longer than `max_events` the last rows are kept, so memory
-    is bounded whatever the file's size."""
-    reader = LogReader(path, now_s=now_s)
+    """Stream a log, Taobao's or item lists, into sequences. Of a log longer than `max_events` the last rows
+    are kept, so memory is bounded whatever the file's size."""
+    reader = ItemListReader(path) if is_item_lists(path) else LogReader(path, now_s=now_s)
     kept: deque[EventChunk] = deque()
     rows = left_out = 0
     for chunk in reader.chunks():

@@ -1,14 +1,16 @@
 """How good a model is on a log: HR@k, NDCG@k and MRR, beside predictors that learned nothing.
 
-Full catalogue: every known item is ranked by the retrieval head, items the user has seen included
-(people come back to them). Fifty candidates: the ranking head orders the item that came next among
+Full catalogue: every known item is ranked by the retrieval head, by transition counts, and by both:
+log P(item) by the model plus a weight times the counts' score, the weight chosen on validation. Items
+the user has seen are included (people come back to them) unless they are to be filtered, as published
+figures on films and books do. Fifty candidates: the ranking head orders the item that came next among
 items drawn from the user's recent ones, the category at hand and the popular; the draw does not depend
 on the model, so figures of two models compare. An item the vocabulary lacks counts as a miss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -16,7 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.dataset import Sequences, Split
+from compression.predictors import FUSION_WEIGHTS, MOST_COUNTED, Scores, Statistics, Transitions, fused
 from compression.scoring import Scorer
+from compression.transitions import PUBLISHED
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
 
 CANDIDATES: Final = 50
@@ -25,6 +29,8 @@ _RECENT: Final = 10
 _SAME_CATEGORY: Final = 20
 _BATCH: Final = 256
 _MISS: Final = 2**31
+_CHOOSING: Final = 1_000  # validation targets that settings and weights are chosen by
+_CELLS: Final = 25_000_000  # scores held at once
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -74,49 +80,6 @@ def histories_before(sequences: Sequences, vocabulary: Vocabulary, max_history: 
     return histories
 
 
-class Statistics:
-    """Counts over the training part: how often each item, and what came after it."""
-
-    def __init__(self, sequences: Sequences, split: Split, vocabulary: Vocabulary) -> None:
-        positions = split.train_positions(sequences)
-        known = vocabulary.is_known(sequences.items)
-        rows = np.where(known, vocabulary.item_rows_of(sequences.items), 0).astype(np.int64)
-        self.known_items = len(vocabulary.item_ids)
-        self.rows = rows
-        self.counts = np.bincount(rows[positions], minlength=self.known_items + 1)[: self.known_items + 1]
-        self.counts[0] = 0
-        self.popular = 1 + np.argsort(-self.counts[1:], kind="stable")
-        self.popular_rank = np.empty(self.known_items + 1, np.float64)
-        self.popular_rank[0] = _MISS
-        self.popular_rank[1:] = _tied_ranks(self.counts[1:])
-        pairs = positions[:-1][np.diff(positions) == 1]
-        pairs = pairs[np.diff(sequences.user_of(np.stack([pairs, pairs + 1])), axis=0)[0] == 0]
-        pairs = pairs[(rows[pairs] > 0) & (rows[pairs + 1] > 0)]
-        keys, times = np.unique(rows[pairs] * (self.known_items + 1) + rows[pairs + 1], return_counts=True)
-        self._from = keys // (self.known_items + 1)
-        self._to = keys % (self.known_items + 1)
-        self._times = times
-        by_category = np.argsort(vocabulary.item_categories, kind="stable")
-        self._by_category = by_category + 1
-        self._category_starts = np.searchsorted(
-            vocabulary.item_categories[by_category], np.arange(vocabulary.category_rows + 1)
-        )
-
-    def followers(self, recent: Sequence[int]) -> dict[int, float]:
-        """Items that came after the recent ones (newest first), older ones counting less."""
-        scores: dict[int, float] = {}
-        for age, row in enumerate(recent):
-            start, end = np.searchsorted(self._from, [row, row + 1])
-            times = self._times[start:end]
-            share = 0.7**age * times / max(1, times.sum())
-            for item, score in zip(self._to[start:end].tolist(), share.tolist(), strict=True):
-                scores[item] = scores.get(item, 0.0) + score
-        return scores
-
-    def of_category(self, row: int) -> Int64:
-        return self._by_category[self._category_starts[row] : self._category_starts[row + 1]]
-
-
 def evaluate(
     scorer: Scorer,
     sequences: Sequences,
@@ -127,21 +90,26 @@ def evaluate(
     limit: int = 5_000,
     seed: int = 7,
     part: str = "test",
+    filter_seen: bool = False,
+    count: bool = True,
 ) -> dict[str, Any]:
-    """The whole report: model and baselines, full catalogue and among fifty."""
+    """The whole report: model and baselines, full catalogue and among fifty. `filter_seen`: over the full
+    catalogue no item is ranked that the user has had. `count`: transition counts and the fusion too, which
+    costs several times the rest."""
     statistics = Statistics(sequences, split, vocabulary)
     positions = split.test if part == "test" else split.validation
     targets = Targets.draw(sequences, positions, vocabulary, limit=limit, seed=seed)
     if not len(targets.positions):
         return {"split": split.name, "part": part, "targets": 0}
     histories = histories_before(sequences, vocabulary, max_history)
-    model = full_catalogue(scorer, histories, targets, len(vocabulary.item_ids))
-    baselines = baseline_ranks(sequences, targets, statistics)
+    full, chosen = _full_catalogue(
+        scorer, sequences, split, vocabulary, targets, statistics, histories, filter_seen, count
+    )
     asked = draw_candidates(sequences, targets, statistics, vocabulary, seed=seed)
     ranking = among_candidates(scorer, histories, targets, vocabulary, asked)
     simple = baseline_among(sequences, targets, statistics, asked)
     revisits = [
-        row in statistics.rows[_history(sequences, position)]
+        row in statistics.recent(position)
         for position, row in zip(targets.positions.tolist(), targets.rows.tolist(), strict=True)
     ]
     return {
@@ -149,12 +117,11 @@ def evaluate(
         "part": part,
         "targets": len(targets.positions),
         "catalogue": len(vocabulary.item_ids),
+        "seen": "filtered" if filter_seen else "ranked",
         "unseen_targets": round(float((statistics.counts[targets.rows] == 0).mean()), 5),
         "revisited_targets": round(float(np.mean(revisits)), 5),
-        "retrieval": metrics(model),
-        "popularity": metrics(baselines["popularity"]),
-        "item_to_item": metrics(baselines["item_to_item"]),
-        "recent": metrics(baselines["recent"]),
+        **{name: metrics(ranks) for name, ranks in full.items()},
+        **chosen,
         "ranking_50": metrics(ranking, (1, 5, 10)),
         "popularity_50": metrics(simple["popularity"], (1, 5, 10)),
         "item_to_item_50": metrics(simple["item_to_item"], (1, 5, 10)),
@@ -162,18 +129,98 @@ def evaluate(
     }
 
 
+def _full_catalogue(
+    scorer: Scorer,
+    sequences: Sequences,
+    split: Split,
+    vocabulary: Vocabulary,
+    targets: Targets,
+    statistics: Statistics,
+    histories: Histories,
+    filter_seen: bool,
+    count: bool,
+) -> tuple[dict[str, Float64], dict[str, Any]]:
+    """The ranks of the targets by every predictor, and what was chosen on validation."""
+    known = len(vocabulary.item_ids)
+    seen = statistics.seen if filter_seen else None
+    model = retrieval_scores(scorer, histories, known)
+    predictors: dict[str, Scores] = {
+        "retrieval": model,
+        "popularity": statistics.popularity_scores,
+        "item_to_item": statistics.item_to_item_scores,
+        "recent": statistics.recent_scores,
+    }
+    chosen: dict[str, Any] = {}
+    if count and len(statistics.rows) <= MOST_COUNTED:
+        judged = Targets.draw(sequences, split.validation, vocabulary, limit=_CHOOSING, seed=3)
+        counts = {name: Transitions(statistics, split, one).scores for name, one in PUBLISHED.items()}
+        best = max(counts, key=lambda name: _ndcg(catalogue_ranks(counts[name], judged, known, seen)))
+        weight = _best_weight(model, counts[best], judged, known, seen)
+        predictors |= {"transitions": counts[best], "fusion": fused(model, counts[best], weight)}
+        chosen = {"transitions_settings": best, "fusion_weight": weight}
+    return {name: catalogue_ranks(one, targets, known, seen) for name, one in predictors.items()}, chosen
+
+
+def _best_weight(
+    model: Scores, counts: Scores, judged: Targets, known: int, seen: Callable[[int], Int64] | None
+) -> float:
+    """The weight of the counts by which validation ranks best."""
+    ranks: dict[float, list[Float64]] = {weight: [] for weight in FUSION_WEIGHTS}
+    for part in _parts(len(judged.positions), known):
+        some = Targets(judged.positions[part], judged.rows[part])
+        of_model, of_counts = fused(model, counts, 0.0)(some.positions), counts(some.positions)
+        for weight, found in ranks.items():
+            scores = of_model + np.float32(weight) * of_counts
+            found.append(_ranks(scores, some, seen))
+    return max(ranks, key=lambda weight: _ndcg(np.concatenate(ranks[weight])))
+
+
+def _ndcg(ranks: Float64) -> float:
+    return metrics(ranks, (10,))["ndcg@10"]
+
+
+def retrieval_scores(scorer: Scorer, histories: Histories, known: int) -> Scores:
+    """By the retrieval head: user vectors against the item table."""
+    table = scorer.item_table()[1 : known + 1].T
+
+    def scores(positions: Int64) -> Float32:
+        return np.asarray(scorer.user_vectors(histories(positions)) @ table, np.float32)
+
+    return scores
+
+
 def full_catalogue(scorer: Scorer, histories: Histories, targets: Targets, known: int) -> Float64:
-    """The rank of each target among all known items, by the retrieval head. Ties count half."""
-    table = scorer.item_table()[1 : known + 1]
+    """The rank of each target among all known items, by the retrieval head."""
+    return catalogue_ranks(retrieval_scores(scorer, histories, known), targets, known)
+
+
+def catalogue_ranks(
+    scores: Scores, targets: Targets, known: int, seen: Callable[[int], Int64] | None = None
+) -> Float64:
+    """The rank of each target among all `known` items but those its user has `seen`; one that was seen
+    is a miss. Ties count half."""
     ranks = np.empty(len(targets.positions))
-    for start in range(0, len(ranks), _BATCH):
-        part = slice(start, start + _BATCH)
-        scores = scorer.user_vectors(histories(targets.positions[part])) @ table.T
-        rows = targets.rows[part]
-        own = scores[np.arange(len(rows)), rows - 1][:, None]
-        better = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
-        ranks[part] = np.where(rows > 0, 1 + better, _MISS)
+    for part in _parts(len(ranks), known):
+        some = Targets(targets.positions[part], targets.rows[part])
+        ranks[part] = _ranks(scores(some.positions), some, seen)
     return ranks
+
+
+def _ranks(scores: Float32, targets: Targets, seen: Callable[[int], Int64] | None) -> Float64:
+    """Of targets whose `scores` [B, known] are given, and are written to."""
+    at = np.arange(len(targets.rows))
+    if seen is not None:
+        before = [seen(position) for position in targets.positions.tolist()]
+        scores[np.repeat(at, [len(one) for one in before]), np.concatenate(before) - 1] = -np.inf
+    own = scores[at, targets.rows - 1][:, None]
+    better = (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2
+    return np.where((targets.rows > 0) & np.isfinite(own[:, 0]), 1.0 + better, _MISS)
+
+
+def _parts(count: int, known: int) -> Iterator[slice]:
+    """Slices of targets whose scores fit `_CELLS`."""
+    size = int(np.clip(_CELLS // max(1, known), 1, _BATCH))
+    return (slice(start, start + size) for start in range(0, count, size))
 
 
 def draw_candidates(
@@ -186,7 +233,7 @@ def draw_candidates(
     category_rows = vocabulary.category_rows_of(sequences.categories[np.maximum(targets.positions - 1, 0)])
     drawn = np.empty((len(targets.positions), size), np.int64)
     for at, (position, row) in enumerate(zip(targets.positions.tolist(), targets.rows.tolist(), strict=True)):
-        recent = statistics.rows[_history(sequences, position)][::-1][:30].tolist()
+        recent = statistics.recent(position)[::-1][:30].tolist()
         near = statistics.of_category(int(category_rows[at]))
         near = rng.choice(near, min(len(near), _SAME_CATEGORY), replace=False) if len(near) else near
         popular = 1 + np.searchsorted(weights, rng.random(4 * size) * weights[-1])
@@ -214,22 +261,6 @@ def among_candidates(
     return ranks
 
 
-def baseline_ranks(sequences: Sequences, targets: Targets, statistics: Statistics) -> dict[str, Float64]:
-    """Full-catalogue ranks of the simple predictors; each falls back on popularity."""
-    item_to_item = np.empty(len(targets.positions))
-    recent = np.empty(len(targets.positions))
-    for at, (position, row) in enumerate(zip(targets.positions.tolist(), targets.rows.tolist(), strict=True)):
-        newest = _newest_first(statistics, sequences, position)
-        scores = statistics.followers(newest[:5])
-        item_to_item[at] = _listed_rank(row, scores, statistics)
-        recent[at] = _listed_rank(row, {r: -i for i, r in enumerate(newest)}, statistics)
-    return {
-        "popularity": statistics.popular_rank[targets.rows],
-        "item_to_item": item_to_item,
-        "recent": recent,
-    }
-
-
 def baseline_among(
     sequences: Sequences, targets: Targets, statistics: Statistics, candidates: Int64
 ) -> dict[str, Float64]:
@@ -237,7 +268,7 @@ def baseline_among(
     popularity = statistics.counts[candidates] / (1.0 + statistics.counts.max())
     item_to_item, recent = popularity.copy(), popularity.copy()
     for at, position in enumerate(targets.positions.tolist()):
-        newest = _newest_first(statistics, sequences, position)
+        newest = statistics.newest_first(position)
         follows = statistics.followers(newest[:5])
         age = {row: len(newest) - place for place, row in enumerate(newest)}
         listed = candidates[at].tolist()
@@ -250,35 +281,7 @@ def baseline_among(
     }
 
 
-def _history(sequences: Sequences, position: int) -> slice:
-    start = int(sequences.offsets[np.searchsorted(sequences.offsets, position, side="right") - 1])
-    return slice(max(start, position - 100), position)
-
-
-def _newest_first(statistics: Statistics, sequences: Sequences, position: int) -> list[int]:
-    """The user's distinct known items, newest first."""
-    rows = statistics.rows[_history(sequences, position)][::-1].tolist()
-    return [row for row in dict.fromkeys(rows) if row]
-
-
-def _listed_rank(row: int, scores: dict[int, float], statistics: Statistics) -> float:
-    """The rank of an item in a scored list that popularity continues."""
-    own = scores.get(row)
-    if own is None:
-        return float(len(scores) + statistics.popular_rank[row]) if row else float(_MISS)
-    others = [score for other, score in scores.items() if other != row]
-    return 1 + sum(score > own for score in others) + sum(score == own for score in others) / 2
-
-
 def _ranks_of_first(scores: npt.NDArray[np.floating[Any]], rows: Int64) -> Float64:
     others, own = scores[:, 1:], scores[:, :1]
     better = (others > own).sum(1) + (others == own).sum(1) / 2
     return np.asarray(np.where(rows > 0, 1.0 + better, _MISS), np.float64)
-
-
-def _tied_ranks(counts: Int64) -> Float64:
-    """Ranks by falling count; equal counts share the middle of their places."""
-    ascending = np.sort(counts)
-    more = len(counts) - np.searchsorted(ascending, counts, side="right")
-    same = np.searchsorted(ascending, counts, side="right") - np.searchsorted(ascending, counts)
-    return np.asarray(1 + more + (same - 1) / 2, np.float64)

@@ -103,7 +103,8 @@ def encode_vocabulary(log: Log, recipe: Recipe) -> Vocabulary:
 def judge(model: Recommender, log: Log, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
     scorer = TorchScorer(model, row_categories(vocabulary))
     shape = model.shape
-    return evaluate(scorer, log.sequences, split, vocabulary, max_history=shape.max_history, limit=JUDGED)
+    length = shape.max_history
+    return evaluate(scorer, log.sequences, split, vocabulary, max_history=length, limit=JUDGED, count=False)
 
 
 def stage(model: Recommender, vocabulary: Vocabulary, folder: Path) -> dict[str, str]:

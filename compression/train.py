@@ -23,7 +23,6 @@ from torch.nn import functional as F
 
 from compression.dataset import Sequences, Split, batches, training_windows
 from compression.evaluate import (
-    Statistics,
     Targets,
     among_candidates,
     draw_candidates,
@@ -32,6 +31,7 @@ from compression.evaluate import (
     metrics,
 )
 from compression.model import MASKED, Recommender
+from compression.predictors import Statistics
 from compression.registry import ModelShape
 from compression.scoring import TorchScorer, row_categories, to_history
 from features.encoding import HistoryArrays, Vocabulary, encode_histories

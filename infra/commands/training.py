@@ -60,7 +60,7 @@ def synth(
 
 
 @click.command()
-@click.option("--log", type=_LOG, required=True, help="Taobao-format log (.csv, .csv.gz).")
+@click.option("--log", type=_LOG, required=True, help="Taobao-format log or item lists, gzip or not.")
 @options.registry
 @click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
@@ -137,20 +137,38 @@ def retrain(
 
 
 @click.command()
-@click.option("--log", type=_LOG, required=True, help="Taobao-format log (.csv, .csv.gz).")
+@click.option("--log", type=_LOG, required=True, help="Taobao-format log or item lists, gzip or not.")
 @options.registry
 @click.option("--version", default="serving", show_default=True, help="Version or alias.")
 @click.option("--split", type=click.Choice(SPLITS), default="leave-one-out", show_default=True)
 @click.option("--limit", type=click.IntRange(1), default=5_000, show_default=True, help="Targets at most.")
+@click.option(
+    "--filter-seen",
+    is_flag=True,
+    help="Rank no item over the full catalogue that the user has had, as published figures on films do.",
+)
 @click.option("--seed", type=int, default=7, show_default=True)
 @_json
 def evaluate(
-    *, log: Path, registry: Path, version: str, split: Any, limit: int, seed: int, as_json: bool
+    *,
+    log: Path,
+    registry: Path,
+    version: str,
+    split: Any,
+    limit: int,
+    filter_seen: bool,
+    seed: int,
+    as_json: bool,
 ) -> None:
-    """Judge a released model on a log, beside popularity, item-to-item and recent items.
+    """Judge a released model on a log, beside popularity, item-to-item, recent items and transition
+    counts, and fused with the counts.
+
+    LOG is Taobao-format, or lines of `user item` or `user item item …` (MovieLens-1M and Amazon as
+    published).
 
     \b
     tailrace evaluate --log clicks.csv
+    tailrace evaluate --log ml-1m.txt.gz --filter-seen --limit 100000
     tailrace evaluate --log clicks.csv --version 20171203T101500-3f9c --split temporal --json
     """
     from compression.dataset import read_log
@@ -174,6 +192,7 @@ def evaluate(
         max_history=shape.max_history,
         limit=limit,
         seed=seed,
+        filter_seen=filter_seen,
     )
     report = {"version": artefact.version, "log": str(log)} | report
     if as_json:
@@ -280,8 +299,9 @@ def _print_metrics(report: dict[str, Any]) -> None:
     if not report.get("targets"):
         click.echo("nothing to judge by: no user of the log has enough events")
         return
+    counted = ("transitions", "fusion") if "fusion" in report else ()
     for title, suffix, names in (
-        ("Full catalogue", "", ("retrieval", "popularity", "item_to_item", "recent")),
+        ("Full catalogue", "", ("retrieval", "popularity", "item_to_item", "recent", *counted)),
         ("Among 50 candidates", "_50", ("ranking", "popularity", "item_to_item", "recent")),
     ):
         table = Table(title=f"{title}: {report['targets']:,} targets, {report['split']}")
