@@ -26,6 +26,7 @@ from features.statistics import ItemStatistics
 from features.store import User
 from inference.admission.settings import AdmissionSettings
 from inference.plane import Plane
+from inference.releases.serving import ServingModel
 from inference.settings import InferenceSettings
 from infra.bench import options as bench_options
 from infra.bench import report
@@ -35,7 +36,6 @@ from infra.commands import options
 from stream.delivery import Record
 from stream.load import LoadProbe
 from stream.metrics import StreamMetrics
-from stream.ranking import ServingModel
 from stream.recommend import RequestPath
 from stream.resources import admission_of
 from stream.settings import StreamSettings
@@ -146,7 +146,7 @@ class Worker:
 
     async def open(self, statistics: ItemStatistics) -> None:
         self.plane = Plane(InferenceSettings(engine="onnx"), FeatureSettings(), statistics)
-        self.model = ServingModel(self.plane, self.stream, self.metrics)
+        self.model = ServingModel(self.plane, self.stream.releases, self.metrics.releases)
         await self.model.load()
         self.path = RequestPath(
             store=self.store,
