@@ -23,7 +23,7 @@ from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, Shape
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
 from inference.oip.graph_specs import specs
-from inference.oip.models import Question
+from inference.oip.models import Answer, Question
 from inference.settings import InferenceSettings
 from inference.types import Graph, Priority, Tensors
 
@@ -79,8 +79,8 @@ class GraphModel:
         self._graph = graph
         self._owner = owner
 
-    async def infer(self, question: Question) -> Tensors:
-        return await self._owner.run(self._graph, question)
+    async def infer(self, question: Question) -> Answer:
+        return Answer(await self._owner.run(self._graph, question), self.version)
 
 
 class GraphSet:

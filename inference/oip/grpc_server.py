@@ -122,11 +122,11 @@ class OpenInference:
         )
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        model, outputs = await self._service.infer(_call(request, context.time_remaining()))
+        model, (outputs, version) = await self._service.infer(_call(request, context.time_remaining()))
         datatypes = {spec.name: spec.datatype for spec in model.outputs}
         return pb.ModelInferResponse(
             model_name=model.name,
-            model_version=model.version,
+            model_version=version,
             id=request.id,
             outputs=[
                 pb.ModelInferResponse.InferOutputTensor(

@@ -17,11 +17,10 @@ import orjson
 from aiohttp import web
 
 from inference.errors import InferenceError, InvalidRequest
-from inference.oip.models import ServedModel, TensorSpec
+from inference.oip.models import Answer, ServedModel, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
 from inference.oip.tensors import Given
-from inference.types import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -116,8 +115,8 @@ class Rest:
     async def infer(self, request: web.Request) -> web.Response:
         body, tail = await self._read(request)
         call = _call(request.match_info, body, tail)
-        model, outputs = await self._service.infer(call)
-        return _answer(model, outputs, body)
+        model, answer = await self._service.infer(call)
+        return _answer(model, answer, body)
 
     def _find(self, request: web.Request) -> ServedModel:
         return self._catalogue.find(request.match_info["model"], request.match_info.get("version", ""))
@@ -227,7 +226,7 @@ def _parameters(owner: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _answer(model: ServedModel, outputs: Tensors, body: dict[str, Any]) -> web.Response:
+def _answer(model: ServedModel, answer: Answer, body: dict[str, Any]) -> web.Response:
     binary = bool(_parameters(body).get("binary_data_output"))
     wishes = {
         output["name"]: bool(_parameters(output).get("binary_data", binary))
@@ -235,7 +234,7 @@ def _answer(model: ServedModel, outputs: Tensors, body: dict[str, Any]) -> web.R
     }
     datatypes = {spec.name: spec.datatype for spec in model.outputs}
     described, tail = [], []
-    for name, array in outputs.items():
+    for name, array in answer.outputs.items():
         tensor: dict[str, Any] = {"name": name, "datatype": datatypes[name], "shape": list(array.shape)}
         if wishes.get(name, binary):
             tensor["parameters"] = {"binary_data_size": array.nbytes}
@@ -243,12 +242,12 @@ def _answer(model: ServedModel, outputs: Tensors, body: dict[str, Any]) -> web.R
         else:
             tensor["data"] = array.reshape(-1)
         described.append(tensor)
-    answer = {"model_name": model.name, "model_version": model.version, "outputs": described}
+    told = {"model_name": model.name, "model_version": answer.version, "outputs": described}
     if isinstance(body.get("id"), str):
-        answer["id"] = body["id"]
+        told["id"] = body["id"]
     if not tail:
-        return _json(answer)
-    header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        return _json(told)
+    header = orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
     return web.Response(
         body=b"".join((header, *tail)),
         content_type="application/octet-stream",

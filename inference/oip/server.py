@@ -7,26 +7,34 @@ end it says that it is not ready, finishes what is in hand, and closes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
+from inference.errors import InferenceError, ModelUnavailable
 from inference.oip import admin, rest
 from inference.oip.grpc_server import make_server
+from inference.oip.list_model import ListModel
 from inference.oip.models import Catalogue
 from inference.oip.service import Service
 from inference.oip.settings import ServeSettings
 from inference.oip.versions import Versions
 from inference.plane import Plane
+from inference.releases.held import Held
+from inference.releases.metrics import ReleaseMetrics
+from inference.releases.serving import ServingModel
+from inference.releases.settings import ReleaseRules
 from inference.settings import InferenceSettings
+from inference.types import RankedList, RankRequest
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +62,28 @@ class InferenceServer:
         inference: InferenceSettings | None = None,
         features: FeatureSettings | None = None,
         token: str = "",
+        alias: str = "serving",
     ) -> None:
-        """`token` is the admin listener's."""
+        """`token` is the admin listener's; `alias` may be a version."""
         self.settings = serve or ServeSettings()
         inference = inference or InferenceSettings()
         self.catalogue = Catalogue()
         self.service = Service(self.catalogue, max_requests=self.settings.max_requests)
         self._statistics = statistics
-        self.versions = Versions(
-            registry,
-            Plane(inference, features or FeatureSettings(), statistics),
-            inference,
-            self.catalogue,
-            max_versions=self.settings.max_versions,
+        self.metrics = CollectorRegistry()
+        self._released = ReleaseMetrics(self.metrics)
+        self.releases = ServingModel(
+            Versions(Plane(inference, features or FeatureSettings(), statistics), inference, self.catalogue),
+            _rules(registry, alias, self.settings),
+            self._released,
+            switched=self._switched,
         )
-        self._admin = admin.make_app(self.versions, self.settings.admin_host, token)
+        self.catalogue.route(ListModel(lambda: self.catalogue.serving, self._rank))
+        self._admin = admin.make_app(self.releases, self.metrics, self.settings, token)
         self._rest = rest.make_app(self.service, self.settings)
         self._grpc = make_server(self.service, self.settings)
         self._runners: list[web.AppRunner] = []
-        self._refreshing: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -91,15 +102,21 @@ class InferenceServer:
         await self._grpc.start()
         http = await self._listen(self._rest, settings.host, settings.http_port, settings.reuse_port)
         admin_port = await self._listen(self._admin, settings.admin_host, settings.admin_port)
-        self._refreshing = asyncio.create_task(self._refresh())
+        self._tasks.append(asyncio.create_task(self._refresh()))
         self.ports = Ports(grpc_port, http, admin_port)
         return self.ports
 
-    async def load(self, alias: str = "serving") -> float:
-        """Serve a version, and be ready; seconds it took. Raises `ModelUnavailable` with the reason."""
+    async def load(self) -> float:
+        """Serve what the alias stands for, and be ready; seconds it took. From then on the alias is
+        followed. Raises `ModelUnavailable` with the reason."""
         started_s = time.perf_counter()
-        await self.versions.load(alias)
+        await self.releases.load()
+        if self.releases.version is None:
+            raise ModelUnavailable(self.releases.refusal or "no version serves")
         self.service.ready = True
+        if self.settings.alias_poll_s:
+            watching = self.releases.watch(self.settings.alias_poll_s, self.releases.load)
+            self._tasks.append(asyncio.create_task(watching))
         return time.perf_counter() - started_s
 
     async def close(self) -> bool:
@@ -112,12 +129,21 @@ class InferenceServer:
         await self._grpc.stop(0.1)
         for runner in self._runners:
             await runner.cleanup()
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._refreshing
-        await self.versions.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.releases.close()
         return idle
+
+    def _switched(self, held: Held) -> None:
+        self.catalogue.serve(held.version)
+        self._released.serves(held.version, held.opened.engine)
+
+    async def _rank(
+        self, requests: Sequence[RankRequest], known: bool
+    ) -> Sequence[RankedList | InferenceError]:
+        return await self.releases.rank(requests, by_user=known)
 
     async def _listen(self, app: web.Application, host: str, port: int, reuse_port: bool = False) -> int:
         runner, port = await listen(app, host, port, reuse_port=reuse_port)
@@ -132,6 +158,16 @@ class InferenceServer:
             except StoreUnavailable as error:
                 log.warning("What is popular is not known: %s", error)
             await asyncio.sleep(_REFRESH_S)
+
+
+def _rules(registry: Path, alias: str, settings: ServeSettings) -> ReleaseRules:
+    return ReleaseRules(
+        registry=registry,
+        alias=alias,
+        check_requests=settings.check_requests,
+        check_limit_s=settings.check_limit_ms / 1000,
+        keep_previous=bool(settings.keep_previous),
+    )
 
 
 async def listen(

@@ -33,4 +33,12 @@ class ServeSettings(BaseSettings):
     min_ping_interval_ms: Annotated[int, Field(ge=0)] = 10_000
     read_timeout_ms: Annotated[int, Field(ge=1, description="for the body of a REST request")] = 10_000
     drain_timeout_ms: Annotated[int, Field(ge=0)] = 10_000
-    max_versions: Annotated[int, Field(ge=1, le=64, description="loaded side by side")] = 4
+    max_versions: Annotated[int, Field(ge=1, le=64, description="open before another is loaded by hand")] = 4
+
+    alias_poll_s: Annotated[float, Field(ge=0, le=3600)] = 2.0
+    """How often the registry's alias is looked at, so that a release is noticed; 0: never."""
+    check_requests: Annotated[int, Field(ge=0, le=10_000)] = 64
+    """So many recent lists a version has to rank before it serves; 0 asks for none."""
+    check_limit_ms: Annotated[int, Field(ge=1, description="for four of those lists, at the median")] = 2_000
+    keep_previous: Annotated[int, Field(ge=0, le=1)] = 1
+    """Versions before the serving one that stay open, so that a rollback takes effect at once."""

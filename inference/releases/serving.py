@@ -86,6 +86,11 @@ class ServingModel:
     def engine(self) -> str | None:
         return self._arms.serving.opened.engine if self._arms.serving else None
 
+    @property
+    def refusal(self) -> str | None:
+        """Why something of the alias was not taken as it was said, if so."""
+        return next(iter(self._refused.values()), None)
+
     # Answering ---------------------------------------------------------------------------------
 
     async def rank(self, requests: Sequence[RankRequest], *, by_user: bool = True) -> Answers:
@@ -365,6 +370,23 @@ class ServingModel:
         await self._versions.close()
 
     # Telling -----------------------------------------------------------------------------------
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Each open version, whom it answers, and how long opening it took."""
+        rows = []
+        for release, held in sorted(self._held.items(), key=lambda item: item[0].version):
+            stage = self._arms.stage(held) or ("previous" if release == self._previous else None)
+            rows.append(
+                {
+                    "version": held.version,
+                    "serving": stage == "serving",
+                    "stage": stage,
+                    "by_hand": release in self._pinned,
+                    "engine": held.opened.engine,
+                    "loaded_s": round(held.opened_s, 3),
+                }
+            )
+        return rows
 
     def describe(self) -> dict[str, Any]:
         """What /models says."""

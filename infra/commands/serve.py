@@ -66,8 +66,10 @@ def serve(
 
     A port of 0 is one that the system chooses. Models are tailrace-lists (histories in, ranked lists
     out) and the graphs tailrace-encode, tailrace-score and tailrace-rank; their versions are those of
-    the registry. On SIGTERM the server is not ready any more, and finishes what is in hand, for
-    SERVE_DRAIN_TIMEOUT_MS (10 s) at most. Limits are set by SERVE_*, engines by INFERENCE_*.
+    the registry. What --version names is followed: when the alias moves (`tailrace models promote`,
+    canary, shadow, rollback) the new version is loaded, verified, warmed and asked recent lists beside
+    the old one, and then serves. On SIGTERM the server is not ready any more, and finishes what is in
+    hand, for SERVE_DRAIN_TIMEOUT_MS (10 s) at most. Limits are set by SERVE_*, engines by INFERENCE_*.
 
     \b
     tailrace serve
@@ -138,11 +140,12 @@ def serve(
             inference=inference,
             features=features,
             token=os.environ.get(TOKEN_VARIABLE, ""),
+            alias=version,
         )
         try:
             # One of several processes is not given connections before it can serve them.
             ports = None if settings.reuse_port else await server.start()
-            loading = asyncio.create_task(server.load(version))
+            loading = asyncio.create_task(server.load())
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():

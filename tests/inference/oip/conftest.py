@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from aiohttp import ClientSession
 
-from compression.registry import Artefact, Registry
+from compression.registry import MANIFEST, Artefact, Registry
 from features.memory_store import MemoryStore
 from features.statistics import ItemStatistics
 from inference.oip.server import InferenceServer
@@ -34,6 +35,7 @@ INFERENCE = InferenceSettings(
     spread_ms=0,
 )
 ADMIN_TOKEN = "a token for the tests"
+FIRST, SECOND = "20260101T000000-test", "20260202T000000-test"
 SERVE = {"grpc_port": 0, "http_port": 0, "admin_port": 0, "drain_timeout_ms": 5_000}
 
 
@@ -77,6 +79,14 @@ class Running:
     def admin(self) -> str:
         return f"127.0.0.1:{self.server.ports.admin}"
 
+    async def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        """Status and answer of the admin listener."""
+        async with (
+            ClientSession(headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}) as session,
+            session.post(f"http://{self.admin}{path}", json=body) as response,
+        ):
+            return response.status, await response.json()
+
     async def _start(self) -> None:
         self.server = InferenceServer(
             self._registry.root,
@@ -87,6 +97,21 @@ class Running:
         )
         await self.server.start()
         await self.server.load()
+
+
+@pytest.fixture
+def two(artefact: Artefact, tmp_path: Path) -> Registry:
+    """A registry with the tiny version under two names; the first serves."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for path in artefact.path.iterdir():
+        if path.name != MANIFEST:
+            (staging / path.name).write_bytes(path.read_bytes())
+    registry = Registry(tmp_path / "models")
+    for version in (FIRST, SECOND):
+        registry.publish(staging, artefact.manifest.model_copy(update={"version": version}))
+    registry.promote(FIRST)
+    return registry
 
 
 @pytest.fixture(scope="session")

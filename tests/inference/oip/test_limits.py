@@ -18,7 +18,7 @@ from inference.oip import rest
 from inference.oip.client import Client
 from inference.oip.grpc_server import make_server
 from inference.oip.messages import request_of
-from inference.oip.models import Catalogue, Question, TensorSpec
+from inference.oip.models import Answer, Catalogue, Question, TensorSpec
 from inference.oip.server import listen
 from inference.oip.service import Service
 from inference.oip.settings import ServeSettings
@@ -43,7 +43,7 @@ class Held:
         self.given_up = 0
         self.answer: Tensors | InferenceError | None = None
 
-    async def infer(self, question: Question) -> Tensors:
+    async def infer(self, question: Question) -> Answer:
         self.asked.append(question)
         try:
             if question.deadline_s is None:
@@ -58,7 +58,7 @@ class Held:
             raise
         if isinstance(self.answer, InferenceError):
             raise self.answer
-        return self.answer or {"y": 2 * question.inputs["x"]}
+        return Answer(self.answer or {"y": 2 * question.inputs["x"]}, self.version)
 
 
 class World:
