@@ -16,6 +16,7 @@ from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
 from inference.admission.concurrency import ConcurrencyLimits
 from inference.admission.control import Admission
+from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.admission.shared import CountedRate
 from inference.plane import Plane
@@ -23,7 +24,6 @@ from inference.releases.serving import ServingModel
 from inference.settings import InferenceSettings
 from stream.delivery import Backoff, Delivery
 from stream.feeder import Feeder, HandOver
-from stream.load import LoadProbe
 from stream.metrics import StreamMetrics
 from stream.recommend import RequestPath
 from stream.settings import StreamSettings

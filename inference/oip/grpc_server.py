@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version as package_version
 from typing import Any, Final
 
@@ -12,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from inference.errors import InferenceError, InvalidRequest, ModelNotFound
 from inference.oip import open_inference_pb2 as pb
+from inference.oip.messages import PUSHBACK
 from inference.oip.models import DTYPES, Datatype, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
@@ -71,7 +73,10 @@ def _handler(servicer: OpenInference, method: Any) -> Any:
                 raise InvalidRequest(f"the bytes are no {method.input_type.name}")
             return await answer(request, context)
         except InferenceError as error:
-            return await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+            # gRPC's own hint: a client with a retry policy waits as long.
+            after_s = error.retry_after_s
+            hint = () if after_s is None else ((PUSHBACK, str(math.ceil(1e3 * after_s))),)
+            return await context.abort(grpc.StatusCode[error.grpc_status], str(error), hint)
 
     return grpc.unary_unary_rpc_method_handler(
         handle,

@@ -28,6 +28,7 @@ _ERRORS: Final[dict[str, type[InferenceError]]] = {
     for kind in (InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, ModelUnavailable, EngineFailed)
 }
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
+PUSHBACK: Final = "grpc-retry-pushback-ms"
 _TLS: Final = "grpcs://"
 
 
@@ -92,6 +93,8 @@ def tensors_of(response: Any) -> Tensors:
 
 
 def error_of(error: grpc.RpcError, url: str) -> InferenceError:
-    """Our error for a failed call."""
+    """Our error for a failed call, with the server's word on when to come again."""
     code = error.code().name
-    return _ERRORS.get(code, EngineFailed)(f"{url}: {error.details() or code}")
+    told = dict(error.trailing_metadata() or ()).get(PUSHBACK, "")
+    after_s = int(told) / 1e3 if str(told).isdecimal() else None
+    return _ERRORS.get(code, EngineFailed)(f"{url}: {error.details() or code}", retry_after_s=after_s)

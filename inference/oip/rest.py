@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version as package_version
 from typing import Any, Final
@@ -65,9 +66,10 @@ async def sentences(request: web.Request, handler: Handler) -> web.StreamRespons
     try:
         return await handler(request)
     except InferenceError as error:
-        return _json({"error": str(error)}, STATUS[error.grpc_status])
+        return _json({"error": str(error)}, STATUS[error.grpc_status], _retry(error.retry_after_s))
     except web.HTTPException as error:
-        return _json({"error": error.text or error.reason}, error.status)
+        retry = _retry(1.0 if error.status in (429, 503) else None)
+        return _json({"error": error.text or error.reason}, error.status, retry)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _json({"error": "the server failed; its log says how"}, 500)
@@ -259,6 +261,11 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
 
 
-def _json(body: Any, status: int = 200) -> web.Response:
+def _retry(after_s: float | None) -> dict[str, str]:
+    """HTTP counts in whole seconds."""
+    return {} if after_s is None else {"Retry-After": str(max(1, math.ceil(after_s)))}
+
+
+def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    return web.Response(body=content, status=status, content_type="application/json")
+    return web.Response(body=content, status=status, headers=headers, content_type="application/json")

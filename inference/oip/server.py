@@ -20,8 +20,12 @@ from prometheus_client import CollectorRegistry
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
+from inference.admission.load import LoadProbe
+from inference.admission.settings import AdmissionSettings
+from inference.admission.users import TierStore, UserTiers
 from inference.errors import InferenceError, ModelUnavailable
 from inference.oip import admin, rest
+from inference.oip.gate import Gate, GateMetrics, admission_of
 from inference.oip.grpc_server import make_server
 from inference.oip.list_model import ListModel
 from inference.oip.models import Catalogue
@@ -63,22 +67,36 @@ class InferenceServer:
         features: FeatureSettings | None = None,
         token: str = "",
         alias: str = "serving",
+        admission: AdmissionSettings | None = None,
+        tiers: TierStore | None = None,
+        redis_url: str | None = None,
     ) -> None:
-        """`token` is the admin listener's; `alias` may be a version."""
+        """`token` is the admin listener's; `alias` may be a version. Without `tiers` every user has the
+        default one; rates are shared with other processes through `redis_url`."""
         self.settings = serve or ServeSettings()
         inference = inference or InferenceSettings()
         self.catalogue = Catalogue()
         self.service = Service(self.catalogue, max_requests=self.settings.max_requests)
         self._statistics = statistics
         self.metrics = CollectorRegistry()
+        limits = admission or AdmissionSettings()
+        self.admission = admission_of(limits, inference.max_queue, redis_url)
+        users = UserTiers(
+            tiers, self.admission.tiers, ttl_s=self.settings.tier_ttl_s, kept=limits.clients_kept
+        )
+        gauges = GateMetrics(self.metrics)
+        gate = Gate(self.admission, users, gauges)
+        self._load = LoadProbe(self.admission, gauges)
         self._released = ReleaseMetrics(self.metrics)
         self.releases = ServingModel(
-            Versions(Plane(inference, features or FeatureSettings(), statistics), inference, self.catalogue),
+            Versions(
+                Plane(inference, features or FeatureSettings(), statistics), inference, self.catalogue, gate
+            ),
             _rules(registry, alias, self.settings),
             self._released,
             switched=self._switched,
         )
-        self.catalogue.route(ListModel(lambda: self.catalogue.serving, self._rank))
+        self.catalogue.route(ListModel(lambda: self.catalogue.serving, gate.lists(self._rank)))
         self._admin = admin.make_app(self.releases, self.metrics, self.settings, token)
         self._rest = rest.make_app(self.service, self.settings)
         self._grpc = make_server(self.service, self.settings)
@@ -102,7 +120,10 @@ class InferenceServer:
         await self._grpc.start()
         http = await self._listen(self._rest, settings.host, settings.http_port, settings.reuse_port)
         admin_port = await self._listen(self._admin, settings.admin_host, settings.admin_port)
-        self._tasks.append(asyncio.create_task(self._refresh()))
+        await self.admission.leases.renew()
+        self._tasks += map(
+            asyncio.create_task, (self._refresh(), self._load.run(), self.admission.leases.run())
+        )
         self.ports = Ports(grpc_port, http, admin_port)
         return self.ports
 
@@ -134,6 +155,7 @@ class InferenceServer:
         if self._tasks:
             await asyncio.wait(self._tasks)
         await self.releases.close()
+        await self.admission.leases.close()
         return idle
 
     def _switched(self, held: Held) -> None:

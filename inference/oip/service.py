@@ -67,7 +67,7 @@ class Service:
     async def infer(self, call: Call) -> tuple[ServedModel, Answer]:
         """The model that answered, and its outputs in the order asked for. Raises `InferenceError`."""
         if not self.ready:
-            raise ModelUnavailable("the server is warming up, or leaving")
+            raise ModelUnavailable("the server is warming up, or leaving", retry_after_s=1.0)
         if self._requests >= self.max_requests:
             raise Overloaded(f"{self.max_requests} requests are in hand already")
         self._requests += 1

@@ -35,6 +35,9 @@ class ServeSettings(BaseSettings):
     drain_timeout_ms: Annotated[int, Field(ge=0)] = 10_000
     max_versions: Annotated[int, Field(ge=1, le=64, description="open before another is loaded by hand")] = 4
 
+    tier_ttl_s: Annotated[float, Field(gt=0, le=3600)] = 10.0
+    """For so long a user's tier is remembered before the store is asked again."""
+
     alias_poll_s: Annotated[float, Field(ge=0, le=3600)] = 2.0
     """How often the registry's alias is looked at, so that a release is noticed; 0: never."""
     check_requests: Annotated[int, Field(ge=0, le=10_000)] = 64

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from inference.errors import InferenceError
+from inference.oip.gate import Gate
 from inference.oip.graph_models import GraphSet
 from inference.oip.list_model import ListModel
 from inference.oip.models import Catalogue, ServedModel
@@ -40,10 +41,11 @@ class Open:
 class Versions:
     """What `inference.releases` opens, asks and frees; while a version is open the catalogue has it."""
 
-    def __init__(self, plane: Plane, settings: InferenceSettings, catalogue: Catalogue) -> None:
+    def __init__(self, plane: Plane, settings: InferenceSettings, catalogue: Catalogue, gate: Gate) -> None:
         self._plane = plane
         self._settings = settings
         self._catalogue = catalogue
+        self._gate = gate
         self._open: list[Open] = []
 
     async def open(self, registry_root: Path, version: str, *, sha256: str | None = None) -> Open:
@@ -54,7 +56,9 @@ class Versions:
         except BaseException:
             await self._plane.retire(lists)
             raise
-        by_name = ListModel(lambda: version, partial(self._rank, lists))
+        by_name = ListModel(lambda: version, self._gate.lists(partial(self._rank, lists)))
+        for model in graphs.models:
+            model.run = self._gate.graph(model.run)
         opened = Open(lists, graphs, [by_name, *graphs.models])
         self._open.append(opened)
         self._catalogue.add(opened.models)

@@ -24,6 +24,7 @@ from features.memory_store import MemoryStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import User
+from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.plane import Plane
 from inference.releases.serving import ServingModel
@@ -34,7 +35,6 @@ from infra.bench.in_process import prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
 from infra.commands import options
 from stream.delivery import Record
-from stream.load import LoadProbe
 from stream.metrics import StreamMetrics
 from stream.recommend import RequestPath
 from stream.resources import admission_of

@@ -46,7 +46,12 @@ _PORT = click.IntRange(0, 65535)
     show_default=True,
     help="Processes on the same ports; each has an admin port of its own, the next ones from --admin-port.",
 )
-@click.option("--redis-url", default="", help="Where the workers keep what is popular.", show_default="none")
+@click.option(
+    "--redis-url",
+    default="",
+    help="Where the workers keep what is popular and who is in which tier; rates are shared there.",
+    show_default="none",
+)
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
 def serve(
     *,
@@ -71,6 +76,10 @@ def serve(
     the old one, and then serves. On SIGTERM the server is not ready any more, and finishes what is in
     hand, for SERVE_DRAIN_TIMEOUT_MS (10 s) at most. Limits are set by SERVE_*, engines by INFERENCE_*.
 
+    ADMISSION_* says who is let in, as for the worker: tiers (`tailrace tiers`) are looked up in Redis by
+    the user_ids of a request. Whose rate is used up is answered 429 (RESOURCE_EXHAUSTED), whom there is
+    no room for 503 (UNAVAILABLE); both say when to come again.
+
     \b
     tailrace serve
     tailrace serve --engine openvino --grpc-port 9001
@@ -80,6 +89,7 @@ def serve(
     curl -H 'Content-Type: application/json' -d '{"version": "20260101T000000-a"}' localhost:8002/load
     """
     from features.settings import FeatureSettings
+    from inference.admission.settings import AdmissionSettings
     from inference.oip.settings import ServeSettings
     from inference.settings import InferenceSettings
 
@@ -97,6 +107,7 @@ def serve(
             }
         )
         features = FeatureSettings()
+        admission = AdmissionSettings()
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
     except ValidationError as error:
         raise click.ClickException(f"a setting is wrong: {error}") from error
@@ -141,6 +152,9 @@ def serve(
             features=features,
             token=os.environ.get(TOKEN_VARIABLE, ""),
             alias=version,
+            admission=admission,
+            tiers=store if isinstance(store, RedisStore) else None,
+            redis_url=redis_url or None,
         )
         try:
             # One of several processes is not given connections before it can serve them.

@@ -15,6 +15,8 @@ from aiohttp import ClientSession
 from compression.registry import MANIFEST, Artefact, Registry
 from features.memory_store import MemoryStore
 from features.statistics import ItemStatistics
+from inference.admission.settings import AdmissionSettings
+from inference.admission.users import TierStore
 from inference.oip.server import InferenceServer
 from inference.oip.settings import ServeSettings
 from inference.settings import InferenceSettings
@@ -42,8 +44,17 @@ SERVE = {"grpc_port": 0, "http_port": 0, "admin_port": 0, "drain_timeout_ms": 5_
 class Running:
     """A server, and a way to run coroutines where it runs."""
 
-    def __init__(self, registry: Registry, **settings: Any) -> None:
-        self._registry = registry
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        admission: AdmissionSettings | None = None,
+        tiers: TierStore | None = None,
+        **settings: Any,
+    ) -> None:
+        self.registry = registry
+        self._admission = admission
+        self._tiers = tiers
         self._settings = ServeSettings(**{**SERVE, **settings})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")
@@ -58,7 +69,8 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run(self.server.close)
+        if hasattr(self, "server"):
+            self.run(self.server.close)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -89,11 +101,13 @@ class Running:
 
     async def _start(self) -> None:
         self.server = InferenceServer(
-            self._registry.root,
+            self.registry.root,
             ItemStatistics(MemoryStore()),
             serve=self._settings,
             inference=INFERENCE,
             token=ADMIN_TOKEN,
+            admission=self._admission,
+            tiers=self._tiers,
         )
         await self.server.start()
         await self.server.load()
