@@ -42,7 +42,7 @@ def make_app(
 ) -> web.Application:
     """The application for its host to listen on. Raises `AdminRefused` where that needs a token."""
     host = settings.admin_host
-    if not token and not _is_loopback(host):
+    if not token and not is_loopback(host):
         raise AdminRefused(f"the admin listener on {host} needs a token: set {TOKEN_VARIABLE}")
     if token and (len(token) < _MIN_TOKEN or not token.isascii()):
         raise AdminRefused(f"{TOKEN_VARIABLE} needs at least {_MIN_TOKEN} ASCII characters")
@@ -131,7 +131,7 @@ async def _body(
     return body
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True
     try:

@@ -18,6 +18,7 @@ from inference.oip.models import DTYPES, Datatype, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
 from inference.oip.tensors import Given
+from inference.oip.tls import Tls
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 # Where the numbers of a tensor are when they are not raw.
@@ -42,8 +43,11 @@ def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
         "grpc.http2.max_ping_strikes": 2,
         "grpc.keepalive_permit_without_calls": 0,
         # And one that has gone without a word is noticed.
-        "grpc.keepalive_time_ms": 60_000,
-        "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.keepalive_time_ms": settings.keepalive_ms,
+        "grpc.keepalive_timeout_ms": settings.keepalive_timeout_ms,
+        "grpc.max_connection_idle_ms": settings.idle_timeout_ms,
+        "grpc.max_allowed_incoming_connections": settings.max_connections,
+        "grpc.server_handshake_timeout_ms": 10_000,
         "grpc.so_reuseport": int(settings.reuse_port),
     }
     server = grpc.aio.server(
@@ -54,6 +58,13 @@ def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, methods),))
     reflection.enable_server_reflection([_SERVICE.full_name, reflection.SERVICE_NAME], server)
     return server
+
+
+def credentials(tls: Tls) -> grpc.ServerCredentials:
+    """For `add_secure_port`. Where there is an authority, clients need a certificate of its."""
+    return grpc.ssl_server_credentials(
+        [(tls.key, tls.certificate)], tls.client_ca, require_client_auth=tls.client_ca is not None
+    )
 
 
 def _handler(servicer: OpenInference, method: Any) -> Any:

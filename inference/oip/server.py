@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
 from typing import Self
 
 from aiohttp import web
@@ -24,10 +25,12 @@ from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.admission.users import TierStore, UserTiers
 from inference.errors import InferenceError, ModelUnavailable
-from inference.oip import admin, rest
+from inference.oip import admin, rest, tls
+from inference.oip.admin import is_loopback
 from inference.oip.gate import Gate, GateMetrics, admission_of
-from inference.oip.grpc_server import make_server
+from inference.oip.grpc_server import credentials, make_server
 from inference.oip.list_model import ListModel
+from inference.oip.listening import listen
 from inference.oip.models import Catalogue
 from inference.oip.service import Service
 from inference.oip.settings import ServeSettings
@@ -71,9 +74,11 @@ class InferenceServer:
         tiers: TierStore | None = None,
         redis_url: str | None = None,
     ) -> None:
-        """`token` is the admin listener's; `alias` may be a version. Without `tiers` every user has the
+        """Raises `TlsInvalid` and `AdminRefused`. `token` is the admin listener's; `alias` may be a
+        version. Without `tiers` every user has the
         default one; rates are shared with other processes through `redis_url`."""
         self.settings = serve or ServeSettings()
+        self._tls = tls.load(self.settings)
         inference = inference or InferenceSettings()
         self.catalogue = Catalogue()
         self.service = Service(self.catalogue, max_requests=self.settings.max_requests)
@@ -113,13 +118,17 @@ class InferenceServer:
     async def start(self) -> Ports:
         """Listen on every port, before or after loading. Raises `OSError` where one is taken."""
         settings = self.settings
-        try:
-            grpc_port = self._grpc.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
-        except RuntimeError as error:
-            raise OSError(f"gRPC cannot listen on {settings.host}:{settings.grpc_port}: {error}") from error
+        grpc_port = self._bind_grpc()
         await self._grpc.start()
-        http = await self._listen(self._rest, settings.host, settings.http_port, settings.reuse_port)
-        admin_port = await self._listen(self._admin, settings.admin_host, settings.admin_port)
+        context = self._tls.context if self._tls else None
+        http = await self._listen(
+            self._rest, settings.host, settings.http_port, context, reuse_port=settings.reuse_port
+        )
+        # The admin listener's token does not travel in the clear.
+        beyond = not is_loopback(settings.admin_host)
+        admin_port = await self._listen(
+            self._admin, settings.admin_host, settings.admin_port, context if beyond else None
+        )
         await self.admission.leases.renew()
         self._tasks += map(
             asyncio.create_task, (self._refresh(), self._load.run(), self.admission.leases.run())
@@ -167,8 +176,28 @@ class InferenceServer:
     ) -> Sequence[RankedList | InferenceError]:
         return await self.releases.rank(requests, by_user=known)
 
-    async def _listen(self, app: web.Application, host: str, port: int, reuse_port: bool = False) -> int:
-        runner, port = await listen(app, host, port, reuse_port=reuse_port)
+    def _bind_grpc(self) -> int:
+        host, port = self.settings.host, self.settings.grpc_port
+        address = f"{host}:{port}"
+        try:
+            if self._tls is None:
+                return int(self._grpc.add_insecure_port(address))
+            return int(self._grpc.add_secure_port(address, credentials(self._tls)))
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot listen on {address}: {error}") from error
+
+    async def _listen(
+        self, app: web.Application, host: str, port: int, tls: SSLContext | None, *, reuse_port: bool = False
+    ) -> int:
+        runner, port = await listen(
+            app,
+            host,
+            port,
+            reuse_port=reuse_port,
+            tls=tls,
+            most=self.settings.max_connections,
+            idle_s=self.settings.idle_timeout_ms / 1e3,
+        )
         self._runners.append(runner)
         return port
 
@@ -190,20 +219,3 @@ def _rules(registry: Path, alias: str, settings: ServeSettings) -> ReleaseRules:
         check_limit_s=settings.check_limit_ms / 1000,
         keep_previous=bool(settings.keep_previous),
     )
-
-
-async def listen(
-    app: web.Application, host: str, port: int, *, reuse_port: bool = False
-) -> tuple[web.AppRunner, int]:
-    """Serve an application; the runner to clean up, and the port. A client that goes away cancels its
-    handler."""
-    runner = web.AppRunner(
-        app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
-    )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port, reuse_port=reuse_port).start()
-    except OSError:
-        await runner.cleanup()
-        raise
-    return runner, int(runner.addresses[0][1])

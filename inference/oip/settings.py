@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -24,11 +25,23 @@ class ServeSettings(BaseSettings):
     reuse_port: bool = False
     """Several processes listen on the same ports, and the system shares connections out among them."""
 
+    tls_certificate: Path | None = None
+    tls_key: Path | None = None
+    """PEM files, the certificate with those between it and its authority: both fronts speak TLS then, and
+    so does the admin listener beyond loopback. They are read once, at the start."""
+    tls_client_ca: Path | None = None
+    """Clients need a certificate of this authority (mutual TLS)."""
+
     max_message_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 64 * 2**20
     max_json_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
     """The JSON part of a REST request: its numbers are parsed on the event loop."""
 
     max_requests: Annotated[int, Field(ge=1, le=65_536, description="in hand at once, both fronts")] = 1024
+    max_connections: Annotated[int, Field(ge=1, le=65_536, description="per front")] = 1024
+    idle_timeout_ms: Annotated[int, Field(ge=1_000)] = 75_000
+    """A connection that asks nothing for so long is closed."""
+    keepalive_ms: Annotated[int, Field(ge=1_000, description="gRPC: a silent client is pinged")] = 60_000
+    keepalive_timeout_ms: Annotated[int, Field(ge=100, description="and gone without an answer")] = 10_000
     max_streams: Annotated[int, Field(ge=1, le=65_536, description="per gRPC connection")] = 256
     min_ping_interval_ms: Annotated[int, Field(ge=0)] = 10_000
     read_timeout_ms: Annotated[int, Field(ge=1, description="for the body of a REST request")] = 10_000

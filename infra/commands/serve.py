@@ -80,6 +80,9 @@ def serve(
     the user_ids of a request. Whose rate is used up is answered 429 (RESOURCE_EXHAUSTED), whom there is
     no room for 503 (UNAVAILABLE); both say when to come again.
 
+    SERVE_TLS_CERTIFICATE and SERVE_TLS_KEY name PEM files: gRPC and REST then speak TLS. With
+    SERVE_TLS_CLIENT_CA clients need a certificate of that authority.
+
     \b
     tailrace serve
     tailrace serve --engine openvino --grpc-port 9001
@@ -138,6 +141,7 @@ def serve(
     from inference.errors import ModelUnavailable
     from inference.oip.admin import TOKEN_VARIABLE, AdminRefused
     from inference.oip.server import InferenceServer
+    from inference.oip.tls import TlsInvalid
 
     async def run() -> None:
         stop = asyncio.Event()
@@ -189,5 +193,5 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run())
-    except (AdminRefused, ModelUnavailable, OSError) as error:
+    except (AdminRefused, ModelUnavailable, OSError, TlsInvalid) as error:
         raise click.ClickException(str(error)) from error
