@@ -52,6 +52,9 @@ class MemoryStore:
     async def read(self, user_ids: Sequence[int]) -> list[User]:
         return [User(self._sequence(user), self._tiers.get(user)) for user in user_ids]
 
+    async def tiers(self, user_ids: Sequence[int]) -> list[str | None]:
+        return [self._tiers.get(user) for user in user_ids]
+
     async def set_tier(self, user_id: int, tier: str | None) -> None:
         if tier is None:
             self._tiers.pop(user_id, None)

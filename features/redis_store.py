@@ -110,6 +110,11 @@ class RedisStore:
         replies = await self._call([(b"MGET", keys.sequence(user), keys.tier(user)) for user in user_ids])
         return [User(sequence, _text(tier)) for sequence, tier in replies]
 
+    async def tiers(self, user_ids: Sequence[int]) -> list[str | None]:
+        # Not GET, which fails where the key is something else than a string.
+        replies = await self._call([(b"MGET", keys.tier(user)) for user in user_ids])
+        return [_text(tier) for (tier,) in replies]
+
     async def set_tier(self, user_id: int, tier: str | None) -> None:
         key = keys.tier(user_id)
         await self._call([(b"DEL", key) if tier is None else (b"SET", key, tier)])

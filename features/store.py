@@ -85,6 +85,10 @@ class FeatureStore(Protocol):
         """What is kept of users, in the order asked for."""
         ...
 
+    async def tiers(self, user_ids: Sequence[int]) -> list[str | None]:
+        """The tiers of users alone, as in `User`, in the order asked for."""
+        ...
+
     async def set_tier(self, user_id: int, tier: str | None) -> None:
         """Put a user into a tier, until told otherwise; None takes the user out of any."""
         ...

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 
 class InferenceError(RuntimeError):
-    """Base: nothing else leaves this folder on purpose."""
+    """Base: nothing else leaves this folder on purpose. `retry_after_s`: when asking again may work."""
 
     grpc_status = "INTERNAL"
+    retry_after_s: float | None = None
+
+    def __init__(self, *words: object, retry_after_s: float | None = None) -> None:
+        super().__init__(*words)
+        if retry_after_s is not None:
+            self.retry_after_s = retry_after_s
 
 
 class Overloaded(InferenceError):
-    """The queue is full. Raised at once; asking again later may work."""
+    """The queue is full, or a rate is used up. Raised at once; asking again later may work."""
 
     grpc_status = "RESOURCE_EXHAUSTED"
+    retry_after_s = 0.1
+
+
+class NoRoom(Overloaded):
+    """More is in hand than can be answered in time, whoever asks: another process may have room."""
+
+    grpc_status = "UNAVAILABLE"
 
 
 class DeadlineExceeded(InferenceError):

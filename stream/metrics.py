@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-ARMS = ("serving", "canary", "shadow")
+from inference.releases.metrics import ReleaseMetrics
+
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
@@ -53,41 +52,4 @@ class StreamMetrics:
         self.in_flight = Gauge("tailrace_in_flight", "Records in hand", registry=r)
         self.lag = Gauge("tailrace_lag", "Records waiting in Kafka", ["topic", "partition"], registry=r)
         self.rebalances = Counter("tailrace_rebalances", "Assignments received", registry=r)
-        self.model = Gauge("tailrace_model_info", "The serving model", ["version", "engine"], registry=r)
-        self.release_lists = Counter(
-            "tailrace_release_lists",
-            "Lists ranked by a version that is open",
-            ["version", "arm"],
-            registry=r,
-        )
-        self.release_failures = Counter(
-            "tailrace_release_failures",
-            "Requests that a version which is open did not answer",
-            ["version", "arm"],
-            registry=r,
-        )
-        self.releases_refused = Counter(
-            "tailrace_releases_refused",
-            "Versions that could not be taken as what they were released as",
-            ["stage"],
-            registry=r,
-        )
-        self.shadow = Counter(
-            "tailrace_shadow_requests", "Sampled requests by what came of them", ["outcome"], registry=r
-        )
-        self.shadow_overlap = Gauge(
-            "tailrace_shadow_overlap", "Share of items that shadow and sent lists have in common", registry=r
-        )
-        self.shadow_s = Histogram(
-            "tailrace_shadow_seconds",
-            "One batch of the shadow, waiting included",
-            buckets=_SECONDS,
-            registry=r,
-        )
-
-    def forget_version(self, version: str) -> None:
-        """Drop the counts of a version that is no longer open: versions come and go without end."""
-        for counter in (self.release_lists, self.release_failures):
-            for arm in ARMS:
-                with contextlib.suppress(KeyError):
-                    counter.remove(version, arm)
+        self.releases = ReleaseMetrics(r)

@@ -16,15 +16,15 @@ from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
 from inference.admission.concurrency import ConcurrencyLimits
 from inference.admission.control import Admission
+from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.admission.shared import CountedRate
 from inference.plane import Plane
+from inference.releases.serving import ServingModel
 from inference.settings import InferenceSettings
 from stream.delivery import Backoff, Delivery
 from stream.feeder import Feeder, HandOver
-from stream.load import LoadProbe
 from stream.metrics import StreamMetrics
-from stream.ranking import ServingModel
 from stream.recommend import RequestPath
 from stream.settings import StreamSettings
 from stream.web import serve
@@ -54,7 +54,12 @@ class Resources:
         self.metrics = StreamMetrics()
         self.store = RedisStore(stream.redis_url, settings=features)
         self.statistics = ItemStatistics(self.store, settings=features)
-        self.model = ServingModel(Plane(inference, features, self.statistics), stream, self.metrics)
+        self.model = ServingModel(
+            Plane(inference, features, self.statistics),
+            stream.releases,
+            self.metrics.releases,
+            switched=lambda held: self.metrics.releases.serves(held.version, held.opened.engine),
+        )
         self.admission = admission_of(stream, admission or AdmissionSettings())
         self.load = LoadProbe(self.admission, self.metrics)
         backoff = Backoff(stream.retry_min_ms / 1000, stream.retry_max_ms / 1000)
@@ -107,19 +112,18 @@ class Resources:
             self._maintain_statistics(),
             self.load.run(),
         ]
+        if self.settings.alias_poll_s:
+            tasks.append(self.model.watch(self.settings.alias_poll_s, self.load_model))
         return [*tasks, self.admission.leases.run()] if self.admission.leases.any_limit else tasks
 
     async def load_model(self, announced: str | None = None, sha256: str | None = None) -> None:
         """Serve what the alias names now, checked against the announcement if there is one."""
-        if await self.model.load(announced, sha256):
-            if not self._frozen:
-                # Once: a collection stops all threads for as long as it takes, and a version that is
-                # freed later is in no cycle that only a collection would find.
-                gc.collect()
-                gc.freeze()
-                self._frozen = True
-            self.metrics.model.clear()
-            self.metrics.model.labels(version=self.model.version, engine=self.model.engine).set(1)
+        if await self.model.load(announced, sha256) and not self._frozen:
+            # Once: a collection stops all threads for as long as it takes, and a version that is
+            # freed later is in no cycle that only a collection would find.
+            gc.collect()
+            gc.freeze()
+            self._frozen = True
 
     async def _maintain_statistics(self) -> None:
         """Write what was observed, read what is popular; a Redis that is away is tried again."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from inference.releases.settings import ReleaseRules
 from topics.catalog import suffixed
 
 
@@ -63,6 +65,9 @@ class StreamSettings(BaseSettings):
     keep_previous: int = Field(default=1, ge=0, le=1)
     """Versions before the serving one that stay open, so that a rollback takes effect at once."""
 
+    alias_poll_s: float = Field(default=2.0, ge=0, le=3600)
+    """How often the alias is looked at, so that a change which nobody announced is noticed; 0: never."""
+
     commit_interval_ms: int = Field(default=500, ge=10)
     session_timeout_ms: int = Field(default=10_000, ge=6_000)
     drain_timeout_ms: int = Field(default=10_000, ge=0)
@@ -83,6 +88,16 @@ class StreamSettings(BaseSettings):
 
     flush_interval_ms: int = Field(default=500, ge=10)
     """Item statistics are written to Redis this often."""
+
+    @property
+    def releases(self) -> ReleaseRules:
+        return ReleaseRules(
+            registry=Path(self.registry),
+            alias=self.alias,
+            check_requests=self.check_requests,
+            check_limit_s=self.click_deadline_ms / 1000,
+            keep_previous=bool(self.keep_previous),
+        )
 
     @property
     def topics(self) -> TopicNames:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -28,7 +28,7 @@ from inference.types import RankedList, RankRequest
 Reason = Literal["deadline", "client-rate", "tier-rate", "concurrency"]
 _REASONS: Final[tuple[Reason, ...]] = ("deadline", "client-rate", "tier-rate", "concurrency")
 _ERRORS: Final[tuple[InferenceError, ...]] = (
-    DeadlineExceeded("less time is left than a list takes"),
+    DeadlineExceeded("less time is left before the deadline than a list takes"),
     Overloaded("the user's rate is used up"),
     Overloaded("the tier's rate is used up"),
     Overloaded("no room among the lists in hand"),
@@ -45,8 +45,7 @@ class Refusal:
     error: InferenceError
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """Admitted requests of one batch with their positions in it, in hand until `Admission.finish`: the
     top tier's by themselves, since how long those wait is looked at by itself."""
 
@@ -56,8 +55,7 @@ class Group:
     requests: Sequence[RankRequest]
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """What came of one batch: each of its positions is in one group or refused."""
 
     groups: list[Group]
@@ -71,6 +69,7 @@ class Admission:
         self.tiers = Tiers(settings)
         self.leases = Leases(settings, rate)
         self.limit = AdaptiveLimit(limits, PRIORITIES * len(self.tiers), PRIORITIES)
+        self.queue_target_s = limits.queue_target_ms / 1000
         self._adaptive = settings.adaptive
         self._ceiling = limits.ceiling
         self._clients = ClientBuckets(settings.clients_kept) if self.tiers.any_client_limit else None
@@ -81,9 +80,17 @@ class Admission:
         self._fastest_s = self._fastest_before_s = 0.0
         self._fastest_from_s = 0.0
 
-    def admit(self, requests: Sequence[RankRequest], now_s: float) -> Ticket:
-        """Let in whom there is room for. Each group must be finished, whatever becomes of it."""
-        refused = self._refuse(requests, now_s)
+    def admit(
+        self, requests: Sequence[RankRequest], now_s: float, *, whole: bool = False, by_user: bool = True
+    ) -> Ticket:
+        """Let in whom there is room for. Each group must be finished, whatever becomes of it.
+
+        `whole`: all of them or nobody, and then nothing is used up. Without `by_user` it is not known
+        whose the requests are, and no user's own rate holds.
+        """
+        refused = self._refuse(requests, now_s, whole, by_user)
+        if whole and refused:
+            return Ticket([], refused)
         top = len(self.tiers) - 1
         of_tier: tuple[list[int], list[int]] = ([], [])
         for at, request in enumerate(requests):
@@ -137,7 +144,9 @@ class Admission:
         known = [s for s in (self._fastest_s, self._fastest_before_s) if s]
         return min(known) if known else 0.0
 
-    def _refuse(self, requests: Sequence[RankRequest], now_s: float) -> dict[int, Refusal]:
+    def _refuse(
+        self, requests: Sequence[RankRequest], now_s: float, whole: bool, by_user: bool
+    ) -> dict[int, Refusal]:
         size = len(requests)
         latest_s = now_s + self.fastest_s
         in_time = all(r.deadline_s is None or r.deadline_s >= latest_s for r in requests)
@@ -153,11 +162,12 @@ class Admission:
         if not in_time:
             deadlines = (np.inf if r.deadline_s is None else r.deadline_s for r in requests)
             reasons[np.fromiter(deadlines, np.float64, size)[order] < latest_s] = 0
-        if self._clients is not None:
+        clients = self._clients if by_user else None
+        if clients is not None:
             users = np.fromiter((r.user_id for r in requests), np.int64, size)[order]
             rate, burst = self.tiers.client_rate[tiers], self.tiers.client_burst[tiers]
             asked = np.flatnonzero((reasons < 0) & np.isfinite(rate))
-            left = self._clients.tokens(users[asked], rate[asked], burst[asked], now_s)
+            left = clients.tokens(users[asked], rate[asked], burst[asked], now_s)
             reasons[asked[places(users[asked]) + 1 > left + 1e-9]] = 1
         if self.leases.any_limit:
             asked = np.flatnonzero(reasons < 0)
@@ -166,13 +176,14 @@ class Admission:
         asked = np.flatnonzero(reasons < 0)
         # Caps fall along the order, so who comes after one without room has none either.
         reasons[asked[self.limit.in_flight + np.arange(len(asked)) >= self.limit.caps[levels[asked]]]] = 3
-        passed = np.flatnonzero(reasons < 0)
+        passed, shed = np.flatnonzero(reasons < 0), np.flatnonzero(reasons >= 0)
+        if whole and len(shed):
+            passed = passed[:0]
         if self.leases.any_limit:
             self.leases.take(np.bincount(tiers[passed], minlength=len(self.tiers)))
-        if self._clients is not None:
+        if clients is not None:
             passed = passed[np.isfinite(rate[passed])]
-            self._clients.take(users[passed], rate[passed], burst[passed], now_s)
-        shed = np.flatnonzero(reasons >= 0)
+            clients.take(users[passed], rate[passed], burst[passed], now_s)
         return {
             at: Refusal(_REASONS[reason], _ERRORS[reason])
             for at, reason in zip(order[shed].tolist(), reasons[shed].tolist(), strict=True)

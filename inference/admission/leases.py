@@ -38,7 +38,7 @@ class Leases:
 
     def __init__(self, settings: AdmissionSettings, rate: SharedRate) -> None:
         self._rate = rate
-        self._lease_s = settings.lease_ms / 1000
+        self.lease_s = settings.lease_ms / 1000
         self._limited = [(code, tier) for code, tier in enumerate(settings.tiers) if tier.rate is not None]
         self._most = [max(1, int(tier.most * settings.lease_share)) for _, tier in self._limited]
         self.tokens: npt.NDArray[np.float64] = np.full(len(settings.tiers), np.inf)
@@ -63,7 +63,7 @@ class Leases:
     async def run(self) -> None:
         """Renew as long as the process lives."""
         while self.any_limit:
-            await asyncio.sleep(self._lease_s)
+            await asyncio.sleep(self.lease_s)
             try:
                 await self.renew()
             except Exception:

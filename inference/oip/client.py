@@ -21,11 +21,14 @@ from inference.types import Tensors
 class Client:
     """One connection. Failed calls raise `InferenceError`, the same kind as the server had."""
 
-    def __init__(self, url: str, *, timeout_s: float = 10.0) -> None:
-        """`timeout_s` holds for every call that names no other."""
+    def __init__(
+        self, url: str, *, timeout_s: float = 10.0, credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        """`timeout_s` holds for every call that names no other. An address that begins with grpcs:// is
+        called through TLS; `credentials` name an authority, or a certificate of the client's own."""
         self.url = url
         self._timeout_s = timeout_s
-        self._channel = channel_of(url, blocking=False)
+        self._channel = channel_of(url, blocking=False, credentials=credentials)
         self._stub = pb_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def __aenter__(self) -> Self:

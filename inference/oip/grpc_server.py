@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from importlib.metadata import version as package_version
 from typing import Any, Final
 
@@ -12,10 +13,12 @@ from grpc_reflection.v1alpha import reflection
 
 from inference.errors import InferenceError, InvalidRequest, ModelNotFound
 from inference.oip import open_inference_pb2 as pb
+from inference.oip.messages import PUSHBACK
 from inference.oip.models import DTYPES, Datatype, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
 from inference.oip.tensors import Given
+from inference.oip.tls import Tls
 
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 # Where the numbers of a tensor are when they are not raw.
@@ -40,8 +43,11 @@ def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
         "grpc.http2.max_ping_strikes": 2,
         "grpc.keepalive_permit_without_calls": 0,
         # And one that has gone without a word is noticed.
-        "grpc.keepalive_time_ms": 60_000,
-        "grpc.keepalive_timeout_ms": 10_000,
+        "grpc.keepalive_time_ms": settings.keepalive_ms,
+        "grpc.keepalive_timeout_ms": settings.keepalive_timeout_ms,
+        "grpc.max_connection_idle_ms": settings.idle_timeout_ms,
+        "grpc.max_allowed_incoming_connections": settings.max_connections,
+        "grpc.server_handshake_timeout_ms": 10_000,
         "grpc.so_reuseport": int(settings.reuse_port),
     }
     server = grpc.aio.server(
@@ -52,6 +58,13 @@ def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, methods),))
     reflection.enable_server_reflection([_SERVICE.full_name, reflection.SERVICE_NAME], server)
     return server
+
+
+def credentials(tls: Tls) -> grpc.ServerCredentials:
+    """For `add_secure_port`. Where there is an authority, clients need a certificate of its."""
+    return grpc.ssl_server_credentials(
+        [(tls.key, tls.certificate)], tls.client_ca, require_client_auth=tls.client_ca is not None
+    )
 
 
 def _handler(servicer: OpenInference, method: Any) -> Any:
@@ -71,7 +84,10 @@ def _handler(servicer: OpenInference, method: Any) -> Any:
                 raise InvalidRequest(f"the bytes are no {method.input_type.name}")
             return await answer(request, context)
         except InferenceError as error:
-            return await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+            # gRPC's own hint: a client with a retry policy waits as long.
+            after_s = error.retry_after_s
+            hint = () if after_s is None else ((PUSHBACK, str(math.ceil(1e3 * after_s))),)
+            return await context.abort(grpc.StatusCode[error.grpc_status], str(error), hint)
 
     return grpc.unary_unary_rpc_method_handler(
         handle,
@@ -122,11 +138,11 @@ class OpenInference:
         )
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        model, outputs = await self._service.infer(_call(request, context.time_remaining()))
+        model, (outputs, version) = await self._service.infer(_call(request, context.time_remaining()))
         datatypes = {spec.name: spec.datatype for spec in model.outputs}
         return pb.ModelInferResponse(
             model_name=model.name,
-            model_version=model.version,
+            model_version=version,
             id=request.id,
             outputs=[
                 pb.ModelInferResponse.InferOutputTensor(

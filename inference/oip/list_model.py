@@ -13,8 +13,8 @@ import numpy as np
 
 from features.sequence import MAX_EVENTS, pack
 from inference.errors import InferenceError
-from inference.oip.models import Question, TensorSpec
-from inference.types import RankedList, RankRequest, Tensors
+from inference.oip.models import Answer, Question, TensorSpec
+from inference.types import RankedList, RankRequest
 
 NAME: Final = "tailrace-lists"
 DEFAULT_K: Final = 10
@@ -22,12 +22,14 @@ _NONE: Final = -1  # no candidate, no item
 _BEHAVIORS: Final = 4
 _MAX_TIMESTAMP: Final = 2**32 - 1
 
-Rank = Callable[[Sequence[RankRequest]], Awaitable[list[RankedList | InferenceError]]]
+# Also told whether it is known whose requests these are.
+Rank = Callable[[Sequence[RankRequest], bool], Awaitable[Sequence[RankedList | InferenceError]]]
 
 
 class ListModel:
     """Inputs: what each user did, oldest first, `lengths` events of the row; perhaps the candidates to
-    rank (-1 fills a row up), the users' ids (0 where there are none) and how many items are wanted.
+    rank (-1 fills a row up), the users' ids (without them nobody is in a canary) and how many items are
+    wanted.
     Outputs: the `counts` best items, -1 and 0 beyond."""
 
     name = NAME
@@ -39,7 +41,7 @@ class ListModel:
         TensorSpec("timestamps", "INT64", ("users", "slots"), 0, _MAX_TIMESTAMP),
         TensorSpec("lengths", "INT32", ("users",), 0, "slots"),
         TensorSpec("candidates", "INT64", ("users", "candidates"), _NONE, optional=True),
-        TensorSpec("user_ids", "INT64", ("users",), optional=True),
+        TensorSpec("user_ids", "INT64", ("users",), 0, optional=True),
         TensorSpec("k", "INT32", (1,), 1, 1000, optional=True),
     )
     outputs: Sequence[TensorSpec] = (
@@ -49,23 +51,30 @@ class ListModel:
     )
     most: Mapping[str, int] = {"users": 64, "slots": MAX_EVENTS, "candidates": 1000}
 
-    def __init__(self, version: str, rank: Rank) -> None:
-        self.version = version
+    def __init__(self, version: Callable[[], str], rank: Rank) -> None:
+        """`version` is the one that the model is listed under."""
+        self._version = version
         self._rank = rank
 
-    async def infer(self, question: Question) -> Tensors:
+    @property
+    def version(self) -> str:
+        return self._version()
+
+    async def infer(self, question: Question) -> Answer:
         k = int(question.inputs["k"][0]) if "k" in question.inputs else DEFAULT_K
-        answers = await self._rank(_requests(question, k))
+        answers = await self._rank(_requests(question, k), "user_ids" in question.inputs)
         items = np.full((len(answers), k), _NONE, np.int64)
         scores = np.zeros((len(answers), k), np.float32)
         counts = np.zeros(len(answers), np.int32)
+        versions = set()
         for user, answer in enumerate(answers):
             if isinstance(answer, InferenceError):
                 raise answer
             count = counts[user] = len(answer.items)
             items[user, :count] = answer.items
             scores[user, :count] = answer.scores
-        return {"items": items, "scores": scores, "counts": counts}
+            versions.add(answer.model_version)
+        return Answer({"items": items, "scores": scores, "counts": counts}, ",".join(sorted(versions)))
 
 
 def _requests(question: Question, k: int) -> list[RankRequest]:

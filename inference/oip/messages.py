@@ -28,11 +28,13 @@ _ERRORS: Final[dict[str, type[InferenceError]]] = {
     for kind in (InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, ModelUnavailable, EngineFailed)
 }
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
+PUSHBACK: Final = "grpc-retry-pushback-ms"
 _TLS: Final = "grpcs://"
 
 
-def channel_of(url: str, *, blocking: bool) -> Any:
-    """A channel to host:port, through TLS where the address begins with grpcs://. Connects when used."""
+def channel_of(url: str, *, blocking: bool, credentials: grpc.ChannelCredentials | None = None) -> Any:
+    """A channel to host:port, through TLS with `credentials` or where the address begins with grpcs://.
+    Connects when used."""
     options = [
         ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
@@ -41,8 +43,9 @@ def channel_of(url: str, *, blocking: bool) -> Any:
         ("grpc.max_reconnect_backoff_ms", 2_000),
     ]
     library = grpc if blocking else grpc.aio
-    if url.startswith(_TLS):
-        return library.secure_channel(url.removeprefix(_TLS), grpc.ssl_channel_credentials(), options)
+    if url.startswith(_TLS) or credentials is not None:
+        credentials = credentials or grpc.ssl_channel_credentials()
+        return library.secure_channel(url.removeprefix(_TLS), credentials, options)
     return library.insecure_channel(url, options)
 
 
@@ -92,6 +95,8 @@ def tensors_of(response: Any) -> Tensors:
 
 
 def error_of(error: grpc.RpcError, url: str) -> InferenceError:
-    """Our error for a failed call."""
+    """Our error for a failed call, with the server's word on when to come again."""
     code = error.code().name
-    return _ERRORS.get(code, EngineFailed)(f"{url}: {error.details() or code}")
+    told = dict(error.trailing_metadata() or ()).get(PUSHBACK, "")
+    after_s = int(told) / 1e3 if str(told).isdecimal() else None
+    return _ERRORS.get(code, EngineFailed)(f"{url}: {error.details() or code}", retry_after_s=after_s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal, Protocol
+from typing import Any, Final, Literal, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,6 +54,14 @@ class Question:
     deadline_s: float | None = None
 
 
+class Answer(NamedTuple):
+    """The outputs wanted, and the version that they are of: two with a comma, where users of one request
+    are in different arms of a canary."""
+
+    outputs: Tensors
+    version: str
+
+
 class ServedModel(Protocol):
     """One version of one model. `most` holds the largest allowed value of each free size."""
 
@@ -70,8 +78,8 @@ class ServedModel(Protocol):
     @property
     def most(self) -> Mapping[str, int]: ...
 
-    async def infer(self, question: Question) -> Tensors:
-        """The outputs wanted. Raises `InferenceError`; cancelling it gives up the work."""
+    async def infer(self, question: Question) -> Answer:
+        """Raises `InferenceError`; cancelling it gives up the work."""
         ...
 
 
@@ -80,6 +88,7 @@ class Catalogue:
 
     def __init__(self) -> None:
         self._models: dict[str, dict[str, ServedModel]] = {}
+        self._routed: dict[str, ServedModel] = {}
         self._serving = ""
 
     @property
@@ -91,17 +100,24 @@ class Catalogue:
         for model in models:
             self._models.setdefault(model.name, {})[model.version] = model
 
+    def route(self, model: ServedModel) -> None:
+        """Let this model, which is of no one version, answer who asks for its name and no version."""
+        self._routed[model.name] = model
+
     def serve(self, version: str) -> None:
         """Let the empty version stand for this one, which has been added."""
         if version not in self.versions():
             raise ModelNotFound(f"version {version!r} is not loaded")
         self._serving = version
 
-    def remove(self, version: str) -> None:
-        """From now on nobody finds this version; who has found it keeps it."""
-        for versions in self._models.values():
-            versions.pop(version, None)
-        if self._serving == version:
+    def remove(self, models: Sequence[ServedModel]) -> None:
+        """From now on nobody finds these; who has found them keeps them."""
+        for model in models:
+            versions = self._models.get(model.name, {})
+            # The same version may have been opened anew while this one was on its way out.
+            if versions.get(model.version) is model:
+                del versions[model.version]
+        if self._serving not in self.versions():
             self._serving = ""
 
     def versions(self) -> list[str]:
@@ -120,6 +136,8 @@ class Catalogue:
             known = ", ".join(sorted(name for name, versions in self._models.items() if versions))
             raise ModelNotFound(f"no model is called {name[:64]!r}; there are {known or 'none yet'}")
         model = versions.get(version or self._serving)
+        if not version and model is not None:
+            return self._routed.get(name, model)
         if model is None:
             asked = f"version {version[:64]!r}" if version else "version that serves"
             raise ModelNotFound(f"{name} has no {asked}; loaded are {', '.join(sorted(versions))}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Awaitable, Callable, Mapping
 from importlib.metadata import version as package_version
 from typing import Any, Final
@@ -17,11 +18,10 @@ import orjson
 from aiohttp import web
 
 from inference.errors import InferenceError, InvalidRequest
-from inference.oip.models import ServedModel, TensorSpec
+from inference.oip.models import Answer, ServedModel, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
 from inference.oip.tensors import Given
-from inference.types import Tensors
 
 log = logging.getLogger(__name__)
 
@@ -66,9 +66,10 @@ async def sentences(request: web.Request, handler: Handler) -> web.StreamRespons
     try:
         return await handler(request)
     except InferenceError as error:
-        return _json({"error": str(error)}, STATUS[error.grpc_status])
+        return _json({"error": str(error)}, STATUS[error.grpc_status], _retry(error.retry_after_s))
     except web.HTTPException as error:
-        return _json({"error": error.text or error.reason}, error.status)
+        retry = _retry(1.0 if error.status in (429, 503) else None)
+        return _json({"error": error.text or error.reason}, error.status, retry)
     except Exception:
         log.exception("%s %s failed", request.method, request.path)
         return _json({"error": "the server failed; its log says how"}, 500)
@@ -116,8 +117,8 @@ class Rest:
     async def infer(self, request: web.Request) -> web.Response:
         body, tail = await self._read(request)
         call = _call(request.match_info, body, tail)
-        model, outputs = await self._service.infer(call)
-        return _answer(model, outputs, body)
+        model, answer = await self._service.infer(call)
+        return _answer(model, answer, body)
 
     def _find(self, request: web.Request) -> ServedModel:
         return self._catalogue.find(request.match_info["model"], request.match_info.get("version", ""))
@@ -227,7 +228,7 @@ def _parameters(owner: dict[str, Any]) -> dict[str, Any]:
     return parameters
 
 
-def _answer(model: ServedModel, outputs: Tensors, body: dict[str, Any]) -> web.Response:
+def _answer(model: ServedModel, answer: Answer, body: dict[str, Any]) -> web.Response:
     binary = bool(_parameters(body).get("binary_data_output"))
     wishes = {
         output["name"]: bool(_parameters(output).get("binary_data", binary))
@@ -235,7 +236,7 @@ def _answer(model: ServedModel, outputs: Tensors, body: dict[str, Any]) -> web.R
     }
     datatypes = {spec.name: spec.datatype for spec in model.outputs}
     described, tail = [], []
-    for name, array in outputs.items():
+    for name, array in answer.outputs.items():
         tensor: dict[str, Any] = {"name": name, "datatype": datatypes[name], "shape": list(array.shape)}
         if wishes.get(name, binary):
             tensor["parameters"] = {"binary_data_size": array.nbytes}
@@ -243,12 +244,12 @@ def _answer(model: ServedModel, outputs: Tensors, body: dict[str, Any]) -> web.R
         else:
             tensor["data"] = array.reshape(-1)
         described.append(tensor)
-    answer = {"model_name": model.name, "model_version": model.version, "outputs": described}
+    told = {"model_name": model.name, "model_version": answer.version, "outputs": described}
     if isinstance(body.get("id"), str):
-        answer["id"] = body["id"]
+        told["id"] = body["id"]
     if not tail:
-        return _json(answer)
-    header = orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+        return _json(told)
+    header = orjson.dumps(told, option=orjson.OPT_SERIALIZE_NUMPY)
     return web.Response(
         body=b"".join((header, *tail)),
         content_type="application/octet-stream",
@@ -260,6 +261,11 @@ def _metadata(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": spec.datatype, "shape": spec.shape}
 
 
-def _json(body: Any, status: int = 200) -> web.Response:
+def _retry(after_s: float | None) -> dict[str, str]:
+    """HTTP counts in whole seconds."""
+    return {} if after_s is None else {"Retry-After": str(max(1, math.ceil(after_s)))}
+
+
+def _json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:
     content = orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY)
-    return web.Response(body=content, status=status, content_type="application/json")
+    return web.Response(body=content, status=status, headers=headers, content_type="application/json")

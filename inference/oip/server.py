@@ -7,26 +7,41 @@ end it says that it is not ready, finishes what is in hand, and closes.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from ssl import SSLContext
 from typing import Self
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
-from inference.oip import admin, rest
-from inference.oip.grpc_server import make_server
+from inference.admission.load import LoadProbe
+from inference.admission.settings import AdmissionSettings
+from inference.admission.users import TierStore, UserTiers
+from inference.errors import InferenceError, ModelUnavailable
+from inference.oip import admin, rest, tls
+from inference.oip.admin import is_loopback
+from inference.oip.gate import Gate, GateMetrics, admission_of
+from inference.oip.grpc_server import credentials, make_server
+from inference.oip.list_model import ListModel
+from inference.oip.listening import listen
 from inference.oip.models import Catalogue
 from inference.oip.service import Service
 from inference.oip.settings import ServeSettings
 from inference.oip.versions import Versions
 from inference.plane import Plane
+from inference.releases.held import Held
+from inference.releases.metrics import ReleaseMetrics
+from inference.releases.serving import ServingModel
+from inference.releases.settings import ReleaseRules
 from inference.settings import InferenceSettings
+from inference.types import RankedList, RankRequest
 
 log = logging.getLogger(__name__)
 
@@ -54,25 +69,44 @@ class InferenceServer:
         inference: InferenceSettings | None = None,
         features: FeatureSettings | None = None,
         token: str = "",
+        alias: str = "serving",
+        admission: AdmissionSettings | None = None,
+        tiers: TierStore | None = None,
+        redis_url: str | None = None,
     ) -> None:
-        """`token` is the admin listener's."""
+        """Raises `TlsInvalid` and `AdminRefused`. `token` is the admin listener's; `alias` may be a
+        version. Without `tiers` every user has the
+        default one; rates are shared with other processes through `redis_url`."""
         self.settings = serve or ServeSettings()
+        self._tls = tls.load(self.settings)
         inference = inference or InferenceSettings()
         self.catalogue = Catalogue()
         self.service = Service(self.catalogue, max_requests=self.settings.max_requests)
         self._statistics = statistics
-        self.versions = Versions(
-            registry,
-            Plane(inference, features or FeatureSettings(), statistics),
-            inference,
-            self.catalogue,
-            max_versions=self.settings.max_versions,
+        self.metrics = CollectorRegistry()
+        limits = admission or AdmissionSettings()
+        self.admission = admission_of(limits, inference.max_queue, redis_url)
+        users = UserTiers(
+            tiers, self.admission.tiers, ttl_s=self.settings.tier_ttl_s, kept=limits.clients_kept
         )
-        self._admin = admin.make_app(self.versions, self.settings.admin_host, token)
+        gauges = GateMetrics(self.metrics)
+        gate = Gate(self.admission, users, gauges)
+        self._load = LoadProbe(self.admission, gauges)
+        self._released = ReleaseMetrics(self.metrics)
+        self.releases = ServingModel(
+            Versions(
+                Plane(inference, features or FeatureSettings(), statistics), inference, self.catalogue, gate
+            ),
+            _rules(registry, alias, self.settings),
+            self._released,
+            switched=self._switched,
+        )
+        self.catalogue.route(ListModel(lambda: self.catalogue.serving, gate.lists(self._rank)))
+        self._admin = admin.make_app(self.releases, self.metrics, self.settings, token)
         self._rest = rest.make_app(self.service, self.settings)
         self._grpc = make_server(self.service, self.settings)
         self._runners: list[web.AppRunner] = []
-        self._refreshing: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -84,22 +118,35 @@ class InferenceServer:
     async def start(self) -> Ports:
         """Listen on every port, before or after loading. Raises `OSError` where one is taken."""
         settings = self.settings
-        try:
-            grpc_port = self._grpc.add_insecure_port(f"{settings.host}:{settings.grpc_port}")
-        except RuntimeError as error:
-            raise OSError(f"gRPC cannot listen on {settings.host}:{settings.grpc_port}: {error}") from error
+        grpc_port = self._bind_grpc()
         await self._grpc.start()
-        http = await self._listen(self._rest, settings.host, settings.http_port, settings.reuse_port)
-        admin_port = await self._listen(self._admin, settings.admin_host, settings.admin_port)
-        self._refreshing = asyncio.create_task(self._refresh())
+        context = self._tls.context if self._tls else None
+        http = await self._listen(
+            self._rest, settings.host, settings.http_port, context, reuse_port=settings.reuse_port
+        )
+        # The admin listener's token does not travel in the clear.
+        beyond = not is_loopback(settings.admin_host)
+        admin_port = await self._listen(
+            self._admin, settings.admin_host, settings.admin_port, context if beyond else None
+        )
+        await self.admission.leases.renew()
+        self._tasks += map(
+            asyncio.create_task, (self._refresh(), self._load.run(), self.admission.leases.run())
+        )
         self.ports = Ports(grpc_port, http, admin_port)
         return self.ports
 
-    async def load(self, alias: str = "serving") -> float:
-        """Serve a version, and be ready; seconds it took. Raises `ModelUnavailable` with the reason."""
+    async def load(self) -> float:
+        """Serve what the alias stands for, and be ready; seconds it took. From then on the alias is
+        followed. Raises `ModelUnavailable` with the reason."""
         started_s = time.perf_counter()
-        await self.versions.load(alias)
+        await self.releases.load()
+        if self.releases.version is None:
+            raise ModelUnavailable(self.releases.refusal or "no version serves")
         self.service.ready = True
+        if self.settings.alias_poll_s:
+            watching = self.releases.watch(self.settings.alias_poll_s, self.releases.load)
+            self._tasks.append(asyncio.create_task(watching))
         return time.perf_counter() - started_s
 
     async def close(self) -> bool:
@@ -112,15 +159,45 @@ class InferenceServer:
         await self._grpc.stop(0.1)
         for runner in self._runners:
             await runner.cleanup()
-        if self._refreshing is not None:
-            self._refreshing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._refreshing
-        await self.versions.close()
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        await self.releases.close()
+        await self.admission.leases.close()
         return idle
 
-    async def _listen(self, app: web.Application, host: str, port: int, reuse_port: bool = False) -> int:
-        runner, port = await listen(app, host, port, reuse_port=reuse_port)
+    def _switched(self, held: Held) -> None:
+        self.catalogue.serve(held.version)
+        self._released.serves(held.version, held.opened.engine)
+
+    async def _rank(
+        self, requests: Sequence[RankRequest], known: bool
+    ) -> Sequence[RankedList | InferenceError]:
+        return await self.releases.rank(requests, by_user=known)
+
+    def _bind_grpc(self) -> int:
+        host, port = self.settings.host, self.settings.grpc_port
+        address = f"{host}:{port}"
+        try:
+            if self._tls is None:
+                return int(self._grpc.add_insecure_port(address))
+            return int(self._grpc.add_secure_port(address, credentials(self._tls)))
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot listen on {address}: {error}") from error
+
+    async def _listen(
+        self, app: web.Application, host: str, port: int, tls: SSLContext | None, *, reuse_port: bool = False
+    ) -> int:
+        runner, port = await listen(
+            app,
+            host,
+            port,
+            reuse_port=reuse_port,
+            tls=tls,
+            most=self.settings.max_connections,
+            idle_s=self.settings.idle_timeout_ms / 1e3,
+        )
         self._runners.append(runner)
         return port
 
@@ -134,18 +211,11 @@ class InferenceServer:
             await asyncio.sleep(_REFRESH_S)
 
 
-async def listen(
-    app: web.Application, host: str, port: int, *, reuse_port: bool = False
-) -> tuple[web.AppRunner, int]:
-    """Serve an application; the runner to clean up, and the port. A client that goes away cancels its
-    handler."""
-    runner = web.AppRunner(
-        app, access_log=None, handle_signals=False, handler_cancellation=True, shutdown_timeout=1.0
+def _rules(registry: Path, alias: str, settings: ServeSettings) -> ReleaseRules:
+    return ReleaseRules(
+        registry=registry,
+        alias=alias,
+        check_requests=settings.check_requests,
+        check_limit_s=settings.check_limit_ms / 1000,
+        keep_previous=bool(settings.keep_previous),
     )
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, host, port, reuse_port=reuse_port).start()
-    except OSError:
-        await runner.cleanup()
-        raise
-    return runner, int(runner.addresses[0][1])

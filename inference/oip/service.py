@@ -23,9 +23,9 @@ from inference.errors import (
     ModelUnavailable,
     Overloaded,
 )
-from inference.oip.models import Catalogue, Question, ServedModel
+from inference.oip.models import Answer, Catalogue, Question, ServedModel
 from inference.oip.tensors import Given, check
-from inference.types import Priority, Tensors
+from inference.types import Priority
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +64,10 @@ class Service:
         """How many are in hand."""
         return self._requests
 
-    async def infer(self, call: Call) -> tuple[ServedModel, Tensors]:
+    async def infer(self, call: Call) -> tuple[ServedModel, Answer]:
         """The model that answered, and its outputs in the order asked for. Raises `InferenceError`."""
         if not self.ready:
-            raise ModelUnavailable("the server is warming up, or leaving")
+            raise ModelUnavailable("the server is warming up, or leaving", retry_after_s=1.0)
         if self._requests >= self.max_requests:
             raise Overloaded(f"{self.max_requests} requests are in hand already")
         self._requests += 1
@@ -93,7 +93,7 @@ class Service:
             return False
         return True
 
-    async def _infer(self, call: Call) -> tuple[ServedModel, Tensors]:
+    async def _infer(self, call: Call) -> tuple[ServedModel, Answer]:
         model = self.catalogue.find(call.model, call.version)
         priority = priority_of(call.parameters)
         timeout_s = timeout_of(call.parameters)
@@ -103,11 +103,11 @@ class Service:
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request was read")
         deadline_s = None if left_s is None else asyncio.get_running_loop().time() + left_s
-        answers = await model.infer(Question(inputs, outputs, priority, deadline_s))
+        answers, version = await model.infer(Question(inputs, outputs, priority, deadline_s))
         for name in outputs:
             if answers[name].dtype.kind == "f" and not np.isfinite(answers[name]).all():
                 raise EngineFailed(f"{model.name}: {name} came out with numbers that are not finite")
-        return model, {name: answers[name] for name in outputs}
+        return model, Answer({name: answers[name] for name in outputs}, version)
 
 
 def priority_of(parameters: Mapping[str, Any]) -> Priority:

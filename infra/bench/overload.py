@@ -24,8 +24,10 @@ from features.memory_store import MemoryStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import User
+from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.plane import Plane
+from inference.releases.serving import ServingModel
 from inference.settings import InferenceSettings
 from infra.bench import options as bench_options
 from infra.bench import report
@@ -33,9 +35,7 @@ from infra.bench.in_process import prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
 from infra.commands import options
 from stream.delivery import Record
-from stream.load import LoadProbe
 from stream.metrics import StreamMetrics
-from stream.ranking import ServingModel
 from stream.recommend import RequestPath
 from stream.resources import admission_of
 from stream.settings import StreamSettings
@@ -146,7 +146,7 @@ class Worker:
 
     async def open(self, statistics: ItemStatistics) -> None:
         self.plane = Plane(InferenceSettings(engine="onnx"), FeatureSettings(), statistics)
-        self.model = ServingModel(self.plane, self.stream, self.metrics)
+        self.model = ServingModel(self.plane, self.stream.releases, self.metrics.releases)
         await self.model.load()
         self.path = RequestPath(
             store=self.store,

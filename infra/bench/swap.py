@@ -18,6 +18,7 @@ import psutil
 from compression.registry import Registry
 from features.settings import FeatureSettings
 from inference.plane import Plane
+from inference.releases.serving import ServingModel
 from inference.settings import InferenceSettings
 from infra.bench import options as bench_options
 from infra.bench import report
@@ -25,7 +26,6 @@ from infra.bench.in_process import Outcomes, capacity, drive, prepare, run_on_uv
 from infra.bench.load import poisson
 from infra.commands import options
 from stream.metrics import StreamMetrics
-from stream.ranking import ServingModel
 from stream.settings import StreamSettings
 from topics.messages import BehaviorEvent
 
@@ -94,7 +94,9 @@ async def measure(
         root, versions = two_versions(registry, Path(name))
         settings = StreamSettings(registry=str(root), keep_previous=0)
         model = ServingModel(
-            Plane(InferenceSettings(), FeatureSettings(), statistics), settings, StreamMetrics()
+            Plane(InferenceSettings(), FeatureSettings(), statistics),
+            settings.releases,
+            StreamMetrics().releases,
         )
         await model.load()
         tune()

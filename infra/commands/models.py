@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,14 @@ def _announcing(command: Command) -> Command:
         _json,
         options.topic_suffix,
         click.option("--bootstrap", help="Announce it on this broker's model-releases topic."),
+        click.option(
+            "--server",
+            "servers",
+            multiple=True,
+            envvar="TAILRACE_SERVERS",
+            metavar="HOST:PORT",
+            help="Have this server's admin listener take it now, and say how it went.",
+        ),
         _alias,
         options.registry,
     ):
@@ -43,8 +51,9 @@ def _announcing(command: Command) -> Command:
 def models() -> None:
     """Released versions: which there are, who serves, who is tried, and going back.
 
-    A change is written into the registry's alias; --bootstrap also tells the running workers, which
-    then load, check and switch without a restart.
+    A change is written into the registry's alias. Running workers and servers look at it every two
+    seconds (STREAM_ALIAS_POLL_S, SERVE_ALIAS_POLL_S), load, check and switch without a restart;
+    --bootstrap tells the workers at once, --server a server.
 
     \b
     tailrace models list
@@ -334,13 +343,15 @@ def _change(
     registry: Path,
     alias: str,
     bootstrap: str | None,
+    servers: Sequence[str],
     topic_suffix: str,
     as_json: bool,
     percent: float = 100.0,
     rolled_back: Any = None,
 ) -> None:
-    """Verify, change the alias, announce, say so."""
+    """Verify, change the alias, announce, say so; ends with 1 where a server does not take it."""
     from infra.announce import announce
+    from infra.servers import refresh
     from topics.messages import ModelReleased
 
     with _sentences():
@@ -357,11 +368,22 @@ def _change(
     error = announce(bootstrap, topic_suffix, alias, told) if bootstrap else None
     if error is not None:
         click.echo(error, err=True)
+    not_taken = refresh(servers, name, digest)
+    for sentence in not_taken:
+        click.echo(sentence, err=True)
     if as_json:
-        body = {"alias": alias, "version": name, "stage": stage, "announced": bool(bootstrap and not error)}
+        body = {
+            "alias": alias,
+            "version": name,
+            "stage": stage,
+            "announced": bool(bootstrap and not error),
+            "servers": len(servers) - len(not_taken),
+        }
         _print_json({**body, "state": state.model_dump(exclude_none=True)})
     else:
         click.echo(words.format(alias=alias, version=name))
+    if not_taken:
+        raise SystemExit(1)
 
 
 def _message(registry: Path, version: str, sha256: str, stage: Stage, percent: float) -> Any:

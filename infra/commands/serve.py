@@ -46,7 +46,12 @@ _PORT = click.IntRange(0, 65535)
     show_default=True,
     help="Processes on the same ports; each has an admin port of its own, the next ones from --admin-port.",
 )
-@click.option("--redis-url", default="", help="Where the workers keep what is popular.", show_default="none")
+@click.option(
+    "--redis-url",
+    default="",
+    help="Where the workers keep what is popular and who is in which tier; rates are shared there.",
+    show_default="none",
+)
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
 def serve(
     *,
@@ -66,8 +71,17 @@ def serve(
 
     A port of 0 is one that the system chooses. Models are tailrace-lists (histories in, ranked lists
     out) and the graphs tailrace-encode, tailrace-score and tailrace-rank; their versions are those of
-    the registry. On SIGTERM the server is not ready any more, and finishes what is in hand, for
-    SERVE_DRAIN_TIMEOUT_MS (10 s) at most. Limits are set by SERVE_*, engines by INFERENCE_*.
+    the registry. What --version names is followed: when the alias moves (`tailrace models promote`,
+    canary, shadow, rollback) the new version is loaded, verified, warmed and asked recent lists beside
+    the old one, and then serves. On SIGTERM the server is not ready any more, and finishes what is in
+    hand, for SERVE_DRAIN_TIMEOUT_MS (10 s) at most. Limits are set by SERVE_*, engines by INFERENCE_*.
+
+    ADMISSION_* says who is let in, as for the worker: tiers (`tailrace tiers`) are looked up in Redis by
+    the user_ids of a request. Whose rate is used up is answered 429 (RESOURCE_EXHAUSTED), whom there is
+    no room for 503 (UNAVAILABLE); both say when to come again.
+
+    SERVE_TLS_CERTIFICATE and SERVE_TLS_KEY name PEM files: gRPC and REST then speak TLS. With
+    SERVE_TLS_CLIENT_CA clients need a certificate of that authority.
 
     \b
     tailrace serve
@@ -78,6 +92,7 @@ def serve(
     curl -H 'Content-Type: application/json' -d '{"version": "20260101T000000-a"}' localhost:8002/load
     """
     from features.settings import FeatureSettings
+    from inference.admission.settings import AdmissionSettings
     from inference.oip.settings import ServeSettings
     from inference.settings import InferenceSettings
 
@@ -95,6 +110,7 @@ def serve(
             }
         )
         features = FeatureSettings()
+        admission = AdmissionSettings()
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
     except ValidationError as error:
         raise click.ClickException(f"a setting is wrong: {error}") from error
@@ -125,6 +141,7 @@ def serve(
     from inference.errors import ModelUnavailable
     from inference.oip.admin import TOKEN_VARIABLE, AdminRefused
     from inference.oip.server import InferenceServer
+    from inference.oip.tls import TlsInvalid
 
     async def run() -> None:
         stop = asyncio.Event()
@@ -138,11 +155,15 @@ def serve(
             inference=inference,
             features=features,
             token=os.environ.get(TOKEN_VARIABLE, ""),
+            alias=version,
+            admission=admission,
+            tiers=store if isinstance(store, RedisStore) else None,
+            redis_url=redis_url or None,
         )
         try:
             # One of several processes is not given connections before it can serve them.
             ports = None if settings.reuse_port else await server.start()
-            loading = asyncio.create_task(server.load(version))
+            loading = asyncio.create_task(server.load())
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
             if not loading.done():
@@ -172,5 +193,5 @@ def serve(
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             runner.run(run())
-    except (AdminRefused, ModelUnavailable, OSError) as error:
+    except (AdminRefused, ModelUnavailable, OSError, TlsInvalid) as error:
         raise click.ClickException(str(error)) from error

@@ -93,9 +93,10 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(parts, start_worker, tw
     registry, first, second = two_versions
     worker = start_worker(options=["--registry", str(registry.root)])
 
-    def command(*words: str) -> None:
-        told = ["--registry", str(registry.root), "--bootstrap", parts.kafka.bootstrap]
-        answer = CliRunner().invoke(models, [*words, *told, "--topic-suffix", parts.topic_suffix])
+    announced = ["--bootstrap", parts.kafka.bootstrap, "--topic-suffix", parts.topic_suffix]
+
+    def command(*words: str, told: list[str] = announced) -> None:
+        answer = CliRunner().invoke(models, [*words, "--registry", str(registry.root), *told])
         assert answer.exit_code == 0, answer.output
         assert "not announced" not in answer.output
 
@@ -129,5 +130,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(parts, start_worker, tw
         asked_s = time.monotonic()
         until({first})
         assert time.monotonic() - asked_s < 5
+        command("promote", second, told=[])
+        until({second})
         assert worker.metric("tailrace_releases_refused_total") == 0
         assert clicks.unanswered() == set()

@@ -332,6 +332,8 @@ async def test_a_users_tier_comes_with_every_append_and_every_read(store: Featur
         answers, _ = await store.append(batch)
         assert [answer.tier for answer in answers] == [None, "premium", "premium", "free"]
     assert [user.tier for user in await store.read([MAX_ID, 1, 2, 9])] == ["free", None, "premium", None]
+    assert await store.tiers([MAX_ID, 1, 2, 9]) == ["free", None, "premium", None]
+    assert await store.tiers([]) == []
     assert items_of(await value_of(store, 2)) == [1001, 1002]
 
 

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from infra.commands.models import models
+from infra.local.server import free_port
 from tests.compression.versions import registry_of
 
 
@@ -40,6 +41,7 @@ def test_a_release_goes_from_canary_to_serving_and_back(registry):
         "version": "v1",
         "stage": "serving",
         "announced": False,
+        "servers": 0,
         "state": None,
     }
     assert run("canary", "v2", "--percent", 2.5).output == "2.5 % of users get lists from v2\n"
@@ -124,6 +126,14 @@ def test_a_broker_that_is_away_leaves_the_change_made_and_says_so(registry, monk
     answer = run("promote", "v1", "--bootstrap", "x:1", "--json")
     assert "not announced" in answer.stderr
     assert json.loads(answer.stdout)["announced"] is False
+    assert stages() == {"v1": "serving"}
+
+
+def test_a_server_that_is_away_leaves_the_change_made_and_says_so(registry):
+    nobody = f"127.0.0.1:{free_port()}"
+    answer = run("promote", "v1", "--server", nobody)
+    assert answer.exit_code == 1
+    assert f"{nobody}: not told" in answer.stderr
     assert stages() == {"v1": "serving"}
 
 

@@ -80,6 +80,9 @@ def test_ctrl_c_while_it_warms_ends_it(server: subprocess.Popen[str]) -> None:
         (["--admin-host", "0.0.0.0"], {}, "TAILRACE_ADMIN_TOKEN"),
         (["--engine", "abacus"], {}, "no engine is called 'abacus'"),
         ([], {"SERVE_MAX_REQUESTS": "0"}, "max_requests"),
+        ([], {"SERVE_TLS_CERTIFICATE": "/no/such.pem"}, "SERVE_TLS_KEY is not set"),
+        ([], {"SERVE_TLS_CERTIFICATE": "/no/such.pem", "SERVE_TLS_KEY": "/no/key"}, "/no/such.pem cannot"),
+        ([], {"ADMISSION_DEFAULT_TIER": "gold"}, "'gold' is none of free"),
     ],
 )
 def test_what_is_wrong_at_the_start_is_a_sentence(

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
+from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings, Tier
 from inference.errors import DeadlineExceeded, Overloaded
-from stream.load import LoadProbe
 from stream.resources import admission_of
 from stream.settings import StreamSettings
 from tests.stream.worlds import World

@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+from aiohttp import ClientSession
 
-from compression.registry import Artefact, Registry
+from compression.registry import MANIFEST, Artefact, Registry
 from features.memory_store import MemoryStore
 from features.statistics import ItemStatistics
+from inference.admission.settings import AdmissionSettings
+from inference.admission.users import TierStore
 from inference.oip.server import InferenceServer
 from inference.oip.settings import ServeSettings
 from inference.settings import InferenceSettings
@@ -34,14 +37,24 @@ INFERENCE = InferenceSettings(
     spread_ms=0,
 )
 ADMIN_TOKEN = "a token for the tests"
+FIRST, SECOND = "20260101T000000-test", "20260202T000000-test"
 SERVE = {"grpc_port": 0, "http_port": 0, "admin_port": 0, "drain_timeout_ms": 5_000}
 
 
 class Running:
     """A server, and a way to run coroutines where it runs."""
 
-    def __init__(self, registry: Registry, **settings: Any) -> None:
-        self._registry = registry
+    def __init__(
+        self,
+        registry: Registry,
+        *,
+        admission: AdmissionSettings | None = None,
+        tiers: TierStore | None = None,
+        **settings: Any,
+    ) -> None:
+        self.registry = registry
+        self._admission = admission
+        self._tiers = tiers
         self._settings = ServeSettings(**{**SERVE, **settings})
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="server")
@@ -56,7 +69,8 @@ class Running:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.run(self.server.close)
+        if hasattr(self, "server"):
+            self.run(self.server.close)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -77,16 +91,41 @@ class Running:
     def admin(self) -> str:
         return f"127.0.0.1:{self.server.ports.admin}"
 
+    async def post(self, path: str, **body: Any) -> tuple[int, Any]:
+        """Status and answer of the admin listener."""
+        async with (
+            ClientSession(headers={"Authorization": f"Bearer {ADMIN_TOKEN}"}) as session,
+            session.post(f"http://{self.admin}{path}", json=body) as response,
+        ):
+            return response.status, await response.json()
+
     async def _start(self) -> None:
         self.server = InferenceServer(
-            self._registry.root,
+            self.registry.root,
             ItemStatistics(MemoryStore()),
             serve=self._settings,
             inference=INFERENCE,
             token=ADMIN_TOKEN,
+            admission=self._admission,
+            tiers=self._tiers,
         )
         await self.server.start()
         await self.server.load()
+
+
+@pytest.fixture
+def two(artefact: Artefact, tmp_path: Path) -> Registry:
+    """A registry with the tiny version under two names; the first serves."""
+    staging = tmp_path / "staging"
+    staging.mkdir()
+    for path in artefact.path.iterdir():
+        if path.name != MANIFEST:
+            (staging / path.name).write_bytes(path.read_bytes())
+    registry = Registry(tmp_path / "models")
+    for version in (FIRST, SECOND):
+        registry.publish(staging, artefact.manifest.model_copy(update={"version": version}))
+    registry.promote(FIRST)
+    return registry
 
 
 @pytest.fixture(scope="session")

@@ -17,9 +17,9 @@ from inference.oip import open_inference_pb2_grpc as pb_grpc
 from inference.oip import rest
 from inference.oip.client import Client
 from inference.oip.grpc_server import make_server
+from inference.oip.listening import listen
 from inference.oip.messages import request_of
-from inference.oip.models import Catalogue, Question, TensorSpec
-from inference.oip.server import listen
+from inference.oip.models import Answer, Catalogue, Question, TensorSpec
 from inference.oip.service import Service
 from inference.oip.settings import ServeSettings
 from inference.types import Tensors
@@ -43,7 +43,7 @@ class Held:
         self.given_up = 0
         self.answer: Tensors | InferenceError | None = None
 
-    async def infer(self, question: Question) -> Tensors:
+    async def infer(self, question: Question) -> Answer:
         self.asked.append(question)
         try:
             if question.deadline_s is None:
@@ -58,7 +58,7 @@ class Held:
             raise
         if isinstance(self.answer, InferenceError):
             raise self.answer
-        return self.answer or {"y": 2 * question.inputs["x"]}
+        return Answer(self.answer or {"y": 2 * question.inputs["x"]}, self.version)
 
 
 class World:
@@ -227,3 +227,93 @@ async def test_a_client_that_pings_all_the_time_is_sent_away_and_others_are_not(
             await stub.ModelInfer(request_of("held", "", INPUTS), timeout=10)
     assert told.value.code() is grpc.StatusCode.UNAVAILABLE
     assert await world.client.ready()
+
+
+async def _raw(port: int, asked: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(asked)
+    return reader, writer
+
+
+LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+async def test_a_connection_too_many_reads_a_503_and_the_others_go_on(world: World) -> None:
+    app = rest.make_app(world.service, ServeSettings())
+    runner, port = await listen(app, "127.0.0.1", 0, most=2)
+    try:
+        first, second = [await _raw(port, LIVE) for _ in range(2)]
+        for reader, _ in (first, second):
+            assert await reader.readline() == b"HTTP/1.1 200 OK\r\n"
+        for asked in (LIVE, b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"x" * 50_000):
+            reader, writer = await _raw(port, asked)
+            told = await reader.read()
+            assert told.startswith(b"HTTP/1.1 503")
+            assert b"Retry-After: 1" in told
+            assert b"as many connections" in told
+            writer.close()
+        first[1].write(LIVE)
+        await first[0].readuntil(b"HTTP/1.1 200 OK\r\n")
+        second[1].close()
+
+        async def served() -> bool:
+            reader, writer = await _raw(port, LIVE)
+            line = await reader.readline()
+            writer.close()
+            return b"200" in line
+
+        await eventually_async(served)
+        first[1].close()
+    finally:
+        await runner.cleanup()
+
+
+@pytest.mark.parametrize("asked", [b"", b"GET /v2/health", LIVE])
+async def test_a_connection_that_asks_nothing_more_is_closed(world: World, asked: bytes) -> None:
+    app = rest.make_app(world.service, ServeSettings())
+    runner, port = await listen(app, "127.0.0.1", 0, idle_s=0.05)
+    try:
+        reader, writer = await _raw(port, asked)
+        async with asyncio.timeout(5):
+            await reader.read()
+        writer.close()
+    finally:
+        await runner.cleanup()
+
+
+async def test_grpc_has_a_limit_of_connections_too(world: World) -> None:
+    server = make_server(world.service, ServeSettings(max_connections=1))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with Client(f"127.0.0.1:{port}") as first:
+            assert await first.ready()
+            async with Client(f"127.0.0.1:{port}", timeout_s=1.0) as second:
+                with pytest.raises(InferenceError):
+                    await second.ready()
+            assert await first.ready()
+
+        async def served() -> bool:
+            async with Client(f"127.0.0.1:{port}", timeout_s=1.0) as client:
+                with contextlib.suppress(InferenceError):
+                    return await client.ready()
+                return False
+
+        await eventually_async(served)
+    finally:
+        await server.stop(None)
+
+
+async def test_when_to_come_again_is_said_where_nothing_was_let_in(world: World) -> None:
+    both = [asyncio.create_task(world.client.infer("held", INPUTS)) for _ in range(2)]
+    await world.asked(2)
+    with pytest.raises(Overloaded) as told:
+        await world.client.infer("held", INPUTS)
+    assert told.value.retry_after_s == 0.1
+    async with world.session.post(world.infer, json=BODY) as response:
+        assert (response.status, response.headers["Retry-After"]) == (429, "1")
+    world.model.release.set()
+    await asyncio.gather(*both)
+    world.service.ready = False
+    async with world.session.post(world.infer, json=BODY) as response:
+        assert (response.status, response.headers["Retry-After"]) == (503, "1")

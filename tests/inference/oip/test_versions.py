@@ -4,42 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
-from aiohttp import ClientSession
+from aiohttp import web
+from prometheus_client import CollectorRegistry
 
-from compression.registry import MANIFEST, Artefact, Registry
+from compression.registry import Registry
 from inference.errors import ModelNotFound, ModelUnavailable
 from inference.oip import admin
 from inference.oip.client import Client
-from tests.inference.oip.conftest import ADMIN_TOKEN, Running, rank_inputs
-
-FIRST, SECOND = "20260101T000000-test", "20260202T000000-test"
-HEADERS = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-
-
-@pytest.fixture(scope="module")
-def two(artefact: Artefact, tmp_path_factory: pytest.TempPathFactory) -> Registry:
-    """A registry with the tiny version under two names; the first serves."""
-    root = tmp_path_factory.mktemp("two")
-    staging = tmp_path_factory.mktemp("staging")
-    for path in artefact.path.iterdir():
-        if path.name != MANIFEST:
-            (staging / path.name).write_bytes(path.read_bytes())
-    registry = Registry(root)
-    for version in (FIRST, SECOND):
-        registry.publish(staging, artefact.manifest.model_copy(update={"version": version}))
-    registry.promote(FIRST)
-    return registry
-
-
-async def post(running: Running, path: str, **body: Any) -> tuple[int, Any]:
-    async with (
-        ClientSession(headers=HEADERS) as session,
-        session.post(f"http://{running.admin}{path}", json=body) as response,
-    ):
-        return response.status, await response.json()
+from inference.oip.settings import ServeSettings
+from tests.inference.oip.conftest import FIRST, SECOND, Running, rank_inputs
 
 
 def test_versions_come_and_go_while_others_serve(two: Registry) -> None:
@@ -55,27 +30,27 @@ async def _story(running: Running) -> None:
 
     async with Client(running.grpc) as client:
         assert await version_of() == FIRST
-        assert await post(running, "/load", version=SECOND, sha256="0" * 64) == (
+        assert await running.post("/load", version=SECOND, sha256="0" * 64) == (
             503,
             {"error": _contains("announced with checksum")},
         )
-        assert await post(running, "/load", version=SECOND, serve=False) == (200, {"loaded": SECOND})
+        assert await running.post("/load", version=SECOND, serve=False) == (200, {"loaded": SECOND})
         assert running.server.catalogue.serving == FIRST
         assert await version_of(SECOND) == f"{FIRST},{SECOND}"
-        assert await post(running, "/unload", version=FIRST) == (400, {"error": _contains("serves")})
-        assert await post(running, "/load", version=SECOND) == (200, {"loaded": SECOND})
+        assert await running.post("/unload", version=FIRST) == (400, {"error": _contains("serves")})
+        assert await running.post("/load", version=SECOND) == (200, {"loaded": SECOND})
         assert running.server.catalogue.serving == SECOND
         asking = [client.infer("tailrace-rank", rank_inputs(), version=FIRST) for _ in range(20)]
         tasks = [asyncio.create_task(call) for call in asking]
         await asyncio.sleep(0)
-        assert await post(running, "/unload", version=FIRST) == (200, {"unloaded": FIRST})
+        assert await running.post("/unload", version=FIRST) == (200, {"unloaded": FIRST})
         for answer in await asyncio.gather(*tasks, return_exceptions=True):
             assert isinstance(answer, dict | ModelNotFound)
         with pytest.raises(ModelNotFound, match=FIRST):
             await client.infer("tailrace-rank", rank_inputs(), version=FIRST)
         assert await version_of() == SECOND
-        assert await post(running, "/unload", version=FIRST) == (404, {"error": _contains("not loaded")})
-        assert await post(running, "/load", version=FIRST) == (200, {"loaded": FIRST})
+        assert await running.post("/unload", version=FIRST) == (404, {"error": _contains("not loaded")})
+        assert await running.post("/load", version=FIRST) == (200, {"loaded": FIRST})
 
 
 class _contains(str):  # reads as an argument
@@ -85,6 +60,11 @@ class _contains(str):  # reads as an argument
         return isinstance(other, str) and str(self) in other
 
     __hash__ = str.__hash__
+
+
+def app(host: str, token: str) -> web.Application:
+    settings = ServeSettings(admin_host=host)
+    return admin.make_app(None, CollectorRegistry(), settings, token)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -100,12 +80,12 @@ class _contains(str):  # reads as an argument
 )
 def test_an_admin_listener_is_not_opened_to_strangers(host: str, token: str, sentence: str) -> None:
     with pytest.raises(admin.AdminRefused, match=sentence):
-        admin.make_app(None, host, token)  # type: ignore[arg-type]
+        app(host, token)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 def test_on_the_machine_itself_it_needs_no_token(host: str) -> None:
-    admin.make_app(None, host, "")  # type: ignore[arg-type]
+    app(host, "")
 
 
 def test_a_registry_without_a_model_is_a_sentence(tmp_path: Path) -> None:

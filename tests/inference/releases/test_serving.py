@@ -6,12 +6,14 @@ import asyncio
 from collections import Counter
 
 import pytest
+from prometheus_client import CollectorRegistry
 
+from inference.errors import InvalidRequest, ModelNotFound, ModelUnavailable, Overloaded
+from inference.releases.metrics import ReleaseMetrics
+from inference.releases.serving import ServingModel
+from inference.releases.settings import ReleaseRules
 from inference.types import RankedList
-from stream.metrics import StreamMetrics
-from stream.ranking import ServingModel
-from stream.settings import StreamSettings
-from tests.stream.planes import FakePlane, registry_of, request
+from tests.inference.releases.planes import FakePlane, registry_of, request
 from tests.support import eventually_async
 
 USERS = range(400)
@@ -20,19 +22,24 @@ USERS = range(400)
 class Worker:
     """A serving model on a registry of three versions, v1 serving."""
 
-    def __init__(self, folder, **settings) -> None:
-        self.registry = registry_of(folder, "v1", "v2", "v3")
+    def __init__(self, folder, **rules) -> None:
+        self.registry = registry_of(folder, "v1", "v2", "v3", "v4")
         self.registry.promote("v1")
         self.plane = FakePlane()
-        self.metrics = StreamMetrics()
-        self._settings = StreamSettings(
-            instance_id="test", registry=str(self.registry.root), **{"check_requests": 8, **settings}
-        )
-        self.model = ServingModel(self.plane, self._settings, self.metrics)
+        self.counts = CollectorRegistry()
+        self._metrics = ReleaseMetrics(self.counts)
+        self._rules = ReleaseRules(self.registry.root, **{"check_requests": 8, **rules})
+        self.served: list[str] = []
+        self._start()
 
     def restart(self) -> None:
         self.plane = FakePlane()
-        self.model = ServingModel(self.plane, self._settings, self.metrics)
+        self._start()
+
+    def _start(self) -> None:
+        self.model = ServingModel(
+            self.plane, self._rules, self._metrics, switched=lambda held: self.served.append(held.version)
+        )
 
     async def load(self, *told) -> bool:
         changed = await self.model.load(*told)
@@ -46,7 +53,7 @@ class Worker:
         return {user: answer.model_version for user, answer in zip(users, answers, strict=True)}
 
     def count(self, name: str, **labels: str) -> float:
-        return self.metrics.registry.get_sample_value(name, labels) or 0.0
+        return self.counts.get_sample_value(name, labels) or 0.0
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ async def test_a_version_two_steps_back_is_freed(worker):
 
 
 async def test_without_keep_previous_only_what_serves_is_open(tmp_path):
-    worker = Worker(tmp_path, keep_previous=0)
+    worker = Worker(tmp_path, keep_previous=False)
     await worker.load()
     worker.registry.promote("v2")
     await worker.load("v2")
@@ -267,6 +274,115 @@ async def test_an_alias_that_cannot_be_read_leaves_everything_as_it_is(worker):
     assert not await worker.load("v2")
     assert worker.model.version == "v1"
     assert worker.count("tailrace_releases_refused_total", stage="announcement") == 1
+
+
+async def test_a_change_that_nobody_announces_is_noticed(worker):
+    watching = asyncio.ensure_future(worker.model.watch(0.001, worker.model.load))
+    opens = worker.plane.opens
+    await asyncio.sleep(0.02)
+    assert worker.plane.opens == opens
+    worker.registry.promote("v2")
+    await eventually_async(lambda: worker.model.version == "v2")
+    worker.registry.canary("v3", 50)
+    await eventually_async(lambda: worker.model.describe()["canary"])
+    worker.registry.rollback()
+    await eventually_async(lambda: worker.model.version == "v1")
+    assert worker.served == ["v1", "v2", "v1"]
+    watching.cancel()
+
+
+async def test_the_first_version_of_all_is_noticed(tmp_path):
+    worker = Worker(tmp_path)
+    alias = worker.registry.root / "aliases" / "serving.json"
+    body = alias.read_bytes()
+    alias.unlink()
+    assert not await worker.load()
+    assert not await worker.model.moved()
+    alias.write_bytes(body)
+    assert await worker.model.moved()
+    await worker.load()
+    assert worker.model.version == "v1"
+    assert not await worker.model.moved()
+
+
+async def test_what_was_refused_or_cannot_be_read_is_tried_once_for_each_change(worker):
+    worker.plane.missing.add("v2")
+    worker.registry.promote("v2")
+    assert await worker.model.moved()
+    await worker.load()
+    assert not await worker.model.moved()
+    alias = worker.registry.root / "aliases" / "serving.json"
+    alias.write_text("{")
+    assert await worker.model.moved()
+    await worker.load()
+    assert not await worker.model.moved()
+    assert worker.model.version == "v1"
+
+
+async def test_a_canary_that_was_given_up_is_tried_again_when_its_share_is_set_anew(worker):
+    worker.registry.canary("v2", 50)
+    await worker.load()
+    worker.plane.broken.add("v2")
+    await worker.versions()
+    worker.plane.broken.clear()
+    worker.registry.shadow("v3", 10)
+    await worker.load()
+    assert set((await worker.versions()).values()) == {"v1"}
+    worker.registry.canary("v2", 60)
+    await worker.load()
+    assert set((await worker.versions()).values()) == {"v1", "v2"}
+
+
+async def test_whose_request_is_not_known_gets_the_version_that_serves(worker):
+    worker.registry.canary("v2", 100)
+    await worker.load()
+    answers = await worker.model.rank([request(user) for user in USERS], by_user=False)
+    assert {answer.model_version for answer in answers} == {"v1"}
+
+
+async def test_what_serves_by_hand_does_so_until_the_alias_moves(worker):
+    assert await worker.model.serve("v2") == "v2"
+    await worker.model.settled()
+    assert set((await worker.versions()).values()) == {"v2"}
+    assert sorted(worker.plane.opened) == ["v1", "v2"]
+    assert not await worker.model.moved()
+    assert await worker.model.serve("serving") == "v1"
+    worker.registry.promote("v3")
+    assert await worker.model.moved()
+    await worker.load()
+    assert worker.model.version == "v3"
+
+
+@pytest.mark.parametrize("trouble", ["broken", "missing"])
+async def test_what_cannot_serve_by_hand_leaves_the_canary_too(worker, trouble):
+    worker.registry.canary("v3", 50)
+    await worker.load()
+    getattr(worker.plane, trouble).add("v2")
+    with pytest.raises(ModelUnavailable, match="v2"):
+        await worker.model.serve("v2")
+    await worker.model.settled()
+    assert set((await worker.versions()).values()) == {"v1", "v3"}
+    assert sorted(worker.plane.opened) == ["v1", "v3"]
+
+
+async def test_a_version_opened_by_hand_answers_nobody_and_stays_until_it_is_let_go(worker):
+    with pytest.raises(ModelUnavailable, match="checksum"):
+        await worker.model.pin("v2", "0" * 64)
+    assert await worker.model.pin("v2") == "v2"
+    worker.registry.promote("v3")
+    await worker.load()
+    assert set((await worker.versions()).values()) == {"v3"}
+    assert sorted(worker.plane.opened) == ["v1", "v2", "v3"]
+    assert await worker.model.pin("v1", most=3) == "v1"
+    with pytest.raises(Overloaded, match="3 versions"):
+        await worker.model.pin("v4", most=3)
+    await worker.model.unpin("v2")
+    assert worker.plane.retired == ["v2"]
+    for version, kind in (("v3", InvalidRequest), ("v2", ModelNotFound)):
+        with pytest.raises(kind, match=version):
+            await worker.model.unpin(version)
+    await worker.model.unpin("v1")
+    assert list(worker.plane.opened) == ["v3"]
 
 
 async def test_closing_frees_all(worker):

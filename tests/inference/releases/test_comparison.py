@@ -7,8 +7,8 @@ import math
 import pytest
 
 from inference.errors import EngineFailed, Overloaded
+from inference.releases.comparison import Comparison, Sample, difference
 from inference.types import RankedList, RankRequest
-from stream.comparison import Comparison, Sample, difference
 
 
 def ranked(items, scores=None):

@@ -12,9 +12,9 @@ from dataclasses import replace
 from typing import Final
 
 from inference.errors import InferenceError
+from inference.releases.comparison import Comparison, Sample
+from inference.releases.metrics import ReleaseMetrics
 from inference.types import RankedList, RankRequest
-from stream.comparison import Comparison, Sample
-from stream.metrics import StreamMetrics
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Shadow:
         rank: Rank,
         share: float,
         busy: Callable[[], bool],
-        metrics: StreamMetrics,
+        metrics: ReleaseMetrics,
         *,
         seed: int | None = None,
     ) -> None:

@@ -4,21 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import os
-from typing import Final
+from typing import Final, Protocol
 
 import psutil
+from prometheus_client import Gauge
 
 from inference.admission.control import Admission
-from stream.metrics import StreamMetrics
 
 INTERVAL_S: Final = 0.05
 CPU_INTERVAL_S: Final = 0.5
 
 
+class LoadGauges(Protocol):
+    """Where what was measured is shown."""
+
+    @property
+    def loop_lag_s(self) -> Gauge: ...
+    @property
+    def lists_limit(self) -> Gauge: ...
+
+
 class LoadProbe:
     """A timer that says how late it was. Two dozen microseconds a tick, CPU read every tenth."""
 
-    def __init__(self, admission: Admission, metrics: StreamMetrics) -> None:
+    def __init__(self, admission: Admission, metrics: LoadGauges) -> None:
         self._admission = admission
         self._metrics = metrics
         self._process = psutil.Process()
@@ -29,7 +38,7 @@ class LoadProbe:
         self._cpu_read_s = 0.0
 
     async def run(self) -> None:
-        """Measure as long as the worker runs."""
+        """Measure as long as the process lives."""
         loop = asyncio.get_running_loop()
         while True:
             due_s = loop.time() + INTERVAL_S

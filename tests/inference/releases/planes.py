@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from compression.errors import ArtefactInvalid
 from compression.registry import Registry
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import RankedList, RankRequest
@@ -40,7 +41,10 @@ class FakePlane:
     async def open(self, registry_root, version, *, sha256=None):
         if version in self.missing:
             raise ModelUnavailable(f"{version}: it is damaged")
-        Registry(registry_root).open(version, sha256=sha256)
+        try:
+            Registry(registry_root).open(version, sha256=sha256)
+        except ArtefactInvalid as error:
+            raise ModelUnavailable(str(error)) from error
         self.opens += 1
         self.opened[version] = FakeVersion(version)
         return self.opened[version]

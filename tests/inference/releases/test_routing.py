@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from stream.routing import Split
+from inference.releases.routing import Split
 
 USERS = np.arange(200_000)
 
@@ -45,6 +45,8 @@ def test_a_user_is_in_the_same_arm_whatever_else_is_in_the_batch(place):
 
 def test_another_process_chooses_the_same_users_also_at_the_ends_of_the_range():
     users = [0, 1, 2**63 - 1, 2**62, 12345, 777, 31, 10**12]
-    script = f"from stream.routing import Split; print(Split.of('v2', 50).chosen({users}, 8).tolist())"
+    script = (
+        f"from inference.releases.routing import Split; print(Split.of('v2', 50).chosen({users}, 8).tolist())"
+    )
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(Split.of("v2", 50).chosen(users, 8).tolist())
