@@ -58,7 +58,7 @@ def export(model: Recommender, folder: Path) -> dict[str, str]:
     for graph, file in GRAPHS.items():
         writer = _Writer(model)
         if graph in ("encode", "rank"):
-            writer.encode()
+            writer.encode(states=graph == "encode")
         if graph in ("score", "rank"):
             writer.score()
         if graph == "append":
@@ -157,6 +157,8 @@ class _Writer:
     model: Recommender
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    # Keys and values by layer, where they are made in the graph that reads them: never put together.
+    encoded: dict[str, list[str]] = field(default_factory=dict)
 
     def graph(self, name: str) -> onnx.ModelProto:
         shape = self.model.shape
@@ -176,8 +178,9 @@ class _Writer:
         onnx.checker.check_model(model, full_check=True)
         return model
 
-    def encode(self) -> None:
-        """History tensors to user_vector, keys and values."""
+    def encode(self, *, states: bool = True) -> None:
+        """History tensors to user_vector, keys and values; without `states` these are no outputs, but left for
+        `score`."""
         blocks = [block for block in self.model.blocks if isinstance(block, Block)]
         x = self.tokens()
         slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))
@@ -197,8 +200,11 @@ class _Writer:
         nobody = self.weight(self.model.no_history)
         state = self.op("Where", known, self.op("Squeeze", x, self.ints([1])), nobody)
         self.norm(self.model.final_norm, state, output="user_vector")
-        self.op("Concat", *keys, axis=1, output="keys")
-        self.op("Concat", *values, axis=1, output="values")
+        if states:
+            self.stack(keys, output="keys")
+            self.stack(values, output="values")
+        else:
+            self.encoded = {"keys": keys, "values": values}
 
     def append(self) -> None:
         """Keys, values and one more event to user_vector and that event's key and value.
@@ -224,8 +230,8 @@ class _Writer:
             seen = self.op("Add", self.op("MatMul", old, value), self.op("Mul", new, own_value))
             x = self.feed_forward(block, self.op("Add", x, seen))
         self.norm(self.model.final_norm, self.op("Squeeze", x, self.ints([1])), output="user_vector")
-        self.op("Concat", *keys, axis=1, output="new_key")
-        self.op("Concat", *values, axis=1, output="new_value")
+        self.stack(keys, output="new_key")
+        self.stack(values, output="new_value")
 
     def score(self) -> None:
         """Candidates, lengths, user_vector, keys and values to scores."""
@@ -234,7 +240,8 @@ class _Writer:
         category = self.weight(model.categories.weight, "categories.weight")
         vectors = self.op("Add", item, self.op("Gather", category, "candidate_categories"))
         x = self.op("Add", vectors, self.weight(model.candidate_mark()))
-        slots = self.op("Range", self.ints(0), self.size("keys", 3), self.ints(1))
+        size = self.size("items", 1) if self.encoded else self.size("keys", 3)
+        slots = self.op("Range", self.ints(0), size, self.ints(1))
         lengths = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
         index = self.op("Max", self.op("Sub", lengths, slots), self.ints(0))
         blocks = [block for block in model.blocks if isinstance(block, Block)]
@@ -273,13 +280,13 @@ class _Writer:
         self.op("Add", scores, found, output="scores")
 
     def keys_values(self, block: Block, x: str, keys: list[str], values: list[str]) -> tuple[str, str, str]:
-        """What is attended with and to; keys and values are listed as one layer of the outputs, too."""
+        """What is attended with and to; keys and values are listed, too."""
         normed = self.norm(block.attention_norm, x)
         scale = self.model.shape.dim**-0.5
         key = self.op("MatMul", normed, self.weight(block.key.weight.T * scale))
         value = self.op("MatMul", normed, self.weight(block.value.weight.T))
-        keys.append(self.op("Unsqueeze", key, self.ints([1, 2])))
-        values.append(self.op("Unsqueeze", value, self.ints([1, 2])))
+        keys.append(key)
+        values.append(value)
         return normed, key, value
 
     def event_reach(self, block: Block, places: str, slots: str) -> str:
@@ -312,7 +319,14 @@ class _Writer:
 
     def layer(self, states: str, layer: int) -> str:
         """The keys or values [B, L, D] of one layer."""
+        if self.encoded:
+            return self.encoded[states][layer]
         return self.op("Squeeze", self.op("Gather", states, self.ints(layer), axis=1), self.ints([1]))
+
+    def stack(self, layers: list[str], *, output: str) -> None:
+        """Keys or values [B, L, D] of all layers as [B, layers, 1, L, D]."""
+        apart = [self.op("Unsqueeze", layer, self.ints([1, 2])) for layer in layers]
+        self.op("Concat", *apart, axis=1, output=output)
 
     def rows(self, table: str) -> str:
         """The rows of a table that the input of the same name asks for."""

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, get_args
 
 import numpy as np
@@ -79,6 +80,8 @@ def find_candidates(
     if users > _MOST_USERS:
         raise ValueError(f"{users} users in one call, at most {_MOST_USERS}")
     asked = [user for user, given in enumerate(explicit) if given is not None]
+    if users and len(asked) == users:
+        return _given(explicit, exclude)
     rows = _Rows()
     _add_sources(rows, histories, statistics, retrieved, settings)
     _add_vetoes(rows, histories, exclude, asked, settings)
@@ -318,6 +321,21 @@ def _within_cap(categories: npt.NDArray[np.integer], cap: int) -> npt.NDArray[np
     return allowed | (categories < 0)
 
 
+def _given(explicit: Sequence[Sequence[int] | None], exclude: Sequence[Sequence[int]]) -> Candidates:
+    """What users asked for by name."""
+    lists = [list(dict.fromkeys(given or ())) for given in explicit]
+    if any(exclude):
+        lists = [
+            [item for item in given if item not in unwanted]
+            for given, unwanted in zip(lists, map(set, exclude), strict=True)
+        ]
+    counts = np.fromiter(map(len, lists), np.int64, len(lists))
+    filled = np.arange(counts.max(initial=0)) < counts[:, None]
+    items = np.zeros(filled.shape, np.int64)
+    items[filled] = np.fromiter(chain.from_iterable(lists), np.int64, int(counts.sum()))
+    return Candidates(items, np.where(filled, np.uint8(REQUEST), np.uint8(0)), counts)
+
+
 def _place_explicit(
     found: Candidates,
     asked: Sequence[int],
@@ -325,19 +343,16 @@ def _place_explicit(
     exclude: Sequence[Sequence[int]],
 ) -> Candidates:
     """What was found for the others beside what was asked for by name."""
-    chosen: dict[int, list[int]] = {}
-    for user in asked:
-        unwanted = set(exclude[user]) if exclude else set()
-        chosen[user] = [item for item in dict.fromkeys(explicit[user] or ()) if item not in unwanted]
+    given = _given([explicit[user] for user in asked], [exclude[user] for user in asked] if exclude else ())
     counts = found.counts.copy()
-    counts[list(asked)] = list(map(len, chosen.values()))
+    counts[list(asked)] = given.counts
     width = int(counts.max(initial=0))
     items = np.zeros((len(counts), width), np.int64)
     sources = np.zeros((len(counts), width), np.uint8)
-    common = min(width, found.items.shape[1])
-    items[:, :common] = found.items[:, :common]
-    sources[:, :common] = found.sources[:, :common]
-    for user, given in chosen.items():
-        items[user] = given + [0] * (width - len(given))
-        sources[user] = [REQUEST] * len(given) + [0] * (width - len(given))
+    for whose, part in ((slice(None), found), (list(asked), given)):
+        common = min(width, part.items.shape[1])
+        items[whose] = 0
+        items[whose, :common] = part.items[:, :common]
+        sources[whose] = 0
+        sources[whose, :common] = part.sources[:, :common]
     return Candidates(items, sources, counts)

@@ -30,8 +30,9 @@ _PER_APPEND_S: Final = 50e-6
 # More new events than this are encoded with their history.
 MOST_APPENDED: Final = 4
 
-# What happens to a history before its candidates are scored: nothing, where it is known.
-Work = Literal["encode", "append", "score"]
+# What happens to a history before its candidates are scored: nothing, where it is known; and "rank" is
+# encoding and scoring in one.
+Work = Literal["encode", "append", "score", "rank"]
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -82,8 +83,9 @@ class Buckets:
         """The same, cutting batches by what its shapes were measured to cost."""
         return Buckets(self.histories, self.candidates, self.batches, cost_s)
 
-    def shapes(self, *, append: bool = False) -> Iterator[Shape]:
-        """Everything that may reach an engine; appended events where there is a cache and a graph."""
+    def shapes(self, *, append: bool = False, rank: bool = False) -> Iterator[Shape]:
+        """Everything that may reach an engine; appended events where there is a cache and a graph, and both
+        halves in one where there is none."""
         for batch in self.batches:
             for history in self.histories:
                 yield Shape("encode", batch, history, 0)
@@ -91,6 +93,8 @@ class Buckets:
                     yield Shape("append", batch, history, 0)
                 for candidates in self.candidates:
                     yield Shape("score", batch, history, candidates)
+                    if rank:
+                        yield Shape("rank", batch, history, candidates)
 
     def cuts(self, lengths: npt.NDArray[np.integer[Any]], work: Work = "encode") -> list[Cut]:
         """Every user in one cut, shortest histories first, at the least measured cost."""
@@ -167,6 +171,9 @@ class Buckets:
 
     def cost(self, batch: int, history: int, work: Work = "encode") -> float:
         """Seconds of one cut, scoring included; before warming, a guess in the right order."""
+        if work == "rank":
+            at_once = self.cost_s.get(Shape("rank", batch, history, self.candidates[0]))
+            return self.cost(batch, history) if at_once is None else at_once + _PER_CUT_S
         score = self.cost_s.get(Shape("score", batch, history, self.candidates[0]))
         before = 0.0 if work == "score" else self.cost_s.get(Shape(work, batch, history, 0))
         if score is None or before is None:

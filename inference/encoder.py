@@ -6,7 +6,7 @@ copied and appended to where that is measured to be faster, and any other is enc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.registry import ModelShape
-from features.encoding import HistoryArrays, Vocabulary, encode_events, encode_histories
+from features.encoding import HistoryArrays, encode_events, encode_histories
+from features.encoding import Rows as RowLookup
 from features.sequence import SequenceBatch, newest_events
 from inference import metrics
 from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
@@ -53,9 +54,9 @@ class Encoder:
     """For one released version. Safe to call from several threads."""
 
     def __init__(
-        self, vocabulary: Vocabulary, model: ModelShape, retrieved: int, cache: UserCache | None = None
+        self, vocabulary: RowLookup, model: ModelShape, retrieved: int, cache: UserCache | None = None
     ) -> None:
-        """`retrieved`: how many items are retrieved for a user."""
+        """`vocabulary` finds rows; `retrieved`: how many items are retrieved for a user."""
         self._vocabulary = vocabulary
         self._model = model
         self._retrieved = retrieved
@@ -84,6 +85,13 @@ class Encoder:
         else:
             self._find_or_encode(cache, engine, buckets, encoded)
         return encoded
+
+    def inputs(self, buckets: Buckets, histories: SequenceBatch, work: Work) -> Iterator[tuple[Cut, Tensors]]:
+        """Histories as an engine reads them, by cut, as they cost least for this work."""
+        longest = fit(buckets.histories, int(histories.lengths.max(initial=0)))
+        arrays = encode_histories(histories, self._vocabulary, longest)
+        for cut in buckets.cuts(histories.lengths, work):
+            yield cut, _cut_out(arrays, cut)
 
     def complete(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> None:
         """See that the needed [users] are in a cut, encoded anew where the cache has lost them meanwhile."""
@@ -177,10 +185,7 @@ class Encoder:
         histories = encoded.histories
         if len(users) < len(histories):
             histories = histories.of(users)
-        longest = fit(buckets.histories, int(histories.lengths.max(initial=0)))
-        arrays = encode_histories(histories, self._vocabulary, longest)
-        for cut in buckets.cuts(histories.lengths):
-            inputs = _cut_out(arrays, cut)
+        for cut, inputs in self.inputs(buckets, histories, "encode"):
             states = states_of(engine, inputs)
             encoded.derived.vectors[users[cut.users]] = states["user_vector"][: len(cut.users)]
             encoded.cuts.append((cut.among(users), states))

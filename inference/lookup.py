@@ -1,4 +1,4 @@
-"""Item rows and their categories by item id, on the hot path.
+"""Rows of items and categories by id, on the hot path.
 
 The vocabulary finds an id by bisection, a few hundred nanoseconds each once the catalogue outgrows the
 cache; a batch asks for ten thousand. Ids that are dense enough get a table with a place for every id.
@@ -14,7 +14,8 @@ import numpy.typing as npt
 from features.encoding import Vocabulary
 
 _MAX_TABLE: Final = 2**25  # places of 4 bytes: 128 MiB at the most
-_MAX_SPREAD: Final = 256  # places per item
+_MAX_SPREAD: Final = 256  # places per id,
+_ALWAYS: Final = 2**23  # or so many, however few ids there are
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -31,11 +32,8 @@ class ItemLookup:
         # Unlike `_categories`: -1 where there is none to count against a cap.
         self._capped = np.where(self._categories == vocabulary.unknown_category_row, -1, self._categories)
         self._capped[0] = -1
-        self._table: Int32 | None = None
-        if len(ids) and ids[0] >= 0 and ids[-1] < min(_MAX_TABLE, _MAX_SPREAD * len(ids)):
-            # The last place is 0 and stands for every id beyond.
-            self._table = np.zeros(int(ids[-1]) + 2, np.int32)
-            self._table[ids] = np.arange(1, len(ids) + 1, dtype=np.int32)
+        self._table = _table(ids)
+        self._category_table = _table(vocabulary.category_ids)
 
     def rows(self, items: Int64) -> Int32:
         """The row of each item; its hash bucket's where it is unknown."""
@@ -48,6 +46,18 @@ class ItemLookup:
         rows[unknown] = self._vocabulary.bucket_rows_of(items[unknown])
         return rows
 
+    item_rows_of = rows
+
+    def category_rows_of(self, categories: Int64) -> Int32:
+        """The row of each category; its hash bucket's where it is unknown."""
+        if self._category_table is None:
+            return self._vocabulary.category_rows_of(categories)
+        rows = self._category_table.take(categories, mode="clip")
+        if not rows.all():
+            unknown = rows == 0
+            rows[unknown] = self._vocabulary.category_rows_of(categories[unknown])
+        return rows
+
     def categories_of_rows(self, rows: Int32) -> Int32:
         """The category row that goes with each item row."""
         return self._categories.take(rows)
@@ -57,3 +67,13 @@ class ItemLookup:
         if self._table is None:
             return self._capped.take(self.rows(items))
         return self._capped.take(self._table.take(items, mode="clip"))
+
+
+def _table(ids: Int64) -> Int32 | None:
+    """The row of every id up to the largest, 0 where there is none; nothing where ids are not dense enough."""
+    if not len(ids) or ids[0] < 0 or ids[-1] >= min(_MAX_TABLE, max(_ALWAYS, _MAX_SPREAD * len(ids))):
+        return None
+    # The last place is 0 and stands for every id beyond.
+    table = np.zeros(int(ids[-1]) + 2, np.int32)
+    table[ids] = np.arange(1, len(ids) + 1, dtype=np.int32)
+    return table

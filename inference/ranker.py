@@ -102,8 +102,10 @@ class Ranker:
             retrieved=retrieved,
             listed=min(features.candidate_limit, _MOST_LISTED),
         )
-        self._encoder = Encoder(vocabulary, self._model, retrieved, cache)
+        self._encoder = Encoder(self._lookup, self._model, retrieved, cache)
         self._appends = cache is not None and "append" in artefact.manifest.graphs
+        # States are of no use where nothing keeps them: known candidates go with their history, in one graph.
+        self._at_once = cache is None and "rank" in artefact.manifest.graphs
 
     @classmethod
     def open(
@@ -162,12 +164,17 @@ class Ranker:
         engine = engines.create(name, options or EngineOptions())
         appends = self._appends and engine.keeps_states
         score = scoring(engine)
-        graphs: tuple[Graph, ...] = ("encode", score, "append") if appends else ("encode", score)
+        at_once = self._at_once and engine.keeps_states
+        graphs: list[Graph] = ["encode", score]
+        if appends:
+            graphs.append("append")
+        if at_once:
+            graphs.append("rank")
         engine.load(self._artefact, graphs)
         try:
             shapes = (
                 shape._replace(graph=score) if shape.graph == "score" else shape
-                for shape in _resting(rest, self.buckets.shapes(append=appends))
+                for shape in _resting(rest, self.buckets.shapes(append=appends, rank=at_once))
             )
             measured_s = engine.warm_up(shapes, repeats=1) if known_s else engine.warm_up(shapes)
             costs_s = {
@@ -191,19 +198,19 @@ class Ranker:
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
         clock.lap("unpack")
+        if self._at_once and warmed.engine.keeps_states and _all_given(requests):
+            candidates = self._candidates(requests, histories, statistics, None)
+            if candidates.items.shape[1] <= warmed.buckets.candidates[-1]:
+                clock.lap("candidates")
+                scores = self._rank_at_once(warmed, histories, candidates)
+                sound = np.isfinite(scores).sum(axis=1) == candidates.counts
+                clock.lap("score")
+                return self._select(warmed.name, requests, candidates, scores, sound, clock)
         encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, histories)
         clock.lap("encode")
         retrieved = self._retrieve(requests, histories, encoded, statistics)
         clock.lap("retrieve")
-        candidates = find_candidates(
-            histories,
-            statistics,
-            retrieved=retrieved,
-            exclude=[request.exclude for request in requests],
-            explicit=[request.candidates for request in requests],
-            category_of=self._lookup.capped_categories,
-            settings=self._features,
-        )
+        candidates = self._candidates(requests, histories, statistics, retrieved)
         clock.lap("candidates")
         scores = self._score(warmed, encoded, candidates)
         clock.lap("score")
@@ -213,6 +220,39 @@ class Ranker:
         self._encoder.keep(encoded, sound)
         clock.lap("keep")
         return self._select(warmed.name, requests, candidates, scores, sound, clock)
+
+    def _candidates(
+        self,
+        requests: Sequence[RankRequest],
+        histories: SequenceBatch,
+        statistics: ItemStatistics,
+        retrieved: tuple[Int64, Float32] | None,
+    ) -> Candidates:
+        return find_candidates(
+            histories,
+            statistics,
+            retrieved=retrieved,
+            exclude=[request.exclude for request in requests],
+            explicit=[request.candidates for request in requests],
+            category_of=self._lookup.capped_categories,
+            settings=self._features,
+        )
+
+    def _rank_at_once(self, warmed: Warmed, histories: SequenceBatch, candidates: Candidates) -> Float32:
+        """As `_score`, encoding on the way."""
+        items, counts = candidates.items, candidates.counts
+        rows = self._lookup.rows(items)
+        width = fit(warmed.buckets.candidates, items.shape[1])
+        scores = np.empty(items.shape, np.float32)
+        for cut, inputs in self._encoder.inputs(warmed.buckets, histories, "rank"):
+            asked = _padded(rows[cut.users], cut.batch, width)
+            inputs["candidates"] = asked
+            inputs["candidate_categories"] = self._lookup.categories_of_rows(asked)
+            answer = warmed.engine.run_for("rank", inputs, ("scores",))["scores"]
+            scores[cut.users] = answer[: len(cut.users), : items.shape[1]]
+        if len(counts) and counts.min() < items.shape[1]:
+            scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
+        return scores
 
     def _retrieve(
         self,
@@ -371,6 +411,10 @@ def _resting(rest: Callable[[], bool], shapes: Iterable[Shape]) -> Iterator[Shap
 def _go_on(rest: Callable[[], bool]) -> None:
     if rest():
         raise ModelUnavailable("not needed any more")
+
+
+def _all_given(requests: Sequence[RankRequest]) -> bool:
+    return all(request.candidates is not None for request in requests)
 
 
 def _at_places(states: Tensors, places: Int64, cut: Cut, buckets: Buckets) -> Tensors:
