@@ -40,7 +40,7 @@ DRAIN_S: Final = 10.0
 # Opening a version leaves the processor to what serves. After each piece of work comes a rest so many
 # times as long. A low priority is only for long work without the interpreter's lock: a thread that holds
 # the lock and is not let on a processor keeps all others waiting (68 ms were seen at 350 lists/s).
-_REST: Final = 4.0
+_REST: Final = 6.0
 _LONGEST_REST_S: Final = 0.5
 
 A = TypeVar("A")

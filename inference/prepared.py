@@ -24,7 +24,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from compression.registry import Artefact, ArtefactInvalid, Registry
+from compression.registry import ITEM_TABLE, VOCABULARY, Artefact, ArtefactInvalid, Manifest, Registry
 from inference import engines
 from inference.engines.base import EngineOptions, graphs_of
 from inference.engines.plan_cache import own_folder, user_cache
@@ -87,12 +87,30 @@ class Prepared:
         return folder if folder.is_dir() else None
 
 
+class _Remembering(Artefact):
+    """Reads and verifies every file once: it is gone before the version is used."""
+
+    def __init__(self, path: Path, manifest: Manifest, manifest_sha256: str) -> None:
+        super().__init__(path, manifest, manifest_sha256)
+        self._known: dict[str, bytes] = {}
+
+    def read(self, name: str) -> bytes:
+        data = self._known.get(name)
+        if data is None:
+            data = super().read(name)
+            if name in (*self.manifest.graphs.values(), VOCABULARY, ITEM_TABLE):
+                self._known[name] = data
+        return data
+
+
 def prepare(wanted: Wanted, cache: Path | None = None) -> Prepared:
     """Verify a version's signature and every file, look at its graphs, and see that what engines load of it
     is there. Takes a second or two. Raises `ModelUnavailable` with the reason."""
     root = own_folder(cache or user_cache() / "prepared")
     try:
-        artefact = Registry(wanted.registry).open(wanted.version, sha256=wanted.sha256)
+        opened = Registry(wanted.registry).open(wanted.version, sha256=wanted.sha256, check_files=False)
+        artefact = _Remembering(opened.path, opened.manifest, opened.manifest_sha256)
+        artefact.read_all()
         made_from = _made_from(artefact, wanted)
         name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         folder = root / name

@@ -11,10 +11,12 @@ what it does for its first version is importing libraries.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import logging
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,8 +35,12 @@ Priority = Literal["idle", "ordinary"]
 # What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
 PATIENCE_S: Final = 30.0
 _LONGEST_S: Final = 600.0
-_LOOK_S: Final = 0.05
+# Even what runs when nobody else wants to takes memory bandwidth and caches from who does: so much at a
+# time, and no more than this share (LOG.md).
+_TURN_S: Final = 0.01
+_SHARE: Final = 0.5
 _LEAVES_AFTER_S: Final = 120.0
+_PR_SET_PDEATHSIG: Final = 1
 _MOST_BYTES: Final = 2**20
 
 
@@ -45,6 +51,7 @@ class Preparer:
         self._patience_s = patience_s
         self._child: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
+        self._share = 1.0
         self._using = threading.RLock()
 
     def prepare(self, wanted: str, stop: Callable[[], bool]) -> str:
@@ -98,6 +105,7 @@ class Preparer:
             ours = str(Path(__file__).resolve().parents[1])
             paths = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
             self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child
+            self._share = _SHARE if priority == "idle" else 1.0
             # Not asyncio's, which would copy this process's page tables: subprocess has vfork.
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "inference.preparing", priority],
@@ -115,13 +123,24 @@ class Preparer:
                 raise ModelUnavailable("not needed any more")
             if time.monotonic() > ends_s:
                 return None
-            if not select.select([descriptor], [], [], _LOOK_S)[0]:
+            if not self._has_told(descriptor):
                 continue
             part = os.read(descriptor, _MOST_BYTES)
             if not part:
                 raise OSError(f"the process that prepares versions ended: {self._last_complaint()}")
             told += part
         return told.decode()
+
+    def _has_told(self, descriptor: int) -> bool:
+        """Whether the child says something in its turn, after which it pauses."""
+        assert self._child is not None
+        if select.select([descriptor], [], [], _TURN_S)[0]:
+            return True
+        if self._share < 1:
+            self._child.send_signal(signal.SIGSTOP)
+            time.sleep(_TURN_S * (1 / self._share - 1))
+            self._child.send_signal(signal.SIGCONT)
+        return False
 
     def _last_complaint(self) -> str:
         assert self._complaints is not None
@@ -131,6 +150,8 @@ class Preparer:
 
 def main() -> None:
     """Until nobody wants anything for a while, or whoever wanted it is gone."""
+    with contextlib.suppress(OSError, AttributeError):  # else it stays, stopped, if its parent is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if sys.argv[1] == "idle":
         with contextlib.suppress(AttributeError, OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))

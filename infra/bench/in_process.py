@@ -142,7 +142,8 @@ async def drive(
         await asyncio.wait(waiting, timeout=patience_s)
     for task in list(waiting):
         task.cancel()
-    return Outcomes(due_s[:number], took_s[:number], errors[:number])
+    # Copies: who keeps a few of many shall not keep all of them in memory.
+    return Outcomes(due_s[:number].copy(), took_s[:number].copy(), errors[:number].copy())
 
 
 async def capacity(ask: Ask, requests: Sequence[RankRequest], *, seconds: float, at_once: int = 128) -> float:

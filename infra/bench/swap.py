@@ -38,7 +38,7 @@ LEAD_S: Final = 0.05
 # A window goes on for so long after its swap: the cache of the new version is still filling.
 TAIL_S: Final = 0.3
 # No swap takes longer than this.
-MOST_S: Final = 60.0
+MOST_S: Final = 20.0
 LOOK_S: Final = 0.002
 
 
