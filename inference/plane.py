@@ -23,9 +23,12 @@ from features.statistics import ItemStatistics
 from inference.batcher import Batcher
 from inference.dispatcher import Lane, leave_room
 from inference.engines.base import Shape
+from inference.engines.plan_cache import own_folder, user_cache
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
 from inference.memory import give_back
+from inference.prepared import Prepared, Wanted, prepare
+from inference.preparing import Preparer
 from inference.profile import LatencyProfile
 from inference.ranker import Ranker, Warmed
 from inference.settings import InferenceSettings
@@ -37,7 +40,7 @@ DRAIN_S: Final = 10.0
 # Opening a version leaves the processor to what serves. After each piece of work comes a rest so many
 # times as long. A low priority is only for long work without the interpreter's lock: a thread that holds
 # the lock and is not let on a processor keeps all others waiting (68 ms were seen at 350 lists/s).
-_REST: Final = 4.0
+_REST: Final = 6.0
 _LONGEST_REST_S: Final = 0.5
 
 A = TypeVar("A")
@@ -79,6 +82,7 @@ class Plane:
         self._batcher: Batcher[RankRequest, RankedList] | None = None
         self._quiet = ThreadPoolExecutor(1, thread_name_prefix="warming")
         self._aside = ThreadPoolExecutor(1, thread_name_prefix="aside", initializer=leave_room)
+        self._preparer = Preparer()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
         self._began_s = 0.0  # the quiet thread's own time when its last piece of work began
@@ -107,7 +111,10 @@ class Plane:
         try:
             for name, spec in self._specs.items():
                 try:
-                    version.warmed[name] = await self._quietly(partial(self._warm, version, spec))
+                    warmed = self._beside(version, spec)
+                    if warmed is None:
+                        warmed = await self._quietly(partial(self._warm, version, spec))
+                    version.warmed[name] = warmed
                 except ModelUnavailable as error:
                     if spec.engine != "remote":
                         raise
@@ -167,6 +174,11 @@ class Plane:
             self._versions.remove(version)
         await self._quietly(partial(self._free, version))
 
+    async def settled(self) -> None:
+        """Wait until the spares that are wanted are warm."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
     async def close(self) -> None:
         """Drain, then free everything."""
         self._closing.set()
@@ -179,6 +191,7 @@ class Plane:
         versions, self._versions = self._versions, []
         for version in versions:
             await asyncio.to_thread(self._free, version)
+        await asyncio.to_thread(self._preparer.close)
 
     # Lanes -------------------------------------------------------------------------------------
 
@@ -243,7 +256,41 @@ class Plane:
             features=self._features,
             rest=self._rest,
             aside=lambda work: self._aside.submit(work).result(),
+            prepared=self._prepared(root, alias, sha256),
         )
+
+    def _prepared(self, root: Path | str, alias: str, sha256: str | None) -> Prepared | None:
+        """A version, verified and ready to be loaded in milliseconds: by a process of its own where requests
+        are served here. None where nothing can be kept on this machine."""
+        settings = self._settings
+        wanted = Wanted(
+            registry=str(root),
+            version=alias,
+            sha256=sha256,
+            engines=tuple({(spec.engine, spec.options): None for spec in self._specs.values()}),
+            cached=settings.cache_mb > 0,
+            exact_until=settings.exact_until,
+            probes=settings.probes,
+        )
+        try:
+            own_folder(user_cache() / "prepared")
+        except ModelUnavailable as error:
+            log.warning("Versions are prepared while they are opened: %s", error)
+            return None
+        if not self._versions:
+            return prepare(wanted)
+        try:
+            return Prepared.from_json(self._preparer.prepare(wanted.to_json(), self._closing.is_set))
+        except OSError as error:
+            log.warning("A version is prepared while it is opened: %s", error)
+            return None
+
+    def _beside(self, version: Version, spec: LaneSpec) -> Warmed | None:
+        """One of the engines that this version has, for one more lane of its kind."""
+        for name, warmed in version.warmed.items():
+            if (self._specs[name].engine, self._specs[name].options) == (spec.engine, spec.options):
+                return version.ranker.beside(warmed)
+        return None
 
     def _warm(self, version: Version, spec: LaneSpec) -> Warmed:
         """One more engine. Its shapes cost what they cost its like: then each is run once, not timed."""

@@ -9,6 +9,7 @@ called in the thread of the lane whose warmed engine it is given (`inference.pla
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,13 +30,16 @@ from inference import engines, metrics
 from inference.buckets import Buckets, Cut, fit, pad_rows
 from inference.cost_model import CostModel
 from inference.encoder import Encoded, Encoder, scores_of, scoring, states_of
-from inference.engines.base import Engine, EngineOptions, Shape
+from inference.engines.base import Engine, EngineOptions, Shape, graphs_of
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lookup import ItemLookup
+from inference.prepared import Prepared
 from inference.retrieval import RetrievalIndex
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
 from inference.user_cache import UserCache
+
+log = logging.getLogger(__name__)
 
 Int32 = npt.NDArray[np.int32]
 # Scores of at most so many candidates are remembered: they are compared each with each.
@@ -85,10 +89,12 @@ class Ranker:
         *,
         settings: InferenceSettings,
         features: FeatureSettings,
+        prepared: Prepared | None = None,
     ) -> None:
         self.version = artefact.version
         self.buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
         self._artefact = artefact
+        self._prepared = prepared
         self._vocabulary = vocabulary
         self._lookup = ItemLookup(vocabulary)
         self._index = index
@@ -103,9 +109,7 @@ class Ranker:
             listed=min(features.candidate_limit, _MOST_LISTED),
         )
         self._encoder = Encoder(self._lookup, self._model, retrieved, cache)
-        self._appends = cache is not None and "append" in artefact.manifest.graphs
-        # States are of no use where nothing keeps them: known candidates go with their history, in one graph.
-        self._at_once = cache is None and "rank" in artefact.manifest.graphs
+        self._cached = cache is not None
 
     @classmethod
     def open(
@@ -118,31 +122,38 @@ class Ranker:
         features: FeatureSettings | None = None,
         rest: Callable[[], bool] = lambda: False,
         aside: Callable[[Callable[[], Any]], Any] = lambda work: work(),
+        prepared: Prepared | None = None,
     ) -> Ranker:
         """Verify, load and index, with a `rest` in between; what computes long without the interpreter's
         lock is done `aside`. `sha256` is the manifest's, where somebody promised one. Raises
         `ModelUnavailable` with the reason, also when `rest` says that there is no need to go on. Takes
-        seconds: not for the event loop's thread."""
-        settings = settings or InferenceSettings()
+        seconds, or milliseconds where the version was `prepared`: not for the event loop's thread."""
+        settings, features = settings or InferenceSettings(), features or FeatureSettings()
+        registry = Registry(registry_root)
         try:
-            artefact: Artefact = aside(partial(Registry(registry_root).open, alias, sha256=sha256))
-            _go_on(rest)
-            vocabulary, table = artefact.vocabulary(), artefact.item_table()
-            _go_on(rest)
+            if prepared is not None:
+                artefact = registry.open(prepared.version, sha256=prepared.sha256, check_files=False)
+                vocabulary = artefact.vocabulary()
+                _go_on(rest)
+                index = RetrievalIndex.load(prepared.index, vocabulary.item_ids, probes=settings.probes)
+            else:
+                artefact = aside(partial(registry.open, alias, sha256=sha256))
+                _go_on(rest)
+                vocabulary, table = artefact.vocabulary(), artefact.item_table()
+                _go_on(rest)
+                index = aside(
+                    partial(
+                        RetrievalIndex.build,
+                        vocabulary.item_ids,
+                        table[1 : 1 + len(vocabulary.item_ids)],
+                        exact_until=settings.exact_until,
+                        probes=settings.probes,
+                    )
+                )
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
-        known = len(vocabulary.item_ids)
-        index: RetrievalIndex = aside(
-            partial(
-                RetrievalIndex,
-                vocabulary.item_ids,
-                table[1 : 1 + known],
-                exact_until=settings.exact_until,
-                probes=settings.probes,
-            )
-        )
         _go_on(rest)
-        return cls(artefact, vocabulary, index, settings=settings, features=features or FeatureSettings())
+        return cls(artefact, vocabulary, index, settings=settings, features=features, prepared=prepared)
 
     @property
     def model(self) -> ModelShape:
@@ -158,23 +169,20 @@ class Ranker:
         """An engine with this version's graphs, every bucket run and what comes out checked; ready then.
 
         Between two shapes there is a `rest`, which may say that there is no need to go on. What shapes
-        cost is measured, unless it is `known_s` from an engine like this one. Raises `ModelUnavailable`
-        with the reason. Takes seconds.
+        cost is measured, unless it is `known_s` from an engine like this one; where its library compiles
+        nothing for a shape, a few are then run for all. Raises `ModelUnavailable` with the reason. Takes
+        seconds.
         """
         engine = engines.create(name, options or EngineOptions())
-        appends = self._appends and engine.keeps_states
-        score = scoring(engine)
-        at_once = self._at_once and engine.keeps_states
-        graphs: list[Graph] = ["encode", score]
-        if appends:
-            graphs.append("append")
-        if at_once:
-            graphs.append("rank")
-        engine.load(self._artefact, graphs)
+        graphs = graphs_of(engine, cached=self._cached, artefact=self._artefact)
+        score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
+        self._load(engine, name, graphs)
         try:
+            few = bool(known_s) and not engine.compiles_shapes
+            wanted = self.buckets.a_few(**kinds) if few else self.buckets.shapes(**kinds)
             shapes = (
                 shape._replace(graph=score) if shape.graph == "score" else shape
-                for shape in _resting(rest, self.buckets.shapes(append=appends, rank=at_once))
+                for shape in _resting(rest, wanted)
             )
             measured_s = engine.warm_up(shapes, repeats=1) if known_s else engine.warm_up(shapes)
             costs_s = {
@@ -191,6 +199,28 @@ class Ranker:
             raise
         return warmed
 
+    @staticmethod
+    def beside(warmed: Warmed) -> Warmed | None:
+        """An engine for one more thread, as warm as this one, where the library shares one among threads."""
+        engine = warmed.engine.beside()
+        return None if engine is None else Warmed(engine, warmed.buckets)
+
+    def _at_once(self, engine: Engine) -> bool:
+        """Whether known candidates go with their history in one graph: states are of no use where nothing
+        keeps them."""
+        return not self._cached and engine.keeps_states and "rank" in self._artefact.manifest.graphs
+
+    def _load(self, engine: Engine, name: str, graphs: Sequence[Graph]) -> None:
+        folder = None if self._prepared is None else self._prepared.of_engine(name, engine.options)
+        if folder is not None:
+            try:
+                engine.load_prepared(self._model, graphs, folder)
+            except ModelUnavailable as error:  # it may have been tidied away
+                log.warning("%s is loaded as it was published: %s", self.version, error)
+            else:
+                return
+        engine.load(self._artefact, graphs)
+
     def rank(
         self, warmed: Warmed, requests: Sequence[RankRequest], statistics: ItemStatistics
     ) -> list[RankedList | InferenceError]:
@@ -198,7 +228,7 @@ class Ranker:
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
         clock.lap("unpack")
-        if self._at_once and warmed.engine.keeps_states and _all_given(requests):
+        if self._at_once(warmed.engine) and _all_given(requests):
             candidates = self._candidates(requests, histories, statistics, None)
             if candidates.items.shape[1] <= warmed.buckets.candidates[-1]:
                 clock.lap("candidates")

@@ -1,11 +1,11 @@
 """The items nearest to a user vector: exact for a small catalogue, inverted lists beyond.
 
-The index is built from the artefact's item table when the artefact is loaded, seeded, so that every
-process answers alike.
+The index is built from the artefact's item table, seeded, so that every process answers alike.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final
 
 import faiss
@@ -22,30 +22,50 @@ Float32 = npt.NDArray[np.float32]
 class RetrievalIndex:
     """Items by the inner product of their vector with the user's."""
 
-    def __init__(
-        self, item_ids: Int64, vectors: Float32, *, exact_until: int = 20_000, probes: int = 16
-    ) -> None:
-        """Up to `exact_until` items every one is compared; beyond, those of the `probes` nearest lists."""
+    def __init__(self, item_ids: Int64, index: Any, probes: int) -> None:
         self._item_ids = item_ids
-        self.exact = len(item_ids) <= exact_until
+        self._index = index
+        self.exact = not hasattr(index, "nprobe")
+        if not self.exact:
+            index.nprobe = min(probes, index.nlist)
+
+    @classmethod
+    def build(
+        cls, item_ids: Int64, vectors: Float32, *, exact_until: int = 20_000, probes: int = 16
+    ) -> RetrievalIndex:
+        """Up to `exact_until` items every one is compared; beyond, those of the `probes` nearest lists."""
         vectors = np.ascontiguousarray(vectors)
         dim = vectors.shape[1]
         faiss.omp_set_num_threads(1)
-        if self.exact:
-            self._index: Any = faiss.IndexFlatIP(dim)
+        if len(item_ids) <= exact_until:
+            index: Any = faiss.IndexFlatIP(dim)
         else:
             lists = int(2 ** np.round(np.log2(np.sqrt(len(item_ids)))))
-            self._quantizer = faiss.IndexFlatIP(dim)
+            quantizer = faiss.IndexFlatIP(dim)
             # Half precision: finds the same items in three quarters of the time, memory being the limit.
             half = faiss.ScalarQuantizer.QT_fp16
-            self._index = faiss.IndexIVFScalarQuantizer(
-                self._quantizer, dim, lists, half, faiss.METRIC_INNER_PRODUCT, False
+            index = faiss.IndexIVFScalarQuantizer(
+                quantizer, dim, lists, half, faiss.METRIC_INNER_PRODUCT, False
             )
-            self._index.cp.seed = _SEED
-            self._index.cp.max_points_per_centroid = _TRAIN_PER_LIST
-            self._index.train(vectors)
-            self._index.nprobe = min(probes, lists)
-        self._index.add(vectors)
+            index.cp.seed = _SEED
+            index.cp.max_points_per_centroid = _TRAIN_PER_LIST
+            index.train(vectors)
+        index.add(vectors)
+        return cls(item_ids, index, probes)
+
+    def save(self, path: Path) -> None:
+        faiss.write_index(self._index, str(path))
+
+    @classmethod
+    def load(cls, path: Path, item_ids: Int64, *, probes: int = 16) -> RetrievalIndex:
+        """What `save` wrote, for the same items. The file is read as it is: know that it is yours."""
+        try:
+            index = faiss.read_index(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path.name} is no index: {error}") from error
+        if index.ntotal != len(item_ids):
+            raise ValueError(f"{path.name} holds {index.ntotal} items, not {len(item_ids)}")
+        return cls(item_ids, index, probes)
 
     def __len__(self) -> int:
         return len(self._item_ids)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,9 @@ StartWorker = Callable[..., LocalWorker]
 
 # A key that a developer of this checkout trusts is no key of the tests' registries.
 os.environ["TAILRACE_REQUIRE_SIGNATURE"] = "no"
+# What tests prepare is kept apart from what this user has prepared, and not at all after them.
+_CACHE = tempfile.TemporaryDirectory(prefix="tailrace-cache-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

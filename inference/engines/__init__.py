@@ -38,6 +38,7 @@ class _Kind:
     packages: tuple[str, ...]
     precisions: tuple[Precision, ...]
     needs: Callable[[EngineOptions], str] = lambda _: ""  # why it will not do here, or nothing
+    prepares: Callable[[EngineOptions], bool] = lambda _: False
 
 
 def _needs_server(options: EngineOptions) -> str:
@@ -51,7 +52,13 @@ def _needs_nvidia(_: EngineOptions) -> str:
 
 _KINDS: Final[dict[str, _Kind]] = {
     "torch": _Kind("torch_engine", "TorchEngine", ("torch", "safetensors"), ("f32", "bf16", "f16")),
-    "onnx": _Kind("onnx_engine", "OnnxEngine", ("onnxruntime", "onnx"), ("f32", "f16")),
+    "onnx": _Kind(
+        "onnx_engine",
+        "OnnxEngine",
+        ("onnxruntime", "onnx"),
+        ("f32", "f16"),
+        prepares=lambda options: options.provider == EngineOptions().provider,
+    ),
     "openvino": _Kind(
         "openvino_engine", "OpenVinoEngine", ("openvino", "onnx"), ("f32", "bf16", "f16", "int8")
     ),
@@ -81,10 +88,7 @@ def usable() -> list[EngineStatus]:
 
 def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
     """An engine by name; "auto" is the first of onnx, openvino, torch that is installed."""
-    if name == AUTO:
-        name = next((choice for choice in _AUTO if _status(choice).usable), "")
-        if not name:
-            raise ModelUnavailable(f"no engine is installed here: pip install one of {', '.join(_AUTO)}")
+    name = _chosen(name)
     if name not in _KINDS:
         raise ModelUnavailable(f"no engine is called {name!r}; there are {', '.join(_KINDS)}")
     options = options or EngineOptions()
@@ -97,6 +101,12 @@ def create(name: str = "auto", options: EngineOptions | None = None) -> Engine:
     except (ImportError, OSError) as error:  # a library that is installed and cannot be loaded
         raise ModelUnavailable(f"engine {name}: {error}") from error
     return cast(Engine, made(options))
+
+
+def prepares(name: str, options: EngineOptions) -> bool:
+    """Whether an engine can do the long part of loading in another process (`Engine.prepare`)."""
+    kind = _KINDS.get(_chosen(name))
+    return kind is not None and kind.prepares(options)
 
 
 def places(name: str) -> dict[str, tuple[Precision, ...]]:
@@ -115,6 +125,15 @@ def places(name: str) -> dict[str, tuple[Precision, ...]]:
 def placed(name: str, place: str, options: EngineOptions) -> EngineOptions:
     """The same options for one of an engine's `places`."""
     return replace(options, provider=place) if name == "onnx" else replace(options, device=place)
+
+
+def _chosen(name: str) -> str:
+    if name != AUTO:
+        return name
+    for choice in _AUTO:
+        if _status(choice).usable:
+            return choice
+    raise ModelUnavailable(f"no engine is installed here: pip install one of {', '.join(_AUTO)}")
 
 
 def _places(name: str) -> list[str]:

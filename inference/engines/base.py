@@ -10,7 +10,8 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Final, Literal, NamedTuple
+from pathlib import Path
+from typing import ClassVar, Final, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -72,6 +73,15 @@ class EngineOptions:
     timeout_ms: float = 1_000.0
 
 
+def graphs_of(engine: Engine, *, cached: bool, artefact: Artefact) -> tuple[Graph, ...]:
+    """The graphs that an engine is asked to run for lists. Where histories are `cached` one for appended
+    events, else one for known candidates together with their history; where the version has it."""
+    if not engine.keeps_states:
+        return ("encode", "rank")
+    third: Graph = "append" if cached else "rank"
+    return (*GRAPHS[:2], third) if third in artefact.manifest.graphs else GRAPHS[:2]
+
+
 class Engine(ABC):
     """load → warm_up → run (many times) → close.
 
@@ -82,6 +92,9 @@ class Engine(ABC):
     name: ClassVar[str]
     precisions: ClassVar[tuple[Precision, ...]] = ("f32",)
     keeps_states: ClassVar[bool] = True  # False: keys and values are too heavy to bring here
+    # False: a shape's first run costs hardly more than its others, so one engine's runs of all of them do
+    # for its like (LOG.md).
+    compiles_shapes: bool = True
     model: ModelShape
 
     def __init__(self, options: EngineOptions) -> None:
@@ -98,6 +111,21 @@ class Engine(ABC):
     @abstractmethod
     def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
         """Build graphs from verified bytes. Raises `ModelUnavailable` with the reason."""
+
+    def prepare(self, artefact: Artefact, graphs: Sequence[Graph], folder: Path) -> None:
+        """Write what `load_prepared` reads into an empty folder: the part of loading that takes long and
+        can be done in another process of this machine. Only engines that `inference.engines.prepares`."""
+        raise NotImplementedError
+
+    def load_prepared(self, model: ModelShape, graphs: Sequence[Graph], folder: Path) -> None:
+        """Instead of `load`, in milliseconds, from a folder that is known to hold what `prepare` wrote.
+        Its files may stay mapped. Raises `ModelUnavailable` with the reason."""
+        raise NotImplementedError
+
+    def beside(self) -> Self | None:
+        """An engine for one more thread, as warm as this one, that shares all that runs do not write to.
+        None where the library has no such thing."""
+        return None
 
     @abstractmethod
     def run(self, graph: Graph, inputs: Tensors) -> Tensors: ...

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
-from compression.registry import Artefact
+from compression.registry import Artefact, ModelShape
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
 from inference.engines.model_file import read_graph
 from inference.errors import EngineFailed, ModelUnavailable
@@ -21,6 +22,7 @@ _ERRORS: Final[tuple[type[Exception], ...]] = (
     ValueError,
 )
 _SUFFIX: Final = "ExecutionProvider"
+_CPU: Final = "CPUExecutionProvider"
 # What people call a provider, where that is not its name without the suffix.
 _ALIASES: Final = {
     "directml": "dml",
@@ -33,6 +35,7 @@ _LOWERED: Final[dict[tuple[str, Precision], dict[str, str]]] = {
     ("TensorrtExecutionProvider", "f16"): {"trt_fp16_enable": "1"},
     ("MIGraphXExecutionProvider", "f16"): {"migraphx_fp16_enable": "1"},
 }
+_LEAST_MAPPED: Final = "4096"  # bytes; smaller constants stay in the graph
 _SETTINGS: Final = {"CUDAExecutionProvider": {"use_tf32": "0"}}  # f32 means f32
 
 
@@ -64,6 +67,7 @@ class OnnxEngine(Engine):
         super().__init__(options)
         self._sessions: dict[Graph, ort.InferenceSession] = {}
         self._provider = provider_name(options.provider)
+        self.compiles_shapes = self._provider != _CPU
         settings = _SETTINGS.get(self._provider, {})
         if options.precision != "f32":
             lowered = _LOWERED.get((self._provider, options.precision))
@@ -73,10 +77,42 @@ class OnnxEngine(Engine):
                 )
             settings = {**settings, **lowered}
         self._providers: list[Any] = [(self._provider, settings)]
-        if self._provider != "CPUExecutionProvider":
-            self._providers.append("CPUExecutionProvider")  # for the operators that it leaves over
+        if self._provider != _CPU:
+            self._providers.append(_CPU)  # for the operators that it leaves over
 
     def load(self, artefact: Artefact, graphs: Sequence[Graph] = GRAPHS) -> None:
+        self.model = artefact.manifest.model
+        for graph in graphs:
+            self._sessions[graph] = self._session(graph, read_graph(artefact, graph), self._settings())
+
+    def prepare(self, artefact: Artefact, graphs: Sequence[Graph], folder: Path) -> None:
+        """Optimised graphs, their weights in files of their own, which sessions map and so share."""
+        for graph in graphs:
+            settings = self._settings()
+            settings.optimized_model_filepath = str(folder / f"{graph}.onnx")
+            for key, value in (("file_name", f"{graph}.weights"), ("min_size_in_bytes", _LEAST_MAPPED)):
+                settings.add_session_config_entry(
+                    f"session.optimized_model_external_initializers_{key}", value
+                )
+            self._session(graph, read_graph(artefact, graph), settings)
+
+    def load_prepared(self, model: ModelShape, graphs: Sequence[Graph], folder: Path) -> None:
+        self.model = model
+        for graph in graphs:
+            settings = self._settings()
+            settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            self._sessions[graph] = self._session(graph, str(folder / f"{graph}.onnx"), settings)
+
+    def beside(self) -> OnnxEngine | None:
+        """A session on the CPU may be run by several threads at once."""
+        if self._provider != _CPU:
+            return None
+        other = OnnxEngine(self.options)
+        other.model = self.model
+        other._sessions = dict(self._sessions)
+        return other
+
+    def _settings(self) -> ort.SessionOptions:
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = self.options.threads
         settings.inter_op_num_threads = 1
@@ -85,17 +121,17 @@ class OnnxEngine(Engine):
         # A spinning pool would take the core that the event loop needs.
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.add_session_config_entry("session.inter_op.allow_spinning", "0")
-        self.model = artefact.manifest.model
-        for graph in graphs:
-            content = read_graph(artefact, graph)
-            try:
-                session = ort.InferenceSession(content, settings, providers=self._providers)
-            except _ERRORS as error:
-                raise ModelUnavailable(f"ONNX Runtime refused the {graph} graph: {error}") from error
-            # A provider whose libraries or GPU are missing is left out with no more than a warning.
-            if self._provider not in session.get_providers():
-                raise ModelUnavailable(f"ONNX Runtime could not start {self._provider} here")
-            self._sessions[graph] = session
+        return settings
+
+    def _session(self, graph: Graph, source: bytes | str, settings: ort.SessionOptions) -> Any:
+        try:
+            session = ort.InferenceSession(source, settings, providers=self._providers)
+        except _ERRORS as error:
+            raise ModelUnavailable(f"ONNX Runtime refused the {graph} graph: {error}") from error
+        # A provider whose libraries or GPU are missing is left out with no more than a warning.
+        if self._provider not in session.get_providers():
+            raise ModelUnavailable(f"ONNX Runtime could not start {self._provider} here")
+        return session
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
         names = OUTPUTS[graph]

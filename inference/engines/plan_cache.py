@@ -54,14 +54,7 @@ class PlanCache:
     """Plans in a folder of this user's own, made where it is missing."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or _user_cache() / "tailrace" / "plans"
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            found = self.folder.stat()
-        except OSError as error:
-            raise ModelUnavailable(f"plans cannot be kept in {self.folder}: {error.strerror}") from error
-        if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise ModelUnavailable(f"{self.folder} can be written by others: no plan is loaded from it")
+        self.folder = own_folder(folder or user_cache() / "plans")
 
     def get(self, key: PlanKey) -> bytes | None:
         """The plan of a key, or None where there is none that is whole and its own."""
@@ -105,6 +98,18 @@ class PlanCache:
             path.unlink(missing_ok=True)
 
 
-def _user_cache() -> Path:
+def own_folder(folder: Path) -> Path:
+    """A folder that this user alone can write to, made where it is missing; else `ModelUnavailable`."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = folder.stat()
+    except OSError as error:
+        raise ModelUnavailable(f"nothing can be kept in {folder}: {error.strerror}") from error
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ModelUnavailable(f"{folder} can be written by others: nothing is loaded from it")
+    return folder
+
+
+def user_cache() -> Path:
     given = os.environ.get("XDG_CACHE_HOME")
-    return Path(given) if given else Path.home() / ".cache"
+    return (Path(given) if given else Path.home() / ".cache") / "tailrace"

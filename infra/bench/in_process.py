@@ -98,9 +98,12 @@ async def drive(
     *,
     deadline_s: float | None = None,
     patience_s: float = 10.0,
+    enough: asyncio.Event | None = None,
+    first: int = 0,
 ) -> Outcomes:
     """Ask each request when it is due, whether or not others are answered; all that are due in one turn of
-    the loop go together. Requests are taken in turn, over again where there are fewer than due times."""
+    the loop go together. Requests are taken in turn from `first` on, over again where there are fewer than
+    due times. Those due after `enough` are left out."""
     import dataclasses
 
     loop = asyncio.get_running_loop()
@@ -118,11 +121,11 @@ async def drive(
                 errors[number] = type(answer).__name__
 
     number = 0
-    while number < len(due_s):
+    while number < len(due_s) and not (enough is not None and enough.is_set()):
         now_s = loop.time() - began_s
         ready = int(np.searchsorted(due_s, now_s, side="right"))
         if ready > number:
-            group = [requests[place % len(requests)] for place in range(number, ready)]
+            group = [requests[place % len(requests)] for place in range(first + number, first + ready)]
             if deadline_s is not None:
                 group = [
                     dataclasses.replace(request, deadline_s=began_s + due_s[number + place] + deadline_s)
@@ -139,7 +142,8 @@ async def drive(
         await asyncio.wait(waiting, timeout=patience_s)
     for task in list(waiting):
         task.cancel()
-    return Outcomes(due_s, took_s, errors)
+    # Copies: who keeps a few of many shall not keep all of them in memory.
+    return Outcomes(due_s[:number].copy(), took_s[:number].copy(), errors[:number].copy())
 
 
 async def capacity(ask: Ask, requests: Sequence[RankRequest], *, seconds: float, at_once: int = 128) -> float:

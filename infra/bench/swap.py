@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,23 +35,28 @@ from topics.messages import BehaviorEvent
 GOAL_RATIO: Final = 1.2
 # Between the drive's first due time and its call.
 LEAD_S: Final = 0.05
-# What a request that was due just before a swap ended may still feel of it.
-TAIL_S: Final = 0.1
+# A window goes on for so long after its swap: the cache of the new version is still filling.
+TAIL_S: Final = 0.3
+# No swap takes longer than this.
+MOST_S: Final = 20.0
+LOOK_S: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True)
 class Swap:
-    """One swap: from the command until the version before was freed."""
+    """One swap: from the command until the version before was freed and the spares were warm."""
 
     seconds: float
+    seen_before: bool
     p99_ms: float
     steady_p50_ms: float
+    steady_p99_ms: float
     rss_mb: float
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All swaps of a run. `ratio` compares the requests due in swap windows with all others."""
+    """All swaps of a run. `ratio` compares the requests due in swap windows with those due just before."""
 
     swaps: int
     lists: int
@@ -59,72 +67,103 @@ class Result:
     swap_s: float
     steady_ms: dict[str, float]
     window_ms: dict[str, float]
+    window_by_kind_ms: dict[str, dict[str, float]]
     ratio: float
+    loop_lag_steady_ms: dict[str, float]
+    loop_lag_window_ms: dict[str, float]
     rss_first_mb: float
     rss_last_mb: float
     rss_kb_per_swap: float
     p50_us_per_swap: float
 
 
-def two_versions(registry: Path, folder: Path) -> tuple[Path, tuple[str, str]]:
-    """A registry with the serving version and a twin of it, whose files are read, built and warmed anew."""
+def versions_of(registry: Path, folder: Path, count: int) -> tuple[Path, list[str]]:
+    """A registry of so many versions like the serving one, each with weights of its own: no file of one is a
+    file of another."""
     root = folder / "models"
-    first = Registry(registry).resolve("serving")
-    shutil.copytree(registry / "versions" / first, root / "versions" / first)
-    staging = folder / "staging"
-    shutil.copytree(
-        root / "versions" / first, staging, ignore=shutil.ignore_patterns("manifest.json", "manifest.sig")
-    )
-    ours = Registry(root)
-    second = f"{first[:58]}-twin"
-    ours.publish(staging, ours.manifest(first).model_copy(update={"version": second}))
-    ours.promote(first)
-    return root, (first, second)
+    theirs, ours = Registry(registry), Registry(root)
+    first = theirs.open("serving")
+    names = []
+    for number in range(count):
+        staging = folder / "staging"
+        shutil.copytree(first.path, staging, ignore=shutil.ignore_patterns("manifest.json", "manifest.sig"))
+        perturb(staging, number + 1)
+        names.append(f"{first.version[:58]}-{number}")
+        ours.publish(staging, first.manifest.model_copy(update={"version": names[-1]}))
+        shutil.rmtree(staging)
+    ours.promote(names[0])
+    return root, names
+
+
+def perturb(folder: Path, seed: int) -> None:
+    """Move every large weight of a version by a thousandth or so, the same weight alike in every file."""
+    import onnx
+    from onnx import numpy_helper
+    from safetensors.numpy import load_file, save_file
+
+    def moved(array: np.ndarray) -> np.ndarray:
+        noise = np.random.default_rng(seed).standard_normal(array.shape, np.float32)
+        return np.asarray(array * (1 + 1e-3 * noise), array.dtype)
+
+    for path in sorted(folder.iterdir()):
+        if path.suffix == ".onnx":
+            model = onnx.load(path)
+            for tensor in model.graph.initializer:
+                if tensor.data_type == onnx.TensorProto.FLOAT and np.prod(tensor.dims) >= 1024:
+                    array = moved(numpy_helper.to_array(tensor))
+                    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+            onnx.save(model, path)
+        elif path.suffix == ".safetensors":
+            save_file({name: moved(array) for name, array in load_file(path).items()}, path)
+        elif path.name == "item_table.npy":
+            np.save(path, moved(np.load(path)))
 
 
 async def measure(
-    events: Sequence[BehaviorEvent], *, registry: Path, swaps: int, load: float, steady_s: float, seed: int
+    events: Sequence[BehaviorEvent],
+    *,
+    registry: Path,
+    swaps: int,
+    versions: int,
+    load: float,
+    steady_s: float,
+    seed: int,
 ) -> tuple[Result, list[Swap]]:
-    """Swap back and forth while requests come at `load` times the capacity. Nothing of the version before
-    is kept, so every swap loads, verifies, warms, checks, switches, drains and frees."""
+    """Swap from version to version while requests come at `load` times the capacity. Nothing of the version
+    before is kept, so every swap verifies, loads, warms, checks, switches, drains and frees. In every other
+    round what was prepared of the versions is deleted first: this machine has never seen them."""
     requests, statistics = await prepare(events)
-    loop = asyncio.get_running_loop()
     process = psutil.Process()
-    with tempfile.TemporaryDirectory(prefix="tailrace-swap-") as name:
-        root, versions = two_versions(registry, Path(name))
+    with tempfile.TemporaryDirectory(prefix="tailrace-swap-") as name, _cache(Path(name)) as cache:
+        root, names = versions_of(registry, Path(name), versions)
         settings = StreamSettings(registry=str(root), keep_previous=0)
-        model = ServingModel(
-            Plane(InferenceSettings(), FeatureSettings(), statistics),
-            settings.releases,
-            StreamMetrics().releases,
-        )
+        plane = Plane(InferenceSettings(), FeatureSettings(), statistics)
+        model = ServingModel(plane, settings.releases, StreamMetrics().releases)
         await model.load()
+        await plane.settled()
         tune()
         most = await capacity(model.rank, requests, seconds=4.0)
         rate = load * most
         found: list[Swap] = []
-        parts: list[tuple[Outcomes, np.ndarray]] = []
-        window_s = 3.0
+        parts: list[Part] = []
+        asked = 0
         for number in range(swaps):
-            due_s = poisson(int(rate * (steady_s + 1.25 * window_s)), rate, seed + number)
-            began_s = loop.time() + LEAD_S
-            driving = asyncio.create_task(drive(model.rank, requests, due_s))
-            await asyncio.sleep(steady_s + LEAD_S)
-            from_s = loop.time() - began_s
-            await asyncio.to_thread(Registry(root).promote, versions[(number + 1) % 2])
-            if not await model.load():
-                raise click.ClickException(f"a swap was refused: {model.describe()['refused']}")
-            await model.settled()
-            to_s = loop.time() - began_s
-            outcomes = await driving
-            inside = (due_s >= from_s) & (due_s <= to_s + TAIL_S)
-            window_s = to_s - from_s
-            parts.append((outcomes, inside))
+            seen = number // versions % 2 == 1
+            if not seen:
+                await asyncio.to_thread(shutil.rmtree, cache, ignore_errors=True)
+            due_s = poisson(int(rate * (steady_s + MOST_S)), rate, seed + number)
+            # On from where the last one ended: histories grow along a log, and their cost with them.
+            ask = partial(drive, model.rank, requests, due_s, first=asked)
+            part = await _one(model, plane, ask, steady_s, root, names[(number + 1) % versions])
+            asked += len(part.outcomes.due_s)
+            parts.append(part)
             found.append(
                 Swap(
-                    seconds=round(window_s, 3),
-                    p99_ms=round(outcomes.p_ms(99, inside), 2),
-                    steady_p50_ms=round(outcomes.p_ms(50, ~inside), 3),
+                    seconds=round(part.to_s - part.from_s, 3),
+                    seen_before=seen,
+                    p99_ms=round(part.outcomes.p_ms(99, part.inside), 2),
+                    steady_p50_ms=round(part.outcomes.p_ms(50, part.before), 3),
+                    steady_p99_ms=round(part.outcomes.p_ms(99, part.before), 2),
                     rss_mb=round(process.memory_info().rss / 2**20, 1),
                 )
             )
@@ -132,25 +171,111 @@ async def measure(
     return _result(found, parts, most, rate), found
 
 
-def _result(
-    found: Sequence[Swap], parts: Sequence[tuple[Outcomes, np.ndarray]], most: float, rate: float
-) -> Result:
-    took_s = np.concatenate([outcomes.took_s for outcomes, _ in parts])
-    inside = np.concatenate([inside for _, inside in parts])
-    steady_ms, window_ms = _percentiles(took_s[~inside]), _percentiles(took_s[inside])
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """One swap's requests: those due `before` it [n], and from its beginning to its end `inside` [n]. And
+    how late the event loop was, sample by sample: when, and seconds."""
+
+    outcomes: Outcomes
+    from_s: float
+    to_s: float
+    lag_at_s: np.ndarray
+    lag_s: np.ndarray
+
+    @property
+    def before(self) -> np.ndarray:
+        return np.asarray(self.outcomes.due_s < self.from_s)
+
+    @property
+    def inside(self) -> np.ndarray:
+        return ~self.before
+
+    def lags_s(self, *, inside: bool) -> np.ndarray:
+        return np.asarray(self.lag_s[(self.lag_at_s >= self.from_s) == inside])
+
+
+async def _one(
+    model: ServingModel,
+    plane: Plane,
+    ask: Callable[..., Awaitable[Outcomes]],
+    steady_s: float,
+    root: Path,
+    version: str,
+) -> Part:
+    """Load, and in the midst of it a swap; it ends when the version before has been freed, the spares of
+    the new one are warm and what its empty cache costs has been felt."""
+    loop = asyncio.get_running_loop()
+    began_s = loop.time() + LEAD_S
+    enough = asyncio.Event()
+    lags: list[tuple[float, float]] = []
+    watching = asyncio.create_task(_watch_loop(began_s, lags))
+    driving = asyncio.ensure_future(ask(enough=enough))
+    await asyncio.sleep(steady_s + LEAD_S)
+    from_s = loop.time() - began_s
+    await asyncio.to_thread(Registry(root).promote, version)
+    if not await model.load():
+        raise click.ClickException(f"a swap was refused: {model.describe()['refused']}")
+    await model.settled()
+    await plane.settled()
+    to_s = loop.time() - began_s
+    await asyncio.sleep(TAIL_S)
+    enough.set()
+    outcomes = await driving
+    watching.cancel()
+    at_s, late_s = np.array(lags).T
+    return Part(outcomes, from_s, to_s, at_s, late_s)
+
+
+async def _watch_loop(began_s: float, lags: list[tuple[float, float]]) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        due_s = loop.time() + LOOK_S
+        await asyncio.sleep(LOOK_S)
+        now_s = loop.time()
+        lags.append((now_s - began_s, now_s - due_s))
+
+
+@contextlib.contextmanager
+def _cache(folder: Path) -> Iterator[Path]:
+    """A cache folder of the bench's own, for this process and its children."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+    try:
+        yield folder / "cache" / "tailrace" / "prepared"
+    finally:
+        del os.environ["XDG_CACHE_HOME"]
+        if before is not None:
+            os.environ["XDG_CACHE_HOME"] = before
+
+
+def _result(found: Sequence[Swap], parts: Sequence[Part], most: float, rate: float) -> Result:
+    steady_ms = _percentiles([part.outcomes.took_s[part.before] for part in parts])
+    inside_s = [part.outcomes.took_s[part.inside] for part in parts]
+    window_ms = _percentiles(inside_s)
+    kinds = {"never seen": False, "seen before": True}
+    by_kind = {
+        name: _percentiles(
+            [took for took, swap in zip(inside_s, found, strict=True) if swap.seen_before == seen]
+        )
+        for name, seen in kinds.items()
+        if any(swap.seen_before == seen for swap in found)
+    }
     rss_mb = [swap.rss_mb for swap in found]
     tenth = max(1, len(found) // 10)
     return Result(
         swaps=len(found),
-        lists=len(took_s),
-        failed=sum(outcomes.failed() for outcomes, _ in parts),
-        unanswered=sum(outcomes.unanswered for outcomes, _ in parts),
+        lists=sum(len(part.outcomes.due_s) for part in parts),
+        failed=sum(part.outcomes.failed() for part in parts),
+        unanswered=sum(part.outcomes.unanswered for part in parts),
         capacity_lists_per_s=round(most, 1),
         rate=round(rate, 1),
         swap_s=round(float(np.median([swap.seconds for swap in found])), 3),
         steady_ms=steady_ms,
         window_ms=window_ms,
+        window_by_kind_ms=by_kind,
         ratio=round(window_ms["p99"] / steady_ms["p99"], 3),
+        loop_lag_steady_ms=_percentiles([part.lags_s(inside=False) for part in parts]),
+        loop_lag_window_ms=_percentiles([part.lags_s(inside=True) for part in parts]),
         rss_first_mb=round(float(np.median(rss_mb[:tenth])), 1),
         rss_last_mb=round(float(np.median(rss_mb[-tenth:])), 1),
         rss_kb_per_swap=round(1024 * _slope(rss_mb), 2),
@@ -158,7 +283,8 @@ def _result(
     )
 
 
-def _percentiles(took_s: Any) -> dict[str, float]:
+def _percentiles(parts_s: Sequence[Any]) -> dict[str, float]:
+    took_s = np.concatenate(parts_s)
     took_ms = took_s[~np.isnan(took_s)] * 1e3
     return {f"p{p:g}": round(float(np.percentile(took_ms, p)), 2) for p in (50, 95, 99, 99.9)}
 
@@ -178,10 +304,11 @@ def _slope(values: Sequence[float]) -> float:
 @click.option(
     "--steady-s",
     type=click.FloatRange(0.1),
-    default=2.0,
+    default=1.0,
     show_default=True,
-    help="Between two swaps, to compare with.",
+    help="Before each swap, to compare with.",
 )
+@click.option("--versions", type=click.IntRange(2, 8), default=4, show_default=True, help="To swap among.")
 @click.option("--clicks", type=click.IntRange(1_000), default=20_000, show_default=True)
 @bench_options.log
 @options.registry
@@ -192,6 +319,7 @@ def swap(
     swaps: int,
     load: float,
     steady_s: float,
+    versions: int,
     clicks: int,
     log: Path | None,
     registry: Path,
@@ -201,8 +329,9 @@ def swap(
     """Swap versions under load: failed requests, p99 in swap windows against steady p99, memory and
     latency from first to last.
 
-    A swap loads, verifies, warms and checks a version, switches to it, drains the one before and frees
-    it. The two versions are the serving one and a twin of it; nothing is shared between them.
+    A swap verifies, loads, warms and checks a version, switches to it, drains the one before and frees
+    it. The versions are like the serving one, with weights of their own: no file of one is another's. Half
+    of the swaps are to a version that this machine has never seen, half to one that it has opened before.
 
     \b
     tailrace bench swap
@@ -211,7 +340,15 @@ def swap(
     events, name = bench_options.events(log, clicks, seed)
     began_s = time.monotonic()
     result, found = run_on_uvloop(
-        measure(events, registry=registry, swaps=swaps, load=load, steady_s=steady_s, seed=seed)
+        measure(
+            events,
+            registry=registry,
+            swaps=swaps,
+            versions=versions,
+            load=load,
+            steady_s=steady_s,
+            seed=seed,
+        )
     )
     took_s = time.monotonic() - began_s
     report.table(
@@ -220,13 +357,16 @@ def swap(
         [
             [label, *(f"{value:.2f}" for value in figures.values())]
             for label, figures in (
-                ("between swaps", result.steady_ms),
+                ("before swaps", result.steady_ms),
                 (f"in swaps ({result.swap_s:.1f} s each)", result.window_ms),
+                *((f"  to a version {kind}", ms) for kind, ms in result.window_by_kind_ms.items()),
+                ("event loop late, before", result.loop_lag_steady_ms),
+                ("event loop late, in swaps", result.loop_lag_window_ms),
             )
         ],
     )
     report.note(
-        f"p99 in swaps {result.ratio:.2f} times that between (goal {GOAL_RATIO}); "
+        f"p99 in swaps {result.ratio:.2f} times that before (goal {GOAL_RATIO}); "
         f"{result.failed} failed, {result.unanswered} unanswered of {result.lists:,}; "
         f"memory {result.rss_first_mb:.0f} MB first, {result.rss_last_mb:.0f} MB last "
         f"({result.rss_kb_per_swap:+.0f} KB a swap); p50 {result.p50_us_per_swap:+.1f} µs a swap"
@@ -238,6 +378,8 @@ def swap(
             "log": name,
             "seed": seed,
             "load": load,
+            "versions": versions,
+            "steady_s": steady_s,
             "seconds": round(took_s, 1),
             "result": asdict(result),
             "each": [asdict(one) for one in found],

@@ -64,23 +64,25 @@ def test_exact_retrieval_is_the_sorted_product_and_lists_find_most_of_it() -> No
     users = (centres[rng.integers(0, 40, 32)]).astype(np.float32)
     ids = np.arange(5_000, dtype=np.int64) * 3 + 7
     best = ids[np.argsort(-(users @ vectors.T), axis=1)[:, :20]]
-    found, scores = RetrievalIndex(ids, vectors).search(users, 20)
+    found, scores = RetrievalIndex.build(ids, vectors).search(users, 20)
     assert (np.sort(found) == np.sort(best)).mean() > 0.999
     assert (np.diff(scores) <= 0).all()
-    near, _ = RetrievalIndex(ids, vectors, exact_until=100, probes=8).search(users, 20)
+    near, _ = RetrievalIndex.build(ids, vectors, exact_until=100, probes=8).search(users, 20)
     recall = np.mean(
         [len(set(ours) & set(theirs)) / 20 for ours, theirs in zip(near.tolist(), best.tolist(), strict=True)]
     )
     assert recall > 0.9
-    again, _ = RetrievalIndex(ids, vectors, exact_until=100, probes=8).search(users, 20)
+    again, _ = RetrievalIndex.build(ids, vectors, exact_until=100, probes=8).search(users, 20)
     assert np.array_equal(near, again), "the same in every process"
 
 
 def test_retrieval_from_fewer_items_than_asked_or_none_is_shorter() -> None:
     users = np.ones((2, 4), np.float32)
-    found, _ = RetrievalIndex(np.array([5, 9]), np.eye(2, 4, dtype=np.float32)).search(users, 100)
+    found, _ = RetrievalIndex.build(np.array([5, 9]), np.eye(2, 4, dtype=np.float32)).search(users, 100)
     assert np.sort(found).tolist() == [[5, 9], [5, 9]]
-    found, scores = RetrievalIndex(np.empty(0, np.int64), np.empty((0, 4), np.float32)).search(users, 100)
+    found, scores = RetrievalIndex.build(np.empty(0, np.int64), np.empty((0, 4), np.float32)).search(
+        users, 100
+    )
     assert found.shape == scores.shape == (2, 0)
 
 

@@ -140,7 +140,9 @@ def test_only_warmed_shapes_reach_the_engine_and_short_histories_are_not_padded_
     assert len(lists(opened.rank(requests, statistics))) == 22
     opened.rank([user(2_000, 2, candidates=tuple(ITEMS[:130].tolist()))], statistics)
     assert set(spy.shapes) <= {tuple(shape) for shape in warmed}
-    assert {history for _, _, history, _ in spy.shapes} == {4, MAX_HISTORY}
+    # Which short one it is goes by what they were measured to cost.
+    histories = {history for _, _, history, _ in spy.shapes}
+    assert MAX_HISTORY in histories and histories - {MAX_HISTORY} and histories <= {4, 10, MAX_HISTORY}
 
 
 def test_more_candidates_than_any_bucket_are_scored_in_parts_like_the_rest(

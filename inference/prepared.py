@@ -1,0 +1,237 @@
+"""What is made of a version before a process opens it, kept between starts and shared by processes.
+
+    <key>/record.json            what it was made from, and length and sha256 of every file; written last
+    <key>/index                  the retrieval index
+    <key>/<engine>-<options>/    what that engine's `prepare` wrote
+
+A version is verified, its graphs are looked at, and what is kept is compared with its record each time
+anew: only the making is saved. Files are mapped by who serves, so a folder is replaced and never changed,
+and only one that nobody else can write to is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Final
+
+from compression.registry import ITEM_TABLE, VOCABULARY, Artefact, ArtefactInvalid, Manifest, Registry
+from inference import engines
+from inference.engines.base import EngineOptions, graphs_of
+from inference.engines.plan_cache import own_folder, user_cache
+from inference.errors import ModelUnavailable
+from inference.retrieval import RetrievalIndex
+
+RECORD: Final = "record.json"
+INDEX: Final = "index"
+# Of so many versions, the latest used, something is kept.
+MOST_KEPT: Final = 8
+_FORMAT: Final = 2  # of what is written
+_LIBRARIES: Final = ("faiss-cpu", "onnxruntime", "openvino", "numpy")
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which version to prepare, and for which engines. `version` may be an alias."""
+
+    registry: str
+    version: str
+    sha256: str | None
+    engines: tuple[tuple[str, EngineOptions], ...]
+    cached: bool
+    exact_until: int
+    probes: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Wanted:
+        told = json.loads(text)
+        told["engines"] = tuple((name, EngineOptions(**options)) for name, options in told["engines"])
+        return cls(**told)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A verified version, named by its manifest's checksum, and where what was made of it lies."""
+
+    version: str
+    sha256: str
+    folder: Path
+
+    @property
+    def index(self) -> Path:
+        return self.folder / INDEX
+
+    @classmethod
+    def from_json(cls, text: str) -> Prepared:
+        told = json.loads(text)
+        return cls(told["version"], told["sha256"], Path(told["folder"]))
+
+    def to_json(self) -> str:
+        return json.dumps({"version": self.version, "sha256": self.sha256, "folder": str(self.folder)})
+
+    def of_engine(self, name: str, options: EngineOptions) -> Path | None:
+        """An engine's folder; None where it prepares nothing."""
+        folder = self.folder / _engine_folder(name, options)
+        return folder if folder.is_dir() else None
+
+
+class _Remembering(Artefact):
+    """Reads and verifies every file once: it is gone before the version is used."""
+
+    def __init__(self, path: Path, manifest: Manifest, manifest_sha256: str) -> None:
+        super().__init__(path, manifest, manifest_sha256)
+        self._known: dict[str, bytes] = {}
+
+    def read(self, name: str) -> bytes:
+        data = self._known.get(name)
+        if data is None:
+            data = super().read(name)
+            if name in (*self.manifest.graphs.values(), VOCABULARY, ITEM_TABLE):
+                self._known[name] = data
+        return data
+
+
+def prepare(wanted: Wanted, cache: Path | None = None) -> Prepared:
+    """Verify a version's signature and every file, look at its graphs, and see that what engines load of it
+    is there. Takes a second or two. Raises `ModelUnavailable` with the reason."""
+    root = own_folder(cache or user_cache() / "prepared")
+    try:
+        opened = Registry(wanted.registry).open(wanted.version, sha256=wanted.sha256, check_files=False)
+        artefact = _Remembering(opened.path, opened.manifest, opened.manifest_sha256)
+        artefact.read_all()
+        made_from = _made_from(artefact, wanted)
+        name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
+        folder = root / name
+        if not _is_whole(folder, made_from):
+            _make(folder, artefact, wanted, made_from)
+    except ArtefactInvalid as error:
+        raise ModelUnavailable(str(error)) from error
+    except OSError as error:
+        raise ModelUnavailable(f"nothing can be prepared in {root}: {error.strerror}") from error
+    _check_graphs(artefact, wanted)
+    os.utime(folder)
+    _forget_old(root)
+    return Prepared(artefact.version, artefact.manifest_sha256, folder)
+
+
+def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[str, Any]) -> None:
+    """Written beside and renamed: a reader sees all of it or nothing."""
+    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    try:
+        vocabulary, table = artefact.vocabulary(), artefact.item_table()
+        known = len(vocabulary.item_ids)
+        RetrievalIndex.build(
+            vocabulary.item_ids, table[1 : 1 + known], exact_until=wanted.exact_until, probes=wanted.probes
+        ).save(work / INDEX)
+        for name, options in _preparing(wanted):
+            engine = engines.create(name, options)
+            own = work / _engine_folder(name, options)
+            own.mkdir()
+            engine.prepare(artefact, graphs_of(engine, cached=wanted.cached, artefact=artefact), own)
+            engine.close()
+        files = {str(path.relative_to(work)): _entry(path) for path in _files(work)}
+        (work / RECORD).write_text(json.dumps({"made_from": made_from, "files": files}, indent=1))
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            work.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_graphs(artefact: Artefact, wanted: Wanted) -> None:
+    """Also where nothing had to be made: what is kept says nothing about what is refused by now."""
+    from inference.engines.model_file import read_graph
+
+    for name, options in _preparing(wanted):
+        engine = engines.create(name, options)
+        for graph in graphs_of(engine, cached=wanted.cached, artefact=artefact):
+            read_graph(artefact, graph)
+        engine.close()
+
+
+def _preparing(wanted: Wanted) -> Sequence[tuple[str, EngineOptions]]:
+    return [(name, options) for name, options in wanted.engines if engines.prepares(name, options)]
+
+
+def _made_from(artefact: Artefact, wanted: Wanted) -> dict[str, Any]:
+    """Everything that what is made depends on."""
+    told: dict[str, Any] = json.loads(
+        json.dumps(
+            {
+                "format": _FORMAT,
+                "files": {name: entry.sha256 for name, entry in sorted(artefact.manifest.files.items())},
+                "graphs": dict(artefact.manifest.graphs),
+                "engines": [(name, asdict(options)) for name, options in _preparing(wanted)],
+                "cached": wanted.cached,
+                "exact_until": wanted.exact_until,
+                "libraries": {name: _version(name) for name in _LIBRARIES},
+                "processor": _processor(),
+            }
+        )
+    )
+    return told
+
+
+def _is_whole(folder: Path, made_from: Mapping[str, Any]) -> bool:
+    """Whether a folder holds exactly what its record says, and was made from this."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        found = {str(path.relative_to(folder)): _entry(path) for path in _files(folder)}
+        return (record["made_from"], record["files"]) == (made_from, found)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _files(folder: Path) -> list[Path]:
+    """Plain files below a folder, its record apart. Links are none of ours: they spoil the comparison."""
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a link")
+    found = [path for path in sorted(folder.rglob("*")) if not path.is_dir() or path.is_symlink()]
+    if any(path.is_symlink() or not path.is_file() for path in found):
+        raise ValueError(f"{folder} holds what is no plain file")
+    return [path for path in found if path != folder / RECORD]
+
+
+def _entry(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _forget_old(root: Path) -> None:
+    """Who has mapped the files of a folder keeps them."""
+    kept = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True)[MOST_KEPT:]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _engine_folder(name: str, options: EngineOptions) -> str:
+    told = json.dumps(asdict(options), sort_keys=True).encode()
+    return f"{name}-{hashlib.sha256(told).hexdigest()[:12]}"
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def _processor() -> str:
+    """Libraries choose kernels, and so layouts, by what the processor has."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        told = sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))})
+        return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    return f"{platform.machine()} {platform.processor()}"

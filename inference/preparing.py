@@ -1,0 +1,174 @@
+"""Preparing versions in a process of their own, behind everything that serves.
+
+What takes long in a swap (verifying, looking at graphs, optimising them, training an index) needs no
+object that lives here, and would hold the interpreter's lock and a processor that requests want. So it is
+done by a child that the system lets run when nobody else wants to. The child is kept for a while: most of
+what it does for its first version is importing libraries.
+
+    python -m inference.preparing idle     one `Wanted` a line in, one `Prepared` or reason a line out
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Final, Literal
+
+from inference.errors import ModelUnavailable
+
+log = logging.getLogger(__name__)
+
+Priority = Literal["idle", "ordinary"]
+
+# What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
+PATIENCE_S: Final = 30.0
+_LONGEST_S: Final = 600.0
+# Even what runs when nobody else wants to takes memory bandwidth and caches from who does: so much at a
+# time, and no more than this share (LOG.md).
+_TURN_S: Final = 0.01
+_SHARE: Final = 0.5
+_LEAVES_AFTER_S: Final = 120.0
+_PR_SET_PDEATHSIG: Final = 1
+_MOST_BYTES: Final = 2**20
+
+
+class Preparer:
+    """`inference.prepared.prepare` in a child process. Safe to call from several threads."""
+
+    def __init__(self, patience_s: float = PATIENCE_S) -> None:
+        self._patience_s = patience_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._complaints: IO[bytes] | None = None
+        self._share = 1.0
+        self._using = threading.RLock()
+
+    def prepare(self, wanted: str, stop: Callable[[], bool]) -> str:
+        """JSON of a `Wanted` in, of a `Prepared` out. Waits in short steps as long as `stop` does not say
+        otherwise. Raises `ModelUnavailable` where the version is refused, and `OSError` where no child
+        will do it."""
+        with self._using:
+            answer = self._ask(wanted, stop, "idle", self._patience_s)
+            if answer is None:
+                log.warning(
+                    "Preparing a version had no turn in %g s: it goes on like any work", self._patience_s
+                )
+                answer = self._ask(wanted, stop, "ordinary", _LONGEST_S)
+                self.close()
+        if answer is None:
+            raise OSError(f"preparing a version took more than {_LONGEST_S:g} s")
+        told: dict[str, str] = json.loads(answer)
+        if "refused" in told:
+            raise ModelUnavailable(told["refused"])
+        return answer
+
+    def close(self) -> None:
+        """End the child; another is started when it is needed."""
+        with self._using:
+            if self._child is None:
+                return
+            self._child.kill()
+            for pipe in (self._child.stdin, self._child.stdout, self._complaints):
+                if pipe is not None:
+                    pipe.close()
+            self._child.wait()
+            self._child = None
+
+    def _ask(self, wanted: str, stop: Callable[[], bool], priority: Priority, limit_s: float) -> str | None:
+        """What the child says; None, and no child any more, where that was not in time."""
+        child = self._living(priority)
+        assert child.stdin is not None and child.stdout is not None
+        answer = None
+        try:
+            os.write(child.stdin.fileno(), wanted.encode() + b"\n")
+            answer = self._read_line(child.stdout.fileno(), stop, time.monotonic() + limit_s)
+        finally:
+            if answer is None:
+                self.close()
+        return answer
+
+    def _living(self, priority: Priority) -> subprocess.Popen[bytes]:
+        if self._child is not None and (self._child.poll() is not None or priority == "ordinary"):
+            self.close()
+        if self._child is None:
+            ours = str(Path(__file__).resolve().parents[1])
+            paths = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
+            self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child
+            self._share = _SHARE if priority == "idle" else 1.0
+            # Not asyncio's, which would copy this process's page tables: subprocess has vfork.
+            self._child = subprocess.Popen(
+                [sys.executable, "-m", "inference.preparing", priority],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+                env={**os.environ, "PYTHONPATH": paths},
+            )
+        return self._child
+
+    def _read_line(self, descriptor: int, stop: Callable[[], bool], ends_s: float) -> str | None:
+        told = b""
+        while not told.endswith(b"\n"):
+            if stop():
+                raise ModelUnavailable("not needed any more")
+            if time.monotonic() > ends_s:
+                return None
+            if not self._has_told(descriptor):
+                continue
+            part = os.read(descriptor, _MOST_BYTES)
+            if not part:
+                raise OSError(f"the process that prepares versions ended: {self._last_complaint()}")
+            told += part
+        return told.decode()
+
+    def _has_told(self, descriptor: int) -> bool:
+        """Whether the child says something in its turn, after which it pauses."""
+        assert self._child is not None
+        if select.select([descriptor], [], [], _TURN_S)[0]:
+            return True
+        if self._share < 1:
+            self._child.send_signal(signal.SIGSTOP)
+            time.sleep(_TURN_S * (1 / self._share - 1))
+            self._child.send_signal(signal.SIGCONT)
+        return False
+
+    def _last_complaint(self) -> str:
+        assert self._complaints is not None
+        self._complaints.seek(0)
+        return self._complaints.read().decode(errors="replace").strip().rpartition("\n")[2]
+
+
+def main() -> None:
+    """Until nobody wants anything for a while, or whoever wanted it is gone."""
+    with contextlib.suppress(OSError, AttributeError):  # else it stays, stopped, if its parent is killed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if sys.argv[1] == "idle":
+        with contextlib.suppress(AttributeError, OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    # Not above: importing takes longer than many a version.
+    from inference.prepared import Wanted, prepare
+
+    while select.select([sys.stdin], [], [], _LEAVES_AFTER_S)[0]:
+        wanted = sys.stdin.readline()
+        if not wanted:
+            return
+        try:
+            answer = prepare(Wanted.from_json(wanted)).to_json()
+        except ModelUnavailable as error:
+            answer = json.dumps({"refused": str(error)})
+        sys.stdout.write(answer + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
