@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,10 +20,12 @@ from typing import Final
 
 import numpy as np
 
+from compression.files import write_whole
 from inference.errors import ModelUnavailable
 from inference.types import Tensors
 
 MAX_PLAN_BYTES: Final = 8 * 2**30
+_MODE: Final = 0o600
 
 Profile = dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
 
@@ -74,8 +75,8 @@ class PlanCache:
         record = {"sha256": hashlib.sha256(plan).hexdigest(), "bytes": len(plan), "made_from": asdict(key)}
         # Without its record a plan is none, so a plan is never paired with a record of another.
         (self.folder / f"{name}.json").unlink(missing_ok=True)
-        self._write(f"{name}.plan", plan)
-        self._write(f"{name}.json", json.dumps(record, indent=1).encode())
+        write_whole(self.folder / f"{name}.plan", plan, _MODE)
+        write_whole(self.folder / f"{name}.json", json.dumps(record, indent=1).encode(), _MODE)
 
     def _read(self, name: str, limit: int) -> bytes:
         descriptor = os.open(self.folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -84,18 +85,6 @@ class PlanCache:
             if not stat.S_ISREG(size.st_mode) or size.st_size > limit:
                 raise ValueError(f"{name} is no plain file of at most {limit} bytes")
             return file.read()
-
-    def _write(self, name: str, content: bytes) -> None:
-        descriptor, work = tempfile.mkstemp(prefix=".writing-", dir=self.folder)
-        path = Path(work)
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            path.replace(self.folder / name)
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def own_folder(folder: Path) -> Path:

@@ -29,6 +29,7 @@ def test_a_plan_is_found_again_by_all_that_it_was_made_from(tmp_path: Path) -> N
     PlanCache(tmp_path / "plans").put(KEY, b"a plan")
     cache = PlanCache(tmp_path / "plans")
     assert cache.get(KEY) == b"a plan"
+    assert {path.stat().st_mode & 0o777 for path in cache.folder.iterdir()} == {0o600}
     for other in (
         replace(KEY, onnx_sha256="b" * 64),
         replace(KEY, gpu="Another"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -83,6 +84,11 @@ def score() -> Ask:
 def lists() -> Ask:
     inputs = list_inputs(2, 5, candidates=np.array([[1007, -1], [1014, 1021]]), k=np.array([3], np.int32))
     return Ask(tuple(Tensor.of(name, array) for name, array in inputs.items()), "tailrace-lists")
+
+
+def with_users(*users: int) -> Ask:
+    ask = lists()
+    return replace(ask, inputs=(*ask.inputs, Tensor.of("user_ids", np.array(users))))
 
 
 def put(place: int, value: float) -> Callable[[npt.NDArray[Any]], None]:
@@ -199,6 +205,12 @@ BAD: dict[str, tuple[Callable[[], Ask], str, str]] = {
         "INVALID_ARGUMENT",
         "not served",
     ),
+    "lists: a user below zero": (
+        lambda: with_users(-1, 5),
+        "INVALID_ARGUMENT",
+        "user_ids holds -1; 0",
+    ),
+    "lists: users for other rows": (lambda: with_users(1, 2, 3), "INVALID_ARGUMENT", "has 3 users"),
     "lists: an item below zero": (lambda: lists().values("items", put(0, -5)), "INVALID_ARGUMENT", "-5"),
     "lists: a time to come": (
         lambda: lists().values("timestamps", put(0, 2**40)),
@@ -271,10 +283,26 @@ def binary(ask: Ask) -> tuple[str, bytes, dict[str, str]]:
     return path, content, {HEADER_LENGTH: str(len(header))}
 
 
+def plain(ask: Ask) -> tuple[str, bytes] | None:
+    """Path and body of a REST request with numbers in JSON; None where bytes are no numbers of a type."""
+    inputs = []
+    for tensor in ask.inputs:
+        dtype = DTYPES.get(tensor.datatype, np.dtype("<i4"))
+        if len(tensor.data) % dtype.itemsize:
+            return None
+        data = np.frombuffer(tensor.data, dtype).tolist()
+        inputs.append({"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape, "data": data})
+    body = {"inputs": inputs, "outputs": [{"name": name} for name in ask.outputs]}
+    return binary(ask)[0], orjson.dumps({**body, "parameters": ask.parameters})
+
+
 @pytest.mark.parametrize("good", [rank, score, lists])
 async def test_requests_are_good_before_they_are_spoilt(running: Running, good: Callable[[], Ask]) -> None:
     assert await asyncio.to_thread(over_grpc, running, message(good())) == ("OK", "")
     assert await over_rest(running, *binary(good())) == (200, "")
+    asked = plain(good())
+    assert asked is not None
+    assert await over_rest(running, *asked) == (200, "")
 
 
 @pytest.mark.parametrize("fault", BAD)
@@ -285,7 +313,12 @@ async def test_a_fault_has_its_status_and_a_sentence(running: Running, fault: st
     assert len(told) < 300
     number, told = await over_rest(running, *binary(spoil()))
     assert (number, sentence in told) == (STATUS[status], True), told
+    if (asked := plain(spoil())) is not None:
+        # JSON has no NaN, and counts numbers instead of bytes: the sentence may be another one.
+        number, told = await over_rest(running, *asked)
+        assert (number, bool(told)) == (STATUS[status], True), told
     assert await asyncio.to_thread(over_grpc, running, message(rank())) == ("OK", "")
+    assert (await over_rest(running, *binary(rank())))[0] == 200
 
 
 def test_raw_and_typed_contents_are_not_mixed_or_short(running: Running) -> None:
@@ -309,6 +342,42 @@ def test_typed_contents_are_read_and_counted(running: Running) -> None:
         "INVALID_ARGUMENT",
         "input items has 13 numbers; its shape makes 12",
     )
+
+
+def test_numbers_of_another_type_and_numbers_that_are_not_finite_are_refused(running: Running) -> None:
+    request = message(score())
+    del request.raw_input_contents[:]
+    for tensor, given in zip(request.inputs, score().inputs, strict=True):
+        numbers = np.frombuffer(given.data, DTYPES[given.datatype]).tolist()
+        field = "fp32_contents" if given.datatype == "FP32" else "int_contents"
+        getattr(tensor.contents, field).extend(numbers)
+    assert over_grpc(running, request) == ("OK", "")
+    for number in (float("nan"), float("-inf")):
+        request.inputs[0].contents.fp32_contents[5] = number
+        code, told = over_grpc(running, request)
+        assert (code, "not finite" in told) == ("INVALID_ARGUMENT", True)
+    del request.inputs[0].contents.fp32_contents[:]
+    request.inputs[0].contents.int64_contents.append(1)
+    code, told = over_grpc(running, request)
+    assert (code, "has 0 numbers" in told) == ("INVALID_ARGUMENT", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "choice", "value"),
+    [
+        ("priority", "uint64_param", 2**64 - 1),
+        ("priority", "bool_param", True),
+        ("priority", "double_param", 1.0),
+        ("timeout", "double_param", float("nan")),
+        ("timeout", "string_param", "1"),
+        ("timeout", "uint64_param", 2**64 - 1),
+    ],
+)
+def test_a_parameter_of_another_kind_is_refused(running: Running, name: str, choice: str, value: Any) -> None:
+    request = message(rank())
+    setattr(request.parameters[name], choice, value)
+    code, told = over_grpc(running, request)
+    assert (code, f"parameter {name}" in told) == ("INVALID_ARGUMENT", True), told
 
 
 def test_bytes_that_are_no_message_are_refused(running: Running) -> None:
@@ -344,7 +413,8 @@ def tensor(**changed: Any) -> bytes:
         for name, array in rank_inputs(2, 6, 4).items()
     ]
     inputs[0] |= changed
-    return orjson.dumps({"inputs": inputs})
+    # The standard library writes numbers that no server should read.
+    return json.dumps({"inputs": inputs}).encode()
 
 
 @pytest.mark.parametrize(
@@ -371,6 +441,14 @@ def tensor(**changed: Any) -> bytes:
         (tensor(data=[2**40] * 12), "32-bit integers"),
         (tensor(data=[{}] * 12), "32-bit integers"),
         (tensor(data=[1] * 11), "11 numbers"),
+        (tensor(data=[2**70] * 12), "32-bit integers"),
+        (tensor(data="1" * 12), "needs data"),
+        (tensor(data=[float("nan")] * 12), "not JSON"),
+        (tensor(data=[float("inf")] * 12), "not JSON"),
+        (tensor(shape=[10**30, 6]), "shape of integers"),
+        (tensor(shape=[[2], 6]), "shape of integers"),
+        (tensor(datatype=5), "string"),
+        (tensor(name="x" * 100_000), "no input is called"),
         (tensor(parameters={"binary_data_size": 48}), "binary_data_size"),
         (tensor(parameters={"binary_data_size": -1}), "binary_data_size"),
         (tensor(parameters={"binary_data_size": "48"}), "binary_data_size"),
