@@ -14,8 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
+from inference.errors import Overloaded
 from inference.oip.client import Client
+from infra.cli import main
 from infra.local.server import free_port, is_free
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,6 +68,35 @@ def test_a_server_says_where_it_is_and_how_long_it_took_and_drains(server: subpr
     assert server.returncode == 0, errors
     assert said == "draining 0 requests\nall were answered\n"
     assert "Traceback" not in errors
+
+
+def test_tiers_are_looked_up_in_redis_and_limit_who_they_should(registry: Path, redis_url: str) -> None:
+    done = CliRunner().invoke(main, ["tiers", "set", "7", "premium", "--redis-url", redis_url])
+    assert done.exit_code == 0, done.output
+    tiers = '[{"name":"standard","client_rate":0.01,"client_burst":2},{"name":"premium"}]'
+    process = serve(registry, "--redis-url", redis_url, ADMISSION_TIERS=tiers)
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().split("gRPC ")[1].split(",")[0]
+
+        async def ask(user: int) -> list[float | None]:
+            row = np.array([[1, 2, 3]])
+            inputs = dict.fromkeys(("items", "categories", "timestamps"), row)
+            inputs |= {"behaviors": np.zeros((1, 3), np.int32), "lengths": np.array([3], np.int32)}
+            refused: list[float | None] = []
+            async with Client(address) as client:
+                for _ in range(6):
+                    try:
+                        await client.infer("tailrace-lists", inputs | {"user_ids": np.array([user])})
+                    except Overloaded as error:
+                        refused.append(error.retry_after_s)
+            return refused
+
+        assert asyncio.run(ask(7)) == []
+        assert asyncio.run(ask(8)) == [100.0] * 4
+    finally:
+        process.kill()
+        process.communicate()
 
 
 def test_ctrl_c_while_it_warms_ends_it(server: subprocess.Popen[str]) -> None:
