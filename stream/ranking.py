@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 CANARY_FAILURES: Final = 3
 # Recent requests are ranked by a new version so many at a time, with a pause for those who wait.
 CHECK_BATCH: Final = 4
-CHECK_PAUSE_S: Final = 0.02
+CHECK_PAUSE_S: Final = 0.04
 # A version that is to be freed waits so long for those who still ask it.
 LET_GO_S: Final = 30.0
 # Of each unit at most so many requests are remembered: a large one shall not push all others out.
