@@ -97,10 +97,8 @@ class Buckets:
                         yield Shape("rank", batch, history, candidates)
 
     def a_few(self, *, append: bool = False, rank: bool = False) -> Iterator[Shape]:
-        """Of these the smallest batches, and of each graph the largest shape of all."""
-        every = list(self.shapes(append=append, rank=rank))
-        largest = {shape.graph: shape for shape in every}
-        return (shape for shape in every if shape.batch == self.batches[0] or shape is largest[shape.graph])
+        """Of these the smallest batches."""
+        return Buckets(self.histories, self.candidates, self.batches[:1]).shapes(append=append, rank=rank)
 
     def cuts(self, lengths: npt.NDArray[np.integer[Any]], work: Work = "encode") -> list[Cut]:
         """Every user in one cut, shortest histories first, at the least measured cost."""

@@ -37,8 +37,8 @@ PATIENCE_S: Final = 30.0
 _LONGEST_S: Final = 600.0
 # Even what runs when nobody else wants to takes memory bandwidth and caches from who does: so much at a
 # time, and no more than this share (LOG.md).
-_TURN_S: Final = 0.01
-_SHARE: Final = 0.5
+_TURN_S: Final = 0.005
+_SHARE: Final = 0.35
 _LEAVES_AFTER_S: Final = 120.0
 _PR_SET_PDEATHSIG: Final = 1
 _MOST_BYTES: Final = 2**20

@@ -14,7 +14,7 @@ from inference.releases.shadow import unhurried
 
 # So many at a time, with a pause for those who wait.
 BATCH: Final = 4
-PAUSE_S: Final = 0.02
+PAUSE_S: Final = 0.04
 
 
 async def rehearse(versions: Versions, held: Held, samples: Sequence[Sample]) -> Comparison:

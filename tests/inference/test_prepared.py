@@ -1,0 +1,222 @@
+"""What is made of versions before they are opened: verified each time, kept, and made by another process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compression.registry import Registry
+from features.settings import FeatureSettings
+from inference import engines, plane
+from inference.engines.base import INPUTS, EngineOptions, graphs_of
+from inference.engines.calibration import draw
+from inference.errors import ModelUnavailable
+from inference.prepared import MOST_KEPT, RECORD, Prepared, Wanted, prepare
+from inference.preparing import Preparer
+from inference.ranker import Ranker
+from inference.settings import InferenceSettings
+from inference.types import RankedList, RankRequest
+from tests.inference.conftest import ITEMS, sequence
+
+OPTIONS = EngineOptions()
+SETTINGS = InferenceSettings(
+    engine="onnx", runners=2, spares=1, histories=(10,), candidate_sizes=(50,), batches=(1, 4)
+)
+REQUESTS = [RankRequest(user, sequence(ITEMS[user : user + 5].tolist())) for user in range(8)]
+
+
+@pytest.fixture
+def wanted(registry, tmp_path) -> Wanted:
+    """The version of these tests, in a registry of its own that may be damaged."""
+    root = tmp_path / "models"
+    shutil.copytree(registry.root, root)
+    return Wanted(str(root), "serving", None, (("onnx", OPTIONS),), True, 100, 8)
+
+
+@pytest.fixture
+def made(monkeypatch) -> list[Path]:
+    """Where engines have prepared something, in order."""
+    from inference.engines.onnx_engine import OnnxEngine
+
+    folders: list[Path] = []
+    real = OnnxEngine.prepare
+
+    def counted(self, artefact, graphs, folder):
+        folders.append(folder)
+        real(self, artefact, graphs, folder)
+
+    monkeypatch.setattr(OnnxEngine, "prepare", counted)
+    return folders
+
+
+def test_what_was_prepared_computes_what_was_published(wanted, tmp_path):
+    artefact = Registry(wanted.registry).open("serving")
+    folder = prepare(wanted, tmp_path / "cache").of_engine("onnx", OPTIONS)
+    as_published, as_prepared = engines.create("onnx", OPTIONS), engines.create("onnx", OPTIONS)
+    graphs = graphs_of(as_published, appends=True, artefact=artefact)
+    as_published.load(artefact, graphs)
+    as_prepared.load_prepared(artefact.manifest.model, graphs, folder)
+    rng = np.random.default_rng(3)
+    drawn = draw(artefact.vocabulary(), users=4, history=20, candidates=50, rng=rng)
+    asked = {name: drawn[name] for name in INPUTS["encode"]}
+    drawn |= as_published.run("encode", asked)
+    for graph, inputs in (("encode", asked), ("score", {name: drawn[name] for name in INPUTS["score"]})):
+        for name, output in as_published.run(graph, inputs).items():
+            np.testing.assert_allclose(as_prepared.run(graph, inputs)[name], output, atol=1e-5)
+
+
+def test_an_engine_beside_another_answers_like_it_and_outlives_it(wanted, tmp_path):
+    prepared = prepare(wanted, tmp_path / "cache")
+    ranker = Ranker.open(wanted.registry, settings=SETTINGS, prepared=prepared)
+    one = ranker.warm("onnx")
+    other = ranker.beside(one)
+    assert other.engine is not one.engine
+    one.close()
+    ranker.check(other)
+
+
+def test_what_is_whole_is_not_made_again(wanted, made, tmp_path):
+    first, second = prepare(wanted, tmp_path / "cache"), prepare(wanted, tmp_path / "cache")
+    assert first == second
+    assert len(made) == 1
+    prepare(replace(wanted, exact_until=200), tmp_path / "cache")
+    prepare(replace(wanted, engines=(("onnx", EngineOptions(threads=2)),)), tmp_path / "cache")
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("damage", ["changed", "longer", "added", "removed", "no record", "a link", "claims"])
+def test_what_is_not_whole_is_made_again(wanted, made, tmp_path, damage):
+    prepared = prepare(wanted, tmp_path / "cache")
+    weights = next(prepared.folder.rglob("encode.weights"))
+    whole = weights.read_bytes()
+    if damage == "changed":
+        weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "longer":
+        weights.write_bytes(whole + b"\0")
+    elif damage == "added":
+        (weights.parent / "more").write_bytes(b"")
+    elif damage == "removed":
+        weights.unlink()
+    elif damage == "no record":
+        (prepared.folder / RECORD).unlink()
+    elif damage == "a link":
+        weights.rename(tmp_path / "elsewhere")
+        weights.symlink_to(tmp_path / "elsewhere")
+    else:
+        record = prepared.folder / RECORD
+        record.write_text(record.read_text().replace('"exact_until": 100', '"exact_until": 99'))
+    assert prepare(wanted, tmp_path / "cache") == prepared
+    assert len(made) == 2
+    assert weights.read_bytes() == whole and not weights.is_symlink()
+
+
+def test_a_version_that_was_changed_is_refused_although_it_was_prepared_before(wanted, tmp_path):
+    prepared = prepare(wanted, tmp_path / "cache")
+    file = Path(wanted.registry) / "versions" / prepared.version / "score.onnx"
+    file.write_bytes(file.read_bytes()[:-1] + b"\0")
+    with pytest.raises(ModelUnavailable, match=r"score\.onnx is not the file that was published"):
+        prepare(wanted, tmp_path / "cache")
+    with pytest.raises(ModelUnavailable, match="announced with checksum"):
+        prepare(replace(wanted, sha256="0" * 64), tmp_path / "cache")
+
+
+def test_of_many_versions_the_latest_used_are_kept(wanted, tmp_path):
+    kept = [prepare(replace(wanted, exact_until=number), tmp_path / "cache").folder for number in range(3)]
+    for age, folder in enumerate(kept):
+        os.utime(folder, (1_000 - age, 1_000 - age))
+    for number in range(3, MOST_KEPT + 2):
+        prepare(replace(wanted, exact_until=number), tmp_path / "cache")
+    assert [folder.is_dir() for folder in kept] == [True, False, False]
+
+
+def test_what_was_tidied_away_is_loaded_as_it_was_published(wanted, tmp_path):
+    prepared = prepare(wanted, tmp_path / "cache")
+    ranker = Ranker.open(wanted.registry, settings=SETTINGS, prepared=prepared)
+    for file in prepared.of_engine("onnx", OPTIONS).iterdir():
+        file.unlink()
+    ranker.check(ranker.warm("onnx"))
+
+
+def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    preparer = Preparer()
+    try:
+        prepared = Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False))
+        assert prepared == prepare(wanted)
+        process = preparer._child.pid
+        with pytest.raises(ModelUnavailable, match="no version or alias 'nobody'"):
+            preparer.prepare(replace(wanted, version="nobody").to_json(), lambda: False)
+        assert preparer._child.pid == process
+        assert os.sched_getscheduler(process) == os.SCHED_IDLE
+        preparer._child.kill()
+        preparer._child.wait()
+        assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)) == prepared
+    finally:
+        preparer.close()
+
+
+def test_a_process_that_has_no_turn_is_followed_by_one_that_has(wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    preparer = Preparer(patience_s=0.0)
+    assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)).index.is_file()
+    assert preparer._child is None
+
+
+def test_nobody_waits_for_a_version_that_is_not_needed_any_more(wanted):
+    preparer = Preparer()
+    with pytest.raises(ModelUnavailable, match="not needed any more"):
+        preparer.prepare(wanted.to_json(), lambda: True)
+    assert preparer._child is None
+
+
+async def test_a_version_beside_one_that_serves_is_prepared_elsewhere(wanted, statistics, monkeypatch):
+    ours = plane.Plane(SETTINGS, FeatureSettings(), statistics)
+    try:
+        first = await ours.open(wanted.registry, "serving")
+
+        def here(_: Wanted) -> Prepared:
+            raise AssertionError("prepared by the process that serves")
+
+        monkeypatch.setattr(plane, "prepare", here)
+        second = await ours.open(wanted.registry, "serving")
+        answers = [await ours.rank(REQUESTS, version) for version in (first, second)]
+        assert [answer.items for answer in answers[0]] == [answer.items for answer in answers[1]]
+        shutil.rmtree(Path(wanted.registry) / "versions" / first.version)
+        with pytest.raises(ModelUnavailable):
+            await ours.open(wanted.registry, "serving")
+    finally:
+        await ours.close()
+
+
+async def test_spares_share_no_session_with_the_lanes(wanted, statistics):
+    ours = plane.Plane(SETTINGS, FeatureSettings(), statistics)
+    try:
+        opened = await ours.open(wanted.registry, "serving")
+        await ours.settled()
+        (spares,) = opened.spares.values()
+        lanes = [opened.warmed[name].engine for name in ("onnx-0", "onnx-1")]
+        assert lanes[0]._sessions == lanes[1]._sessions
+        assert not set(spares[0].engine._sessions.values()) & set(lanes[0]._sessions.values())
+    finally:
+        await ours.close()
+
+
+async def test_where_nothing_can_be_kept_versions_are_opened_all_the_same(
+    wanted, statistics, tmp_path, monkeypatch
+):
+    (tmp_path / "tailrace" / "prepared").mkdir(parents=True)
+    (tmp_path / "tailrace" / "prepared").chmod(0o777)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ModelUnavailable, match="can be written by others"):
+        prepare(wanted)
+    ours = plane.Plane(SETTINGS, FeatureSettings(), statistics)
+    try:
+        opened = await ours.open(wanted.registry, "serving")
+        assert all(isinstance(answer, RankedList) for answer in await ours.rank(REQUESTS, opened))
+    finally:
+        await ours.close()
