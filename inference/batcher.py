@@ -8,54 +8,32 @@ failure is a value in the answers, so one item's trouble is never another's:
 ['RankedList', 'Overloaded']
 
 A batch holds items of one key only. What a lane fails at goes to another lane; a lane that hangs,
-keeps failing or answers with failures is taken out until a probe says that it is well.
+keeps failing or answers with failures is taken out until a probe says that it is well. The order in
+which items wait is in `queues`, which lanes are well in `lane_health`, the timer in `deadlines`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Generic, Protocol, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from inference import metrics
-from inference.dispatcher import SLOW, Dispatcher, Lane, leave_room
+from inference.attempts import answers_of
+from inference.deadlines import Alarm
+from inference.dispatcher import Dispatcher, Lane, leave_room
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
+from inference.lane_health import LaneHealth
 from inference.metrics import BatcherCounts
-from inference.types import Priority
+from inference.precedence import Precedence
+from inference.queues import LAST, URGENT, Entry, Group, Queues, Work, level_of, wants
 from inference.waiting import Gather, Queue, Waiting
 
-logger = logging.getLogger(__name__)
-
-# Deadlines are looked at this often at most: an answer may be late by as much.
-_ALARM_STEP_S: Final = 0.002
 # A batch held back for a busy lane is looked at again after so long, should that lane be late.
 _HOLD_STEP_S: Final = 0.001
-# How often one failed batch may be run again in parts. Finding one bad item among 64 takes 12.
-_MAX_RETRIES: Final = 16
-# A lane that has become slow, and is not asked for it, is probed this often.
-_PROBE_EVERY_S: Final = 1.0
-_TIERS: Final = 16
-_LAST: Final = 3 * _TIERS
-# While more waits than can be ranked, a lane is left to the highest level that came within this time.
-_RESERVED_FOR_S: Final = 1.0
-_RANK: Final[dict[Priority, int]] = {"high": 0, "normal": _TIERS, "low": 2 * _TIERS}
-
-
-class Work(Protocol):
-    """What the batcher reads from an item. `deadline_s` is on the event loop's clock; within a priority
-    the higher `tier` goes first."""
-
-    @property
-    def priority(self) -> Priority: ...
-    @property
-    def tier(self) -> int: ...
-    @property
-    def deadline_s(self) -> float | None: ...
-
 
 T = TypeVar("T", bound=Work)
 R = TypeVar("R")
@@ -78,44 +56,12 @@ class BatcherLimits:
     hang_ms: float = 1_000.0
 
 
-class _Group(Generic[T, R]):
-    """The items of one `submit`, answered together once each has its answer."""
-
-    __slots__ = ("answers", "done", "entered_s", "items", "key", "missing")
-
-    def __init__(
-        self, items: Sequence[T], key: Hashable, done: asyncio.Future[None], entered_s: float
-    ) -> None:
-        self.items = items
-        self.key = key
-        self.answers: list[R | InferenceError | None] = [None] * len(items)
-        self.missing = len(items)
-        self.done = done
-        self.entered_s = entered_s
-
-    def wants(self, position: int) -> bool:
-        return self.answers[position] is None and not self.done.done()
-
-    def answer(self, position: int, answer: R | InferenceError) -> bool:
-        """Keep the first answer given; False when there was one, or nobody waits any more."""
-        if self.answers[position] is not None or self.done.done():
-            return False
-        self.answers[position] = answer
-        self.missing -= 1
-        if not self.missing:
-            self.done.set_result(None)
-        return True
-
-
-_Entry = tuple[_Group[T, R], int]
-
-
 @dataclass(slots=True, eq=False)
 class _Batch(Generic[T, R]):
     """Entries that go through a lane together, and the lanes that have failed at them."""
 
     key: Hashable
-    entries: list[_Entry[T, R]]
+    entries: list[Entry[T, R]]
     tried: tuple[Lane, ...] = ()
     level: int = 0
     aside: bool = False
@@ -142,25 +88,22 @@ class Batcher(Generic[T, R]):
         self.waiting = waiting or Gather(self.limits.wait_ms / 1e3, self.limits.spread_ms / 1e3)
         self.counts = BatcherCounts()
         self.dispatcher = Dispatcher(lanes)
-        self._replace = replace
-        self._queues: dict[int, deque[_Entry[T, R]]] = {}  # by level, the first to go first
-        self._seen_s: dict[int, float] = {}  # by level, when something last came
-        self._top = 0
-        self._queued = 0
+        self._health = LaneHealth(
+            self.dispatcher.lanes, hang_s=self.limits.hang_ms / 1e3, changed=self._dispatch, replace=replace
+        )
+        self._queues: Queues[T, R] = Queues()
+        self._precedence = Precedence()
         self._again: deque[_Batch[T, R]] = deque()
         self._running: dict[int, _Batch[T, R]] = {}
         self._wake: asyncio.Handle | None = None
         self._wake_at = 0.0
-        self._alarm: asyncio.Handle | None = None
-        self._alarm_at = 0.0
-        self._probes: set[asyncio.Future[None]] = set()
-        self._pauses: set[asyncio.TimerHandle] = set()
+        self._alarm = Alarm(self._expire_due)
         self._closing = False
         self._drained: asyncio.Future[None] | None = None
 
     @property
     def queued(self) -> int:
-        return self._queued
+        return len(self._queues)
 
     @property
     def running(self) -> int:
@@ -173,7 +116,7 @@ class Batcher(Generic[T, R]):
         if self._closing:
             return [ModelUnavailable("the batcher is closing") for _ in items]
         loop = asyncio.get_running_loop()
-        group: _Group[T, R] = _Group(items, key, loop.create_future(), loop.time())
+        group: Group[T, R] = Group(items, key, loop.create_future(), loop.time())
         self.counts.items += len(items)
         self._enqueue(group)
         try:
@@ -194,77 +137,63 @@ class Batcher(Generic[T, R]):
         if self._busy():
             self._drained = asyncio.get_running_loop().create_future()
             await asyncio.wait([self._drained], timeout=timeout_s)
-        left = self._queued + self.running
-        batches = (*self._running.values(), *self._again)
-        for entries in (*self._queues.values(), *(batch.entries for batch in batches)):
-            for group, position in entries:
-                group.answer(position, ModelUnavailable("the batcher closed before an engine answered"))
-        for queue in self._queues.values():
-            queue.clear()
+        left = self.queued + self.running
+        for group, position in self._unanswered():
+            group.answer(position, ModelUnavailable("the batcher closed before an engine answered"))
+        for batch in (*self._running.values(), *self._again):
+            if batch.watch is not None:
+                batch.watch.cancel()
+        self._queues.clear()
         self._again.clear()
-        self._set_queued(0)
-        for handle in (self._alarm, *self._pauses, *(batch.watch for batch in batches)):
-            if handle is not None:
-                handle.cancel()
+        self._tell_queued()
+        self._alarm.cancel()
+        self._health.close()
         for lane in self.dispatcher.lanes:
             for executor in lane.executors:
-                executor.shutdown(wait=not lane.busy and not self._probes, cancel_futures=True)
+                executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
         return not left
 
     # Entering ----------------------------------------------------------------------------------
 
-    def _enqueue(self, group: _Group[T, R]) -> None:
+    def _enqueue(self, group: Group[T, R]) -> None:
         items = group.items
         positions: Sequence[int] = range(len(items))
-        room = self.limits.max_queue - self._queued
+        room = self.limits.max_queue - self.queued
         if len(items) > room:
             room = max(0, room)
-            positions = sorted(positions, key=lambda position: _level(items[position]))
+            positions = sorted(positions, key=lambda position: level_of(items[position]))
             for position in positions[room:]:
                 group.answer(position, Overloaded(f"{self.limits.max_queue} items are queued already"))
             self._refused(len(items) - room)
             positions = positions[:room]
-        if self._queued:
+        if self._queues:
             positions = self._in_time(group, positions)
         if not positions:
             return
         earliest: float | None = None
         for position in positions:
             item = items[position]
-            level = _level(item)
-            self._queue(level).append((group, position))
-            self._seen_s[level] = group.entered_s
+            level = level_of(item)
+            self._queues.add(level, (group, position))
+            self._precedence.came(level, group.entered_s)
             if item.deadline_s is not None and (earliest is None or item.deadline_s < earliest):
                 earliest = item.deadline_s
-        self._set_queued(self._queued + len(positions))
+        self._tell_queued()
         if earliest is not None:
-            self._set_alarm(earliest)
+            self._alarm.set(earliest)
         if self.dispatcher.has_idle or not self._running:
             # Not now: what is submitted in the same turn of the loop joins the batch.
             self._wake_soon(group.entered_s)
 
-    def _queue(self, level: int) -> deque[_Entry[T, R]]:
-        queue = self._queues.get(level)
-        if queue is None:
-            self._queues[level] = queue = deque()
-            self._queues = dict(sorted(self._queues.items()))
-        return queue
-
-    @property
-    def _urgent(self) -> int:
-        """How many wait that go without company."""
-        return sum(len(queue) for level, queue in self._queues.items() if level < _TIERS)
-
-    def _in_time(self, group: _Group[T, R], positions: Sequence[int]) -> Sequence[int]:
+    def _in_time(self, group: Group[T, R], positions: Sequence[int]) -> Sequence[int]:
         """Those that the queue before them lets through in time; the others are told so at once."""
         waits_s: dict[int, float] = {}
         kept = []
         for position in positions:
             item = group.items[position]
-            level = _level(item)
+            level = level_of(item)
             if level not in waits_s:
-                ahead = sum(len(queue) for before, queue in self._queues.items() if before <= level)
-                most = self.limits.max_batch
+                ahead, most = self._queues.upto(level), self.limits.max_batch
                 waits_s[level] = self.dispatcher.wait_s(group.key, ahead, most, group.entered_s)
             done_s = group.entered_s + waits_s[level]
             if item.deadline_s is None or done_s <= item.deadline_s:
@@ -297,7 +226,7 @@ class Batcher(Generic[T, R]):
         now_s = asyncio.get_running_loop().time()
         for _ in range(len(self._again)):
             self._start_again(self._again.popleft(), now_s)
-        while self._queued:
+        while self._queues:
             ripe_s = self._ripe_s(now_s)
             if ripe_s > now_s:
                 if self.dispatcher.has_idle:
@@ -309,11 +238,11 @@ class Batcher(Generic[T, R]):
 
     def _ripe_s(self, now_s: float) -> float:
         """When the next batch should leave: now if it is full, urgent or nothing is gained by waiting."""
-        if self._urgent or self._closing or self._queued >= self.limits.max_batch:
+        if self._queues.urgent or self._closing or self.queued >= self.limits.max_batch:
             return 0.0
         queue = Queue(
-            oldest_s=min(queue[0][0].entered_s for queue in self._queues.values() if queue),
-            queued=self._queued,
+            oldest_s=self._queues.oldest_s,
+            queued=self.queued,
             max_batch=self.limits.max_batch,
             running=self.dispatcher.running,
             now_s=now_s,
@@ -323,16 +252,15 @@ class Batcher(Generic[T, R]):
 
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
-        urgent, most = self._urgent, self.limits.max_batch
-        level = next(level for level, queue in self._queues.items() if queue)
-        head = self._queues[level][0][0]
-        reserving = self._reserving(head.key, level, now_s)
-        if reserving and level > self._top and not self._room_below(head.key):
+        most = self.limits.max_batch
+        level, head = self._queues.first
+        top = self._reserved_for(head.key, level, now_s)
+        below = top is not None and level > top
+        if top is not None and below and not self._room_below(head.key, top):
             return False
-        upto = _TIERS - 1 if urgent else level if reserving and level <= self._top else _LAST
-        waiting = self._queued
-        if upto < _LAST:
-            waiting = sum(len(queue) for at, queue in self._queues.items() if at <= upto)
+        alone = level if top is not None and not below else LAST
+        upto = URGENT - 1 if self._queues.urgent else alone
+        waiting = self._queues.upto(upto)
         lanes = self.dispatcher.lanes
         sizes = [min(most, waiting - most * place) for place in range(min(len(lanes), -(-waiting // most)))]
         choice = self.dispatcher.choose(head.key, sizes, now_s)
@@ -343,69 +271,39 @@ class Batcher(Generic[T, R]):
             if self.dispatcher.has_idle:
                 self._wake_soon(now_s + _HOLD_STEP_S)
             return False
-        entries = self._take(now_s, head.key, skip=choice.place * most, upto=upto)
+        entries = self._queues.take(head.key, most, skip=choice.place * most, upto=upto)
         if not entries and choice.place:
             # The others are of other keys.
-            entries = self._take(now_s, head.key, skip=0, upto=upto)
+            entries = self._queues.take(head.key, most, skip=0, upto=upto)
+        self._tell_queued()
+        entries = [entry for entry in entries if not self._expire_late(entry, now_s)]
         if entries:
-            aside = reserving and level > self._top
-            self._start(_Batch(head.key, entries, level=level, aside=aside), choice.lane, now_s)
+            self._start(_Batch(head.key, entries, level=level, aside=below), choice.lane, now_s)
         return True
 
-    def _reserving(self, key: Hashable, level: int, now_s: float) -> bool:
-        """Whether more waits than one batch can hold, and some of it could make what is above it wait.
+    def _reserved_for(self, key: Hashable, level: int, now_s: float) -> int | None:
+        """The highest level seen of late, while more waits than one batch can hold; else None.
 
-        Then one lane is left to the highest level seen of late, which goes without company, and what is
-        below runs at a low priority: who is first waits for no full batch of those who are not, and
-        shares the processor with it in his favour.
+        One lane is then left to it, it goes without company, and what is below runs at a low priority: who
+        is first waits for no full batch of those who are not, and shares the processor with it in his
+        favour.
         """
-        if self._queued < self.limits.max_batch:
-            return False
-        recent = (at for at, seen_s in self._seen_s.items() if now_s - seen_s < _RESERVED_FOR_S)
-        self._top = min(recent, default=level)
-        return len(self.dispatcher.able(key)) > 1
+        if self.queued < self.limits.max_batch or len(self.dispatcher.able(key)) < 2:
+            return None
+        return self._precedence.top(now_s, level)
 
-    def _room_below(self, key: Hashable) -> bool:
-        below = sum(batch.level > self._top for batch in self._running.values())
+    def _room_below(self, key: Hashable, top: int) -> bool:
+        below = sum(batch.level > top for batch in self._running.values())
         return below < len(self.dispatcher.able(key)) - 1
-
-    def _take(self, now_s: float, key: Hashable, *, skip: int, upto: int) -> list[_Entry[T, R]]:
-        """Up to `max_batch` entries of one key, highest level first and none beyond `upto`, past the first
-        `skip` of them. What is urgent goes without company that would make it wait."""
-        batch: list[_Entry[T, R]] = []
-        max_batch = self.limits.max_batch
-        for level, queue in self._queues.items():
-            if level > upto:
-                break
-            passed: list[_Entry[T, R]] = []
-            while queue and len(batch) < max_batch:
-                entry = queue.popleft()
-                group, position = entry
-                if group.key != key or skip:
-                    skip -= group.key == key
-                    passed.append(entry)
-                    continue
-                deadline_s = group.items[position].deadline_s
-                if deadline_s is not None and deadline_s <= now_s:
-                    self._expire(entry)
-                elif group.wants(position):
-                    batch.append(entry)
-            queue.extendleft(reversed(passed))
-        self._set_queued(sum(map(len, self._queues.values())))
-        return batch
 
     def _refuse_key(self, key: Hashable) -> None:
         """No lane is well: nobody waits for one that may never be."""
-        for queue in self._queues.values():
-            kept = []
-            for group, position in queue:
-                if group.key != key:
-                    kept.append((group, position))
-                elif group.answer(position, ModelUnavailable("no engine is well at the moment")):
-                    self._refused(1)
-            queue.clear()
-            queue.extend(kept)
-        self._set_queued(sum(map(len, self._queues.values())))
+        for group, position in self._queues:
+            ill = ModelUnavailable("no engine is well at the moment")
+            if group.key == key and group.answer(position, ill):
+                self._refused(1)
+        self._queues.keep(lambda entry: entry[0].key != key)
+        self._tell_queued()
 
     def _start_again(self, batch: _Batch[T, R], now_s: float) -> None:
         """A batch that a lane failed at, on another one; in parts where none is left that has not."""
@@ -437,7 +335,7 @@ class Batcher(Generic[T, R]):
         metrics.WAIT_SECONDS.observe(now_s - batch.entries[0][0].entered_s)
         # The last lane there is looks for the item that poisons the batch; before that another lane may do.
         alone = len(self.dispatcher.able(batch.key, batch.tried)) == 1
-        work = partial(_answers, partial(lane.run, batch.key), items, in_parts=alone)
+        work = partial(answers_of, partial(lane.run, batch.key), items, in_parts=alone)
         if batch.aside:
             future = loop.run_in_executor(lane.aside, _aside, work)
         else:
@@ -466,7 +364,7 @@ class Batcher(Generic[T, R]):
             answers, retries, whole = future.result()
             self.counts.retried_batches += retries
         hung = self._running.pop(id(batch), None) is None
-        again: list[_Entry[T, R]] = []
+        again: list[Entry[T, R]] = []
         answered = late = 0
         elsewhere = bool(self.dispatcher.able(batch.key, (*batch.tried, lane)))
         for entry, answer in zip(batch.entries, answers, strict=True):
@@ -492,14 +390,14 @@ class Batcher(Generic[T, R]):
             self.waiting.observe(len(batch.entries), batch.started_s - batch.entries[0][0].entered_s, took_s)
             if whole or 2 * len(again) > len(batch.entries):
                 if elsewhere or not self._is_the_keys_fault(batch, lane):
-                    self._failed(lane, f"failed at a batch of {len(batch.entries)}")
+                    self._health.failed(lane, f"failed at a batch of {len(batch.entries)}")
             elif not again:
                 lane.succeeded()
                 lane.good_at = id(batch.key)
             if again:
                 self._again.append(_Batch(batch.key, again, (*batch.tried, lane)))
             self._dispatch()
-        self._refresh_slow()
+        self._health.refresh_slow()
 
     def _is_the_keys_fault(self, batch: _Batch[T, R], lane: Lane) -> bool:
         """A batch that failed on every lane, each of which last did well with another key: a version that
@@ -518,79 +416,10 @@ class Batcher(Generic[T, R]):
         self._again.append(_Batch(batch.key, list(batch.entries), (*batch.tried, lane)))
         lane.busy = False
         lane.renew_thread()
-        self._failed(lane, f"hangs, {took_s:.1f} s at a batch of {len(batch.entries)}", hung=True)
+        self._health.failed(lane, f"hangs, {took_s:.1f} s at a batch of {len(batch.entries)}", hung=True)
         self._dispatch()
 
-    def _failed(self, lane: Lane, what: str, *, hung: bool = False) -> None:
-        metrics.LANE_FAILURES.labels(lane.name).inc()
-        if not lane.failed(hung=hung):
-            return
-        logger.warning("Lane %s %s and is taken out for %.2f s", lane.name, what, lane.pause_s)
-        metrics.LANE_UP.labels(lane.name).set(0)
-        if self._replace is not None:
-            self._replace(lane)
-        self._pause(lane)
-
-    def _pause(self, lane: Lane) -> None:
-        """Leave a lane alone for a while, then ask it whether it is well."""
-
-        def over() -> None:
-            self._pauses.discard(handle)
-            if self._closing:
-                return
-            if lane.probe is None:
-                lane.out = False  # the next live batch tells
-                self._dispatch()
-            else:
-                self._ask(lane)
-
-        handle = asyncio.get_running_loop().call_later(lane.pause_s, over)
-        self._pauses.add(handle)
-
-    def _ask(self, lane: Lane) -> None:
-        loop = asyncio.get_running_loop()
-        asked_s = lane.probed_s = loop.time()
-        asking = loop.run_in_executor(lane.executor, lane.probe or (lambda: None))
-        self._probes.add(asking)
-
-        def hung() -> None:
-            self._probes.discard(asking)
-            lane.renew_thread()
-            self._failed(lane, "hangs at its probe", hung=True)
-
-        def told(future: asyncio.Future[None]) -> None:
-            if future not in self._probes:
-                return
-            self._probes.discard(future)
-            watch.cancel()
-            if self._closing or future.cancelled():
-                return
-            error = future.exception()
-            if error is not None:
-                self._failed(lane, f"is not well yet ({error})", hung=lane.out)
-                return
-            if lane.out:
-                logger.info("Lane %s is back", lane.name)
-                metrics.LANE_UP.labels(lane.name).set(1)
-                lane.profile.restart()
-            else:
-                lane.profile.observe(1, loop.time() - asked_s)
-            lane.succeeded()
-            self._dispatch()
-
-        watch = loop.call_later(self.limits.hang_ms / 1e3, hung)
-        asking.add_done_callback(told)
-
-    def _refresh_slow(self) -> None:
-        """Ask lanes that became slow, and that nobody asks any more, whether they still are."""
-        now_s = asyncio.get_running_loop().time()
-        for lane in self.dispatcher.lanes:
-            if lane.probe is None or lane.busy or lane.out or lane.profile.scale < SLOW:
-                continue
-            if now_s - lane.probed_s >= _PROBE_EVERY_S and not self._closing:
-                self._ask(lane)
-
-    def _fail(self, entry: _Entry[T, R], error: InferenceError) -> None:
+    def _fail(self, entry: Entry[T, R], error: InferenceError) -> None:
         group, position = entry
         if group.answer(position, error):
             self._count_failed(1)
@@ -601,109 +430,59 @@ class Batcher(Generic[T, R]):
 
     # Deadlines ---------------------------------------------------------------------------------
 
-    def _expire(self, entry: _Entry[T, R]) -> None:
+    def _expire_due(self, now_s: float) -> float | None:
+        """Answer everything whose deadline has passed, queued or running: a hung engine delays nobody.
+        Returns the next deadline there is."""
+        next_s: float | None = None
+        for entry in self._unanswered():
+            group, position = entry
+            deadline_s = group.items[position].deadline_s
+            if deadline_s is None or not group.wants(position) or self._expire_late(entry, now_s):
+                continue
+            if next_s is None or deadline_s < next_s:
+                next_s = deadline_s
+        self._sweep()
+        return next_s
+
+    def _expire_late(self, entry: Entry[T, R], now_s: float) -> bool:
+        """Whether the deadline has passed; the item has been told so then."""
         group, position = entry
+        deadline_s = group.items[position].deadline_s
+        if deadline_s is None or deadline_s > now_s:
+            return False
         if group.answer(position, DeadlineExceeded("the deadline passed before an engine answered")):
             self.counts.expired += 1
             metrics.EXPIRED.inc()
+        return True
 
-    def _set_alarm(self, when_s: float) -> None:
-        if self._alarm is not None:
-            if self._alarm_at <= when_s:
-                return
-            self._alarm.cancel()
-        # Kept beside the handle: uvloop's has no time where that has passed.
-        self._alarm_at = when_s
-        self._alarm = asyncio.get_running_loop().call_at(when_s, self._ring)
+    def _unanswered(self) -> Iterator[Entry[T, R]]:
+        """What is queued, what runs, and what is to be run again."""
+        yield from self._queues
+        for batch in (*self._running.values(), *self._again):
+            yield from batch.entries
 
-    def _ring(self) -> None:
-        """Answer everything whose deadline has passed, queued or running: a hung engine delays nobody."""
-        self._alarm = None
-        now_s = asyncio.get_running_loop().time()
-        next_s: float | None = None
-        batches = (*self._running.values(), *self._again)
-        for entries in (*self._queues.values(), *(batch.entries for batch in batches)):
-            for entry in entries:
-                group, position = entry
-                deadline_s = group.items[position].deadline_s
-                if deadline_s is None or not group.wants(position):
-                    continue
-                if deadline_s <= now_s:
-                    self._expire(entry)
-                elif next_s is None or deadline_s < next_s:
-                    next_s = deadline_s
-        self._sweep()
-        if next_s is not None:
-            self._set_alarm(max(next_s, now_s + _ALARM_STEP_S))
-
-    def _forget(self, group: _Group[T, R]) -> None:
+    def _forget(self, group: Group[T, R]) -> None:
         self.counts.cancelled += group.missing
         self._sweep()
 
     def _sweep(self) -> None:
         """Give back the room of queued items that no longer want an answer."""
-        for queue in self._queues.values():
-            kept = [entry for entry in queue if entry[0].wants(entry[1])]
-            if len(kept) < len(queue):
-                queue.clear()
-                queue.extend(kept)
-        self._set_queued(sum(map(len, self._queues.values())))
+        self._queues.keep(wants)
+        self._tell_queued()
         self._check_drained()
 
     def _busy(self) -> bool:
-        return bool(self._queued or self._running or self._again)
+        return bool(len(self._queues) or self._running or self._again)
 
     def _check_drained(self) -> None:
         if self._drained is not None and not self._drained.done() and not self._busy():
             self._drained.set_result(None)
 
-    def _set_queued(self, items: int) -> None:
-        self._queued = items
-        metrics.QUEUE_ITEMS.set(items)
+    def _tell_queued(self) -> None:
+        metrics.QUEUE_ITEMS.set(len(self._queues))
 
 
 def _aside(work: Callable[[], Any]) -> Any:
     """For a thread that only ever does what may wait."""
     leave_room()
     return work()
-
-
-def _level(item: Work) -> int:
-    """Where in the order an item goes: by priority, within it by tier, the highest first."""
-    return _RANK[item.priority] + _TIERS - 1 - min(max(item.tier, 0), _TIERS - 1)
-
-
-def _answers(
-    run: Callable[[list[Any]], Sequence[Any]], items: list[Any], *, in_parts: bool
-) -> tuple[list[Any], int, bool]:
-    """Run a batch, in the lane's thread; where the whole fails, in parts if told so. Also says how often
-    again, and whether the whole failed."""
-    most = _MAX_RETRIES if in_parts else 0
-    answers, left, whole = _attempt(run, items, most)
-    return answers, most - left, whole
-
-
-# Not a closure: one that calls itself is a cycle, which would keep each batch and its version alive.
-def _attempt(
-    run: Callable[[list[Any]], Sequence[Any]], part: list[Any], left: int
-) -> tuple[list[Any], int, bool]:
-    """Answers, how many more runs are left of `left`, and whether all of them failed."""
-    try:
-        answers = list(run(part))
-    except (ModelUnavailable, DeadlineExceeded, Overloaded) as error:
-        return [error for _ in part], left, False
-    except Exception as error:
-        if isinstance(error, EngineFailed):
-            logger.warning("a batch of %d failed: %s", len(part), error)
-        else:
-            logger.exception("a batch of %d failed", len(part))
-        if len(part) > 1 and left >= 2:
-            half = len(part) // 2
-            first, left, first_failed = _attempt(run, part[:half], left - 2)
-            second, left, second_failed = _attempt(run, part[half:], left)
-            return first + second, left, first_failed and second_failed
-        return [EngineFailed(f"{type(error).__name__}: {error}") for _ in part], left, True
-    if len(answers) != len(part):
-        told = f"asked {len(part)} questions, got {len(answers)} answers"
-        return [EngineFailed(told) for _ in part], left, True
-    return answers, left, False

@@ -24,6 +24,7 @@ from features.memory_store import MemoryStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import User
+from inference.admission.control import Admission
 from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.plane import Plane
@@ -148,17 +149,23 @@ class Worker:
         self.plane = Plane(InferenceSettings(engine="onnx"), FeatureSettings(), statistics)
         self.model = ServingModel(self.plane, self.stream.releases, self.metrics.releases)
         await self.model.load()
-        self.path = RequestPath(
+        self.path = self._path(statistics, self.admission)
+        # What is shed takes no engine: lists a second are counted where nobody is.
+        everybody = admission_of(self.stream, AdmissionSettings(shared=False, adaptive=False))
+        self.open_path = self._path(statistics, everybody)
+        self._probing = asyncio.create_task(LoadProbe(self.admission, self.metrics).run())
+
+    def _path(self, statistics: ItemStatistics, admission: Admission) -> RequestPath:
+        return RequestPath(
             store=self.store,
             statistics=statistics,
             ranking=self.model,
-            admission=self.admission,
+            admission=admission,
             results=self.answers,
             dead_letters=self.answers,
             settings=self.stream,
             metrics=self.metrics,
         )
-        self._probing = asyncio.create_task(LoadProbe(self.admission, self.metrics).run())
 
     async def close(self) -> None:
         self._probing.cancel()
@@ -193,7 +200,8 @@ async def measure(
 
 
 async def _capacity(worker: Worker, users: Sequence[int], deadline_ms: int) -> float:
-    """Lists a second, decoding and replying included, when there is always something to read."""
+    """Lists a second, decoding and replying included, when there is always something to read and nothing
+    is shed."""
     records = _records([users[number % len(users)] for number in range(CAPACITY_ASKS)], 10_000)
     worker.answers.expect(len(records))
     loop = asyncio.get_running_loop()
@@ -202,7 +210,7 @@ async def _capacity(worker: Worker, users: Sequence[int], deadline_ms: int) -> f
     for first in range(0, len(records), UNIT):
         await room.acquire()
         unit = Unit(TOPIC, 1, records[first : first + UNIT], loop.time(), room.release)
-        await worker.path.requests(unit)
+        await worker.open_path.requests(unit)
     for _ in range(UNITS_AT_ONCE):
         await room.acquire()
     return int((~worker.answers.degraded).sum()) / (loop.time() - began_s)
