@@ -35,10 +35,11 @@ Priority = Literal["idle", "ordinary"]
 # What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
 PATIENCE_S: Final = 30.0
 _LONGEST_S: Final = 600.0
-# Even what runs when nobody else wants to takes memory bandwidth and caches from who does: so much at a
-# time, and no more than this share (LOG.md).
+# Even what runs when nobody else wants to takes memory bandwidth and caches from who does. So it works for
+# about this long at a time, and for no more than this share of the time (LOG.md).
 _TURN_S: Final = 0.005
-_SHARE: Final = 0.35
+_SHARE: Final = 0.3
+_LOOK_S: Final = 0.1
 _LEAVES_AFTER_S: Final = 120.0
 _PR_SET_PDEATHSIG: Final = 1
 _MOST_BYTES: Final = 2**20
@@ -51,7 +52,6 @@ class Preparer:
         self._patience_s = patience_s
         self._child: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
-        self._share = 1.0
         self._using = threading.RLock()
 
     def prepare(self, wanted: str, stop: Callable[[], bool]) -> str:
@@ -105,7 +105,6 @@ class Preparer:
             ours = str(Path(__file__).resolve().parents[1])
             paths = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
             self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child
-            self._share = _SHARE if priority == "idle" else 1.0
             # Not asyncio's, which would copy this process's page tables: subprocess has vfork.
             self._child = subprocess.Popen(
                 [sys.executable, "-m", "inference.preparing", priority],
@@ -123,24 +122,13 @@ class Preparer:
                 raise ModelUnavailable("not needed any more")
             if time.monotonic() > ends_s:
                 return None
-            if not self._has_told(descriptor):
+            if not select.select([descriptor], [], [], _LOOK_S)[0]:
                 continue
             part = os.read(descriptor, _MOST_BYTES)
             if not part:
                 raise OSError(f"the process that prepares versions ended: {self._last_complaint()}")
             told += part
         return told.decode()
-
-    def _has_told(self, descriptor: int) -> bool:
-        """Whether the child says something in its turn, after which it pauses."""
-        assert self._child is not None
-        if select.select([descriptor], [], [], _TURN_S)[0]:
-            return True
-        if self._share < 1:
-            self._child.send_signal(signal.SIGSTOP)
-            time.sleep(_TURN_S * (1 / self._share - 1))
-            self._child.send_signal(signal.SIGCONT)
-        return False
 
     def _last_complaint(self) -> str:
         assert self._complaints is not None
@@ -150,11 +138,19 @@ class Preparer:
 
 def main() -> None:
     """Until nobody wants anything for a while, or whoever wanted it is gone."""
-    with contextlib.suppress(OSError, AttributeError):  # else it stays, stopped, if its parent is killed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if sys.argv[1] == "idle":
-        with contextlib.suppress(AttributeError, OSError):
+    _end_with_parent()
+    if sys.argv[1] == "idle" and hasattr(os, "SCHED_IDLE"):
+        worker = os.fork()
+        if worker:
+            _supervise(worker)
+            return
+        _end_with_parent()
+        with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    _work()
+
+
+def _work() -> None:
     # Not above: importing takes longer than many a version.
     from inference.prepared import Wanted, prepare
 
@@ -168,6 +164,36 @@ def main() -> None:
             answer = json.dumps({"refused": str(error)})
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()
+
+
+def _supervise(worker: int) -> None:
+    """See that a process pauses after what it has had of a processor, whatever library it is in. From here,
+    as in the process that serves it would take the interpreter's lock at every turn."""
+    for pipe in (0, 1):
+        os.close(pipe)
+    ran_s = _ran_s(worker)
+    while os.waitpid(worker, os.WNOHANG) == (0, 0):
+        before_s, ran_s = ran_s, _ran_s(worker)
+        if ran_s > before_s:
+            os.kill(worker, signal.SIGSTOP)
+            time.sleep((ran_s - before_s) * (1 / _SHARE - 1))
+            os.kill(worker, signal.SIGCONT)
+            time.sleep(_TURN_S)
+        else:
+            time.sleep(2 * _TURN_S)
+
+
+def _ran_s(process: int) -> float:
+    """Seconds that a process has had of a processor, where the system tells."""
+    try:
+        return int(Path(f"/proc/{process}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return 0.0
+
+
+def _end_with_parent() -> None:
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from inference.releases.held import Held, Versions
 from inference.releases.shadow import unhurried
 
 # So many at a time, with a pause for those who wait.
-BATCH: Final = 4
-PAUSE_S: Final = 0.04
+BATCH: Final = 8
+PAUSE_S: Final = 0.08
 
 
 async def rehearse(versions: Versions, held: Held, samples: Sequence[Sample]) -> Comparison:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from compression.registry import Registry
@@ -152,9 +153,11 @@ def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
         with pytest.raises(ModelUnavailable, match="no version or alias 'nobody'"):
             preparer.prepare(replace(wanted, version="nobody").to_json(), lambda: False)
         assert preparer._child.pid == process
-        assert os.sched_getscheduler(process) == os.SCHED_IDLE
+        (worker,) = psutil.Process(process).children()
+        assert os.sched_getscheduler(worker.pid) == os.SCHED_IDLE
         preparer._child.kill()
         preparer._child.wait()
+        assert psutil.wait_procs([worker], timeout=10)[0] == [worker]
         assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)) == prepared
     finally:
         preparer.close()
