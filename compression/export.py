@@ -179,8 +179,8 @@ class _Writer:
         return model
 
     def encode(self, *, states: bool = True) -> None:
-        """History tensors to user_vector, keys and values; without `states` these are no outputs, but left
-        for `score`."""
+        """History tensors to user_vector, keys and values; without `states` these are no outputs, but
+        left for `score`."""
         blocks = [block for block in self.model.blocks if isinstance(block, Block)]
         x = self.tokens()
         slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))

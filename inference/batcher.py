@@ -191,12 +191,15 @@ class Batcher(Generic[T, R]):
         kept = []
         for position in positions:
             item = group.items[position]
+            if item.deadline_s is None:
+                kept.append(position)
+                continue
             level = level_of(item)
             if level not in waits_s:
                 ahead, most = self._queues.upto(level), self.limits.max_batch
                 waits_s[level] = self.dispatcher.wait_s(group.key, ahead, most, group.entered_s)
             done_s = group.entered_s + waits_s[level]
-            if item.deadline_s is None or done_s <= item.deadline_s:
+            if done_s <= item.deadline_s:
                 kept.append(position)
             elif group.answer(position, DeadlineExceeded("the queue is too long for the deadline")):
                 self._refused(1)

@@ -70,7 +70,7 @@ class ItemLookup:
 
 
 def _table(ids: Int64) -> Int32 | None:
-    """The row of every id up to the largest, 0 where there is none; None where ids are too far apart."""
+    """The row of every id up to the largest, 0 where it has none; None where ids are too far apart."""
     if not len(ids) or ids[0] < 0 or ids[-1] >= min(_MAX_TABLE, max(_ALWAYS, _MAX_SPREAD * len(ids))):
         return None
     # The last place is 0 and stands for every id beyond.

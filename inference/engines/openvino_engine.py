@@ -49,6 +49,8 @@ class OpenVinoEngine(Engine):
             hints.performance_mode: hints.PerformanceMode.LATENCY,
             hints.inference_precision: _TYPES[self.options.precision],
             hints.num_requests: 1,
+            # Pinned, the engines of a process would all sit on the same processor.
+            hints.enable_cpu_pinning: False,
         }
         self.model = artefact.manifest.model
         for graph in graphs:

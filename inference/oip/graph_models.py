@@ -6,7 +6,7 @@ Requests for one graph that fit the same warmed shape go through the engine toge
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,27 +44,30 @@ class _Bucket(NamedTuple):
     candidates: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Work:
-    """A question, as the batcher sees it."""
+    """One user of a question, as the batcher sees it: what it counts is lists, whoever asked for them."""
 
     question: Question
+    row: int
+    priority: Priority
+    deadline_s: float | None
+    tier: int = 0
 
-    @property
-    def priority(self) -> Priority:
-        return self.question.priority
 
-    @property
-    def deadline_s(self) -> float | None:
-        return self.question.deadline_s
+class _Part(NamedTuple):
+    """Rows of one question that follow one another."""
 
-    @property
-    def tier(self) -> int:
-        return 0
+    question: Question
+    first: int
+    users: int
 
-    @property
-    def users(self) -> int:
-        return len(self.question.inputs["lengths"])
+
+class _Answer(NamedTuple):
+    """A row of what an engine made of a batch."""
+
+    outputs: Tensors
+    row: int
 
 
 class GraphModel:
@@ -101,7 +104,7 @@ class GraphSet:
             "candidates": buckets.candidates[-1],
         }
         self.models = [GraphModel(graph, self) for graph in GRAPHS]
-        self._batcher: Batcher[_Work, Tensors] = Batcher(
+        self._batcher: Batcher[_Work, _Answer] = Batcher(
             [Lane(f"graphs-{name}", _Runner(engine, buckets).run) for name, engine in pool.items()], limits
         )
 
@@ -128,10 +131,9 @@ class GraphSet:
         if graph != "encode":
             candidates = fit(self.buckets.candidates, inputs["candidates"].shape[1])
         bucket = _Bucket(graph, slots, candidates)
-        (answer,) = await self._batcher.submit([_Work(question)], bucket)
-        if isinstance(answer, InferenceError):
-            raise answer
-        return answer
+        users = len(inputs["lengths"])
+        works = [_Work(question, row, question.priority, question.deadline_s) for row in range(users)]
+        return _together(await self._batcher.submit(works, bucket), question)
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Finish what was accepted, then free the engines."""
@@ -173,67 +175,87 @@ class _Runner:
         self._buckets = buckets
         self._lock = threading.Lock()
 
-    def run(self, bucket: _Bucket, works: list[_Work]) -> list[Tensors | InferenceError]:
+    def run(self, bucket: _Bucket, works: list[_Work]) -> list[_Answer]:
         """In a lane's thread: an answer for each, as few calls of the engine as its batch sizes allow."""
+        most = self._buckets.batches[-1]
         with self._lock:
             return [
                 answer
-                for part in _parts(works, self._buckets.batches[-1])
-                for answer in self._run_together(bucket, part)
+                for first in range(0, len(works), most)
+                for answer in self._run_together(bucket, works[first : first + most])
             ]
 
-    def _run_together(self, bucket: _Bucket, works: Sequence[_Work]) -> list[Tensors]:
-        batch = fit(self._buckets.batches, sum(work.users for work in works))
-        widened = [_widened(work.question.inputs, bucket) for work in works]
+    def _run_together(self, bucket: _Bucket, works: Sequence[_Work]) -> list[_Answer]:
+        batch = fit(self._buckets.batches, len(works))
+        parts = _parts(works)
         inputs = {
-            name: pad_rows(np.concatenate([tensors[name] for tensors in widened]), batch)
+            name: _filled(
+                [part.question.inputs[name][part.first :][: part.users] for part in parts],
+                name,
+                bucket,
+                batch,
+            )
             for name in INPUTS[bucket.graph]
         }
-        wanted = {name for work in works for name in work.question.outputs}
+        wanted = {name for part in parts for name in part.question.outputs}
         names = [name for name in OUTPUTS[bucket.graph] if name in wanted]
         outputs = self._engine.run_for(bucket.graph, inputs, names)
-        answers, row = [], 0
-        for work in works:
-            rows, row = slice(row, row + work.users), row + work.users
-            question = work.question
-            answers.append(
-                {name: _narrowed(name, outputs[name][rows], question.inputs) for name in question.outputs}
-            )
-        return answers
+        return [_Answer(outputs, row) for row in range(len(works))]
 
 
-def _parts(works: Sequence[_Work], most_users: int) -> Iterator[list[_Work]]:
-    """In order, each with as many users as an engine takes at once."""
-    part: list[_Work] = []
-    users = 0
+def _parts(works: Sequence[_Work]) -> list[_Part]:
+    """In order, as few as there are."""
+    parts: list[_Part] = []
     for work in works:
-        if users + work.users > most_users:
-            yield part
-            part, users = [], 0
-        part.append(work)
-        users += work.users
-    yield part
+        if parts and parts[-1].question is work.question and sum(parts[-1][1:]) == work.row:
+            parts[-1] = parts[-1]._replace(users=parts[-1].users + 1)
+        else:
+            parts.append(_Part(work.question, work.row, 1))
+    return parts
 
 
-def _widened(inputs: Tensors, bucket: _Bucket) -> Tensors:
-    """Padded to the bucket: slots beyond a history's length, and candidates of row 0."""
-    tensors: Tensors = {}
-    for name, array in inputs.items():
-        axis = _SLOTS_AXIS.get(name, _CANDIDATES_AXIS.get(name))
-        size = bucket.slots if name in _SLOTS_AXIS else bucket.candidates
-        if axis is None or array.shape[axis] == size:
-            tensors[name] = array
-            continue
-        padded = np.zeros((*array.shape[:axis], size, *array.shape[axis + 1 :]), array.dtype)
-        padded[(slice(None),) * axis + (slice(array.shape[axis]),)] = array
-        tensors[name] = padded
-    return tensors
+def _filled(arrays: Sequence[npt.NDArray[Any]], name: str, bucket: _Bucket, batch: int) -> npt.NDArray[Any]:
+    """One after another, padded to the bucket: slots beyond a history's length, candidates of row 0,
+    and users beyond those there are."""
+    axis = _SLOTS_AXIS.get(name, _CANDIDATES_AXIS.get(name))
+    size = bucket.slots if name in _SLOTS_AXIS else bucket.candidates
+    if all(axis is None or array.shape[axis] == size for array in arrays):
+        return pad_rows(np.concatenate(arrays), batch)
+    assert axis is not None
+    shape = list(arrays[0].shape)
+    shape[0], shape[axis] = batch, size
+    filled = np.zeros(shape, arrays[0].dtype)
+    row = 0
+    for array in arrays:
+        within = (slice(row, row + len(array)), *(slice(length) for length in array.shape[1:]))
+        filled[within] = array
+        row += len(array)
+    return filled
+
+
+def _together(answers: Sequence[_Answer | InferenceError], question: Question) -> Tensors:
+    """The outputs wanted, rows in order, as arrays of their own: the rest of a batch is not kept alive.
+    Raises the first error."""
+    parts: list[tuple[Tensors, int, int]] = []
+    for answer in answers:
+        if isinstance(answer, InferenceError):
+            raise answer
+        if parts and parts[-1][0] is answer.outputs and parts[-1][2] == answer.row:
+            parts[-1] = (answer.outputs, parts[-1][1], answer.row + 1)
+        else:
+            parts.append((answer.outputs, answer.row, answer.row + 1))
+    return {
+        name: np.concatenate(
+            [_narrowed(name, outputs[name][start:end], question.inputs) for outputs, start, end in parts]
+        )
+        for name in question.outputs
+    }
 
 
 def _narrowed(name: str, rows: npt.NDArray[Any], inputs: Tensors) -> npt.NDArray[Any]:
-    """Without what was padded, as an array of its own: the rest of the batch is not kept alive."""
+    """Without what was padded."""
     if name in _SLOTS_AXIS:
-        rows = rows[:, :, :, : inputs["items"].shape[1]]
-    elif name in _CANDIDATES_AXIS:
-        rows = rows[:, : inputs["candidates"].shape[1]]
-    return rows.copy()
+        return rows[:, :, :, : inputs["items"].shape[1]]
+    if name in _CANDIDATES_AXIS:
+        return rows[:, : inputs["candidates"].shape[1]]
+    return rows

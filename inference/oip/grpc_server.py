@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from importlib.metadata import version as package_version
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from inference.errors import InferenceError, InvalidRequest, ModelNotFound
 from inference.oip import open_inference_pb2 as pb
+from inference.oip.forms import Forms, serialise
 from inference.oip.messages import PUSHBACK
 from inference.oip.models import DTYPES, Datatype, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
@@ -69,7 +71,9 @@ def credentials(tls: Tls) -> grpc.ServerCredentials:
 
 def _handler(servicer: OpenInference, method: Any) -> Any:
     """Bytes that are no message, and every `InferenceError`, become a status with a sentence."""
-    answer = getattr(servicer, method.name)
+    if method.name == "ModelInfer":
+        return grpc.unary_unary_rpc_method_handler(servicer.infer)  # bytes to bytes
+    serve = getattr(servicer, method.name)
     kind = getattr(pb, method.input_type.name)
 
     def parse(content: bytes) -> Any:
@@ -82,12 +86,9 @@ def _handler(servicer: OpenInference, method: Any) -> Any:
         try:
             if request is None:
                 raise InvalidRequest(f"the bytes are no {method.input_type.name}")
-            return await answer(request, context)
+            return await serve(request, context)
         except InferenceError as error:
-            # gRPC's own hint: a client with a retry policy waits as long.
-            after_s = error.retry_after_s
-            hint = () if after_s is None else ((PUSHBACK, str(math.ceil(1e3 * after_s))),)
-            return await context.abort(grpc.StatusCode[error.grpc_status], str(error), hint)
+            return await _abort(context, error)
 
     return grpc.unary_unary_rpc_method_handler(
         handle,
@@ -96,12 +97,20 @@ def _handler(servicer: OpenInference, method: Any) -> Any:
     )
 
 
+async def _abort(context: Any, error: InferenceError) -> Any:
+    # gRPC's own hint: a client with a retry policy waits as long.
+    after_s = error.retry_after_s
+    hint = () if after_s is None else ((PUSHBACK, str(math.ceil(1e3 * after_s))),)
+    return await context.abort(grpc.StatusCode[error.grpc_status], str(error), hint)
+
+
 class OpenInference:
     """The protocol's methods. What we do not serve answers UNIMPLEMENTED, as gRPC has it."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
         self._catalogue = service.catalogue
+        self._forms = Forms()
 
     async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
         return pb.ServerLiveResponse(live=True)
@@ -137,21 +146,31 @@ class OpenInference:
             ]
         )
 
-    async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
-        model, (outputs, version) = await self._service.infer(_call(request, context.time_remaining()))
-        datatypes = {spec.name: spec.datatype for spec in model.outputs}
-        return pb.ModelInferResponse(
-            model_name=model.name,
-            model_version=version,
-            id=request.id,
-            outputs=[
-                pb.ModelInferResponse.InferOutputTensor(
-                    name=name, datatype=datatypes[name], shape=array.shape
-                )
-                for name, array in outputs.items()
-            ],
-            raw_output_contents=[array.tobytes() for array in outputs.values()],
-        )
+    async def infer(self, message: bytes, context: Any) -> bytes:
+        """`ModelInfer`, from message to message."""
+        try:
+            return await self._infer(message, context)
+        except InferenceError as error:
+            await _abort(context, error)
+            raise  # not reached: aborting raises
+
+    async def _infer(self, message: bytes, context: Any) -> bytes:
+        form = self._forms.find(message)
+        if form is not None and self._service.ready:
+            call = form.call
+            tensors = form.tensors(message)
+            if tensors is not None and self._catalogue.find(call.model, call.version) is form.model():
+                call = replace(call, checked=tensors, remaining_s=context.time_remaining())
+                model, answered = await self._service.infer(call)
+                return serialise(form, call.id, model, answered)
+        try:
+            request = pb.ModelInferRequest.FromString(message)
+        except DecodeError:
+            raise InvalidRequest("the bytes are no ModelInferRequest") from None
+        call = _call(request, context.time_remaining())
+        model, answered = await self._service.infer(call)
+        self._forms.learn(message, request, replace(call, inputs=()), model)
+        return serialise(None, request.id, model, answered)
 
 
 def _metadata(spec: TensorSpec) -> Any:
@@ -179,6 +198,7 @@ def _call(request: Any, remaining_s: float | None) -> Call:
         outputs=[output.name for output in request.outputs],
         parameters={name: _parameter(value) for name, value in request.parameters.items()},
         remaining_s=remaining_s,
+        id=request.id,
     )
 
 

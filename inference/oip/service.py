@@ -25,7 +25,7 @@ from inference.errors import (
 )
 from inference.oip.models import Answer, Catalogue, Question, ServedModel
 from inference.oip.tensors import Given, check
-from inference.types import Priority
+from inference.types import Priority, Tensors
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ _MAX_TIMEOUT_US: Final = 24 * 3600 * 10**6
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A request for inference. `remaining_s` is what the transport's own deadline leaves, None for none."""
+    """A request for inference. `remaining_s` is what the transport's own deadline leaves, None for none.
+    `checked` are inputs that the model's specs have been held against, instead of `inputs`."""
 
     model: str
     version: str
@@ -46,6 +47,8 @@ class Call:
     outputs: Sequence[str] = ()
     parameters: Mapping[str, Any] = field(default_factory=dict)
     remaining_s: float | None = None
+    id: str = ""
+    checked: Tensors | None = None
 
 
 class Service:
@@ -98,7 +101,7 @@ class Service:
         priority = priority_of(call.parameters)
         timeout_s = timeout_of(call.parameters)
         outputs = _outputs(call.outputs, model)
-        inputs = check(call.inputs, model.inputs, model.most)
+        inputs = check(call.inputs, model.inputs, model.most) if call.checked is None else call.checked
         left_s = min((limit for limit in (timeout_s, call.remaining_s) if limit is not None), default=None)
         if left_s is not None and left_s <= 0:
             raise DeadlineExceeded("the deadline passed before the request was read")

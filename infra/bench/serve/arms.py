@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 from compression.registry import Artefact
-from infra.bench.serve.shape import MAX_LISTS
+from inference.engines.base import EngineOptions, Precision
+from infra.bench.serve.shape import CANDIDATES, HISTORY, MAX_LISTS
 from infra.bench.serve.venvs import CannotInstall, ensure
 from infra.local.paths import INFRA
 from infra.local.server import ServerFailed
 from infra.local.triton import LocalTriton, ensure_triton
 
 WAIT_MS: Final = 2
+# Shapes of our engines: all that is asked for here. The others compute batches of any size; what is warmed
+# for more sizes pads less.
+BATCHES: Final = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
+HISTORIES: Final = (HISTORY,)
+WIDTHS: Final = (CANDIDATES,)
 _ONNXRUNTIME: Final = "onnxruntime==1.31.1"
 _NUMPY: Final = "numpy==2.4.6"
 
@@ -60,6 +68,11 @@ class Arm(ABC):
 
     def target(self, served: Served) -> str:
         return self.path
+
+    @property
+    def precision(self) -> Precision:
+        """What it computes in: how far its scores may lie from ONNX Runtime's."""
+        return "f32"
 
     @abstractmethod
     def start(self, served: Served) -> subprocess.Popen[bytes] | None:
@@ -107,16 +120,41 @@ class Triton(Arm):
         return server.launch()
 
 
+@cache
+def our_precision() -> Precision:
+    """bf16 where the processor computes in it, which OpenVINO makes use of; else f32."""
+    from inference import engines
+    from inference.errors import ModelUnavailable
+
+    try:
+        engines.create("openvino", EngineOptions(precision="bf16")).close()
+    except ModelUnavailable:
+        return "f32"
+    return "bf16"
+
+
+def our_lanes(count: int) -> str:
+    """Of our arms, as INFERENCE_LANES has them."""
+    return f"openvino*{count},precision=bf16" if our_precision() == "bf16" else f"onnx*{count}"
+
+
 @dataclass(frozen=True, slots=True)
 class OurServer(Arm):
     """`tailrace serve`, over gRPC."""
+
+    @property
+    def precision(self) -> Precision:
+        return our_precision()
 
     def start(self, served: Served) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "infra.cli", "serve", "--registry", str(served.registry)]
         ports = ["--grpc-port", str(served.port), "--http-port", "0", "--admin-port", "0"]
         told = {
-            "INFERENCE_LANES": f"onnx*{served.workers}",
+            "INFERENCE_LANES": our_lanes(served.workers),
             "INFERENCE_SPARES": "0",
+            "INFERENCE_BATCHES": json.dumps(BATCHES),
+            "INFERENCE_HISTORIES": json.dumps(HISTORIES),
+            "INFERENCE_CANDIDATE_SIZES": json.dumps(WIDTHS),
             "INFERENCE_MAX_BATCH": str(MAX_LISTS),
         }
         return spawn_server([*command, *ports, "--log-level", "WARNING"], served.folder, told)
@@ -125,6 +163,10 @@ class OurServer(Arm):
 @dataclass(frozen=True, slots=True)
 class NoServer(Arm):
     """The path of the stream: batcher and engines in the process that asks."""
+
+    @property
+    def precision(self) -> Precision:
+        return our_precision()
 
     def start(self, served: Served) -> None:
         return None

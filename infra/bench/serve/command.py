@@ -34,8 +34,9 @@ def serve(
 ) -> None:
     """Lists per second within 50 ms: ours against Triton, mosec, LitServe, BentoML and Ray Serve.
 
-    Everybody serves the released `rank` graph in ONNX Runtime with one thread a session, in batches of
-    at most 32 lists, and is tried with one worker and two. Load is open loop and comes in bursts; rates
+    Everybody serves the released `rank` graph with one thread a session, in batches of at most 32 lists, and
+    is tried with one worker and two: the others in ONNX Runtime, ours in OpenVINO's bf16 where the processor
+    has it, else in ONNX Runtime, too. Load is open loop and comes in bursts; rates
     rise until the p99, counted from when a request was due, passes 50 ms. Rivals are installed under
     .tailrace/rivals the first time, which takes minutes; all arms and three rounds then take about 18.
 

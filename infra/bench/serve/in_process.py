@@ -2,8 +2,7 @@
 
 python -m infra.bench.serve.in_process REGISTRY RUNNERS LISTS; steps and results as `driver` says. It
 does more than the servers do: it starts from packed histories and item ids, and ends with ordered
-lists; and it answers with "encode" and "score", which are the halves of the graph they run. The cache of
-encoded histories is off, as none of the others has one.
+lists. The cache of encoded histories is off, as none of the others has one.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from inference.settings import InferenceSettings
 from inference.types import RankRequest
 from infra.bench.in_process import tune
 from infra.bench.serve import payload
+from infra.bench.serve.arms import BATCHES, HISTORIES, WIDTHS, our_lanes
 from infra.bench.serve.driver import Done, drive
 from infra.bench.serve.shape import CANDIDATES, HISTORY, MAX_LISTS
 
@@ -80,7 +80,15 @@ def requests(rows: npt.NDArray[np.int32], vocabulary: Vocabulary) -> list[RankRe
 async def main(registry: str, runners: int, lists: int) -> None:
     features = FeatureSettings()
     # The load asks the same few requests again and again: with a cache it would compute nothing.
-    settings = InferenceSettings(lanes=f"onnx*{runners}", spares=0, max_batch=MAX_LISTS, cache_mb=0)
+    settings = InferenceSettings(
+        lanes=our_lanes(runners),
+        spares=0,
+        max_batch=MAX_LISTS,
+        cache_mb=0,
+        batches=BATCHES,
+        histories=HISTORIES,
+        candidate_sizes=WIDTHS,
+    )
     plane = Plane(settings, features, ItemStatistics(MemoryStore(), settings=features))
     version = await plane.open(Path(registry), "serving")
     vocabulary = Registry(registry).open().vocabulary()

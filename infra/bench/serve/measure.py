@@ -18,10 +18,14 @@ from infra.local.triton import PACKAGES as TRITON_PACKAGES
 LISTS: Final = (1, 16)
 WORKERS: Final = (1, 2)
 _START: Final = place_of(500)
+# The first number of workers is looked for in strides of this, the next near what the first came to; as near
+# as rounds, which begin there, make up for in two steps.
 _STRIDE: Final = 8
+_NEXT_STRIDE: Final = 3
+_NEAR: Final = 2
 _WARM_UP: Final = (100.0, 1.0)  # lists per second, seconds
 # Of a step while workers are chosen; what is reported comes from whole ones.
-_TUNING: Final = 0.6
+_TUNING: Final = 0.5
 
 _SLOWER: Final = ("triton", "litserve", "bentoml", "ray-serve")
 _RIVALS: Final = (*_SLOWER, "mosec")
@@ -96,10 +100,13 @@ def run(plan: Plan, arms: Sequence[Arm], say: Say) -> list[Outcome]:
 
 def _tune(outcome: Outcome, plan: Plan, say: Say) -> None:
     """Keep the number of workers with the higher goodput, and where it was found."""
-    best = -1.0
+    best, stride = -1.0, _STRIDE
     for workers in WORKERS[:1] if plan.quick else WORKERS:
         with running(outcome.arm, plan.registry, lists=outcome.lists, workers=workers) as up:
-            found = _highest(up, plan.seconds * _TUNING, plan.seed, start=outcome.place, stride=_STRIDE)
+            found = _highest(
+                up, plan.seconds * _TUNING, plan.seed, start=outcome.place, stride=stride, within=_NEAR
+            )
+        stride = _NEXT_STRIDE if found else _STRIDE
         step = found[1] if found else None
         say(f"{outcome.name}, {workers} workers: {_told(step)}")
         goodput = step.goodput if step else 0.0
@@ -117,10 +124,17 @@ def _round(outcome: Outcome, plan: Plan, number: int, say: Say) -> None:
     say(f"round {number + 1}: {outcome.name}: {_told(step)}")
 
 
-def _highest(up: Running, seconds: float, seed: int, *, start: int, stride: int) -> tuple[int, Step] | None:
+def _highest(
+    up: Running, seconds: float, seed: int, *, start: int, stride: int, within: int = 1
+) -> tuple[int, Step] | None:
     lists_per_s, warm_up_s = _WARM_UP
     up.step(lists_per_s, seconds=warm_up_s, seed=seed)
-    return highest(lambda place: up.step(rate(place), seconds=seconds, seed=seed), start=start, stride=stride)
+    return highest(
+        lambda place: up.step(rate(place), seconds=seconds, seed=seed),
+        start=start,
+        stride=stride,
+        within=within,
+    )
 
 
 def _told(step: Step | None) -> str:
@@ -137,7 +151,18 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
         )
         report.table(
             f"serve: lists per request {lists}, model {model}, p99 within {GOAL_MS:.0f} ms",
-            ["arm", "lists/s", "lowest", "highest", "p50 ms", "p99 ms", "workers", "server µs", "load µs"],
+            [
+                "arm",
+                "lists/s",
+                "lowest",
+                "highest",
+                "p50 ms",
+                "p99 ms",
+                "workers",
+                "computes in",
+                "server µs",
+                "load µs",
+            ],
             [_row(one) for one in chosen],
         )
     for one in outcomes:
@@ -153,7 +178,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     report.note(
         f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
         "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
-        "machine with their load."
+        "machine with their load. bf16 is OpenVINO's, f32 ONNX Runtime's."
     )
     report.write(
         json_path,
@@ -174,6 +199,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
                     "arm": one.arm.name,
                     "lists_per_request": one.lists,
                     "workers": one.workers,
+                    "precision": one.arm.precision,
                     "goodput": one.goodput,
                     "failure": one.failure,
                     "rounds": [asdict(step) if step else None for step in one.steps],
@@ -187,7 +213,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
 def _row(one: Outcome) -> list[str]:
     kept = [step for step in one.steps if step]
     if not kept:
-        return [one.arm.name, "0", *["-"] * 7]
+        return [one.arm.name, "0", *["-"] * 8]
     goodputs = [step.goodput if step else 0.0 for step in one.steps]
     return [
         one.arm.name,
@@ -195,6 +221,7 @@ def _row(one: Outcome) -> list[str]:
         f"{median(step.p50_ms for step in kept):.1f}",
         f"{median(step.p99_ms for step in kept):.1f}",
         str(one.workers),
+        one.arm.precision,
         f"{median(step.server_cpu_us for step in kept):,.0f}",
         f"{median(step.client_cpu_us for step in kept):,.0f}",
     ]

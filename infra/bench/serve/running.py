@@ -83,7 +83,7 @@ def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[R
             arguments = ["infra.bench.serve.in_process", str(registry), str(workers), str(lists)]
         else:
             address = Address(arm.wire, HOST, served.port, arm.target(served))
-            _wait(server, address, artefact, lists, folder)
+            _wait(server, address, artefact, lists, folder, TOLERANCE[arm.precision])
             arguments = [
                 "infra.bench.serve.load",
                 *(address.wire, address.host, str(address.port), address.target),
@@ -112,7 +112,12 @@ def expected_scores(artefact: Artefact, lists: int) -> payload.Float32:
 
 
 def _wait(
-    server: subprocess.Popen[bytes], address: Address, artefact: Artefact, lists: int, folder: Path
+    server: subprocess.Popen[bytes],
+    address: Address,
+    artefact: Artefact,
+    lists: int,
+    folder: Path,
+    tolerance: float,
 ) -> None:
     """Until the first request is answered, rightly."""
     expected = expected_scores(artefact, lists)
@@ -127,7 +132,7 @@ def _wait(
         if time.monotonic() > deadline_s:
             raise ArmFailed(f"no answer in {START_S:.0f} s{_tail(folder)}")
         time.sleep(0.2)
-    if scores.shape != expected.shape or np.abs(scores - expected).max() > TOLERANCE["f32"]:
+    if scores.shape != expected.shape or np.abs(scores - expected).max() > tolerance:
         raise ArmFailed("answers with other scores than the model's")
 
 

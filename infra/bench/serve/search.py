@@ -48,8 +48,11 @@ def place_of(lists_per_s: float) -> int:
     return place
 
 
-def highest(offer: Callable[[int], Step], *, start: int, stride: int) -> tuple[int, Step] | None:
-    """The highest place whose step keeps up, and that step; None where the lowest of all does not.
+def highest(
+    offer: Callable[[int], Step], *, start: int, stride: int, within: int = 1
+) -> tuple[int, Step] | None:
+    """The highest place whose step keeps up, or one less than `within` below it, and that step; None where
+    the lowest of all does not.
 
     Strides from `start` until one step keeps up and a higher one does not, then halves the way between.
     A step that just missed is taken once more: a machine has other things to do, too.
@@ -64,7 +67,7 @@ def highest(offer: Callable[[int], Step], *, start: int, stride: int) -> tuple[i
             low = (place, step)
         else:
             high = place
-        if low is not None and high - low[0] <= 1:
+        if low is not None and high - low[0] <= within:
             return low
         if low is None and high == 0:
             return None
