@@ -141,7 +141,7 @@ async def test_only_opening_beside_a_version_that_serves_rests_in_between(plane,
         await task
     rests.clear()
     await plane.open(root, second)
-    assert len(rests) > 2 * len(list(SETTINGS.buckets().shapes()))
+    assert len(rests) > len(list(SETTINGS.buckets().shapes()))
     assert all(0 <= rest_s <= 0.5 for rest_s in rests)
 
 

@@ -59,7 +59,7 @@ def test_what_was_prepared_computes_what_was_published(wanted, tmp_path):
     artefact = Registry(wanted.registry).open("serving")
     folder = prepare(wanted, tmp_path / "cache").of_engine("onnx", OPTIONS)
     as_published, as_prepared = engines.create("onnx", OPTIONS), engines.create("onnx", OPTIONS)
-    graphs = graphs_of(as_published, appends=True, artefact=artefact)
+    graphs = graphs_of(as_published, cached=True, artefact=artefact)
     as_published.load(artefact, graphs)
     as_prepared.load_prepared(artefact.manifest.model, graphs, folder)
     rng = np.random.default_rng(3)
