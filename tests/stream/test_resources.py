@@ -11,6 +11,7 @@ from compression.aliases import AliasState
 from compression.registry import Registry
 from features.settings import FeatureSettings
 from inference.plane import Plane
+from inference.ranker import Ranker
 from inference.settings import InferenceSettings
 from stream.resources import Resources
 from stream.settings import StreamSettings
@@ -31,7 +32,8 @@ async def test_a_version_no_library_can_read_is_not_served_and_the_worker_goes_o
 
     state = AliasState(version="v2", manifest_sha256="0" * 64)
     monkeypatch.setattr(Registry, "state", lambda *_: state)
-    monkeypatch.setattr(Plane, "_ranker", breaks)
+    monkeypatch.setattr(Plane, "_prepared", lambda *_: None)
+    monkeypatch.setattr(Ranker, "open", breaks)
     await resources.load_model("v2")
     assert resources.model.version is None
     assert "protobuf parsing failed" in caplog.text
