@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from topics.messages import BehaviorEvent
 
 FAULTS: Final = ("hang", "crash", "NaN", "slow x10")
 RECOVERED_AFTER_S: Final = 2.0
+LEAD_S: Final = 0.05  # between the drive's first due time and its call
 SETTLE_S: Final = 3.0  # longer than a lane's pauses by then
 _SLOWER: Final = 10.0
 _HANG_S: Final = 60.0
@@ -68,7 +70,7 @@ class FaultyEngine:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One fault: percentiles of before it, of its first two seconds, and of the rest of it."""
+    """One fault, all rounds: p99 of before it, of its first two seconds, and of the rest of it."""
 
     fault: str
     requests: int
@@ -82,9 +84,20 @@ class Result:
 
 
 async def measure(
-    events: Sequence[BehaviorEvent], *, registry: Path, share: float, fault_s: float, spares: int, seed: int
+    events: Sequence[BehaviorEvent],
+    *,
+    registry: Path,
+    share: float,
+    fault_s: float,
+    rounds: int,
+    spares: int,
+    seed: int,
 ) -> tuple[list[Result], float]:
-    """Each fault in turn on one of two lanes; `share` is of what both lanes manage together."""
+    """Each fault in turn on one of two lanes, so many times; `share` is of what both lanes manage together.
+
+    Histories grow along a log, and what a list costs with them: rounds begin at as many places of it, so
+    that what comes before a fault and after it is alike.
+    """
     settings = InferenceSettings(lanes="onnx*2", spares=spares)
     requests, statistics = await prepare(events)
     plane = Plane(settings, FeatureSettings(), statistics)
@@ -95,74 +108,69 @@ async def measure(
         return await plane.rank(group, version)
 
     most = await capacity(ask, requests, seconds=4.0)
-    results = []
-    for number, fault in enumerate(FAULTS):
-        results.append(
-            await _one(plane, version, requests, fault, most * share, fault_s=fault_s, seed=seed + number)
-        )
+    await plane.settled()
+    found: dict[str, list[Outcomes]] = {fault: [] for fault in FAULTS}
+    for turn in range(rounds):
+        for number, fault in enumerate(FAULTS):
+            due_s = poisson(int(most * share * 3 * fault_s), most * share, seed + turn * len(FAULTS) + number)
+            drive_it = partial(drive, ask, requests, due_s, first=turn * len(requests) // rounds)
+            found[fault].append(await _one(plane, version, drive_it, fault, fault_s))
+    results = [_result(fault, outcomes, fault_s) for fault, outcomes in found.items()]
     await plane.close()
     return results, most
 
 
 async def _one(
-    plane: Plane,
-    version: Version,
-    requests: Sequence[RankRequest],
-    fault: str,
-    rate: float,
-    *,
-    fault_s: float,
-    seed: int,
-) -> Result:
+    plane: Plane, version: Version, drive_it: Callable[[], Awaitable[Outcomes]], fault: str, fault_s: float
+) -> Outcomes:
     import asyncio
 
     lane = plane.batcher.dispatcher.lanes[0]
     healthy = version.warmed[lane.name]
     faulty = FaultyEngine(healthy.engine)
     version.warmed[lane.name] = Warmed(faulty, healthy.buckets)  # type: ignore[arg-type]
-
-    async def ask(group: Sequence[RankRequest]) -> Any:
-        return await plane.rank(group, version)
-
-    due_s = poisson(int(rate * 3 * fault_s), rate, seed)
     loop = asyncio.get_running_loop()
-    began = loop.call_later(0.05 + fault_s, faulty.tell, fault)
-    ended = loop.call_later(0.05 + 2 * fault_s, faulty.tell, "")
-    outcomes = await drive(ask, requests, due_s)
+    began = loop.call_later(LEAD_S + fault_s, faulty.tell, fault)
+    ended = loop.call_later(LEAD_S + 2 * fault_s, faulty.tell, "")
+    outcomes = await drive_it()
     began.cancel()
     ended.cancel()
     faulty.tell("")
     await asyncio.sleep(SETTLE_S)
     version.warmed[lane.name] = healthy
     lane.profile.restart()
-    return _result(fault, outcomes, fault_s)
+    return outcomes
 
 
-def _result(fault: str, outcomes: Outcomes, fault_s: float) -> Result:
-    due_s = outcomes.due_s
-    begun_s, ended_s = fault_s, 2 * fault_s
-    steady = (due_s > 1.0) & (due_s < begun_s)
-    first = (due_s >= begun_s) & (due_s < begun_s + RECOVERED_AFTER_S)
-    after = (due_s >= begun_s + RECOVERED_AFTER_S) & (due_s < ended_s)
-    steady_ms, after_ms = outcomes.p_ms(99, steady), outcomes.p_ms(99, after)
+def _result(fault: str, found: Sequence[Outcomes], fault_s: float) -> Result:
+    steady_ms = _p99_ms(found, 1.0, fault_s)
+    first_ms = _p99_ms(found, fault_s, fault_s + RECOVERED_AFTER_S)
+    after_ms = _p99_ms(found, fault_s + RECOVERED_AFTER_S, 2 * fault_s)
     return Result(
         fault=fault,
-        requests=len(due_s),
-        unanswered=outcomes.unanswered,
-        failed=outcomes.failed(),
+        requests=sum(len(outcomes.due_s) for outcomes in found),
+        unanswered=sum(outcomes.unanswered for outcomes in found),
+        failed=sum(outcomes.failed() for outcomes in found),
         steady_p99_ms=round(steady_ms, 2),
-        first_p99_ms=round(outcomes.p_ms(99, first), 2),
+        first_p99_ms=round(first_ms, 2),
         after_p99_ms=round(after_ms, 2),
         ratio=round(after_ms / steady_ms, 2),
         back_after=after_ms <= 1.5 * steady_ms,
     )
 
 
+def _p99_ms(found: Sequence[Outcomes], from_s: float, to_s: float) -> float:
+    """Of all requests due between these times of their runs."""
+    took_s = [one.took_s[(one.due_s >= from_s) & (one.due_s < to_s)] for one in found]
+    return float(np.nanpercentile(np.concatenate(took_s), 99) * 1e3)
+
+
 @click.command(name="engine-faults")
 @click.option(
     "--share", type=click.FloatRange(0.05, 0.9), default=0.3, show_default=True, help="Of capacity."
 )
-@click.option("--fault-s", type=click.FloatRange(4, 120), default=8.0, show_default=True)
+@click.option("--fault-s", type=click.FloatRange(4, 120), default=6.0, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True)
 @click.option("--spares", type=click.IntRange(0, 4), default=1, show_default=True)
 @click.option("--clicks", type=click.IntRange(1_000), default=20_000, show_default=True)
 @bench_options.log
@@ -173,6 +181,7 @@ def engine_faults(
     *,
     share: float,
     fault_s: float,
+    rounds: int,
     spares: int,
     clicks: int,
     log: Path | None,
@@ -190,7 +199,15 @@ def engine_faults(
     """
     events, name = bench_options.events(log, clicks, seed)
     results, most = run_on_uvloop(
-        measure(events, registry=registry, share=share, fault_s=fault_s, spares=spares, seed=seed)
+        measure(
+            events,
+            registry=registry,
+            share=share,
+            fault_s=fault_s,
+            rounds=rounds,
+            spares=spares,
+            seed=seed,
+        )
     )
     report.table(
         f"an engine out of two at fault, {share * most:,.0f} of {most:,.0f} lists/s: {name}",
@@ -217,6 +234,8 @@ def engine_faults(
             "seed": seed,
             "capacity_lists_per_s": round(most, 1),
             "share": share,
+            "fault_s": fault_s,
+            "rounds": rounds,
             "spares": spares,
             "faults": [asdict(result) for result in results],
         },

@@ -36,7 +36,7 @@ GOAL_RATIO: Final = 1.2
 # Between the drive's first due time and its call.
 LEAD_S: Final = 0.05
 # A window goes on for so long after its swap: the cache of the new version is still filling.
-TAIL_S: Final = 0.3
+TAIL_S: Final = 0.2
 # No swap takes longer than this.
 MOST_S: Final = 20.0
 LOOK_S: Final = 0.002
@@ -130,8 +130,8 @@ async def measure(
     seed: int,
 ) -> tuple[Result, list[Swap]]:
     """Swap from version to version while requests come at `load` times the capacity. Nothing of the version
-    before is kept, so every swap verifies, loads, warms, checks, switches, drains and frees. In every other
-    round what was prepared of the versions is deleted first: this machine has never seen them."""
+    before is kept, so every swap verifies, loads, warms, checks, switches, drains and frees. Before every
+    other round what was prepared of the versions is deleted: this machine has never seen them."""
     requests, statistics = await prepare(events)
     process = psutil.Process()
     with tempfile.TemporaryDirectory(prefix="tailrace-swap-") as name, _cache(Path(name)) as cache:
@@ -145,18 +145,18 @@ async def measure(
         most = await capacity(model.rank, requests, seconds=4.0)
         rate = load * most
         found: list[Swap] = []
-        parts: list[Part] = []
+        kept: list[Kept] = []
         asked = 0
         for number in range(swaps):
             seen = number // versions % 2 == 1
-            if not seen:
+            if not seen and number % versions == 0:
                 await asyncio.to_thread(shutil.rmtree, cache, ignore_errors=True)
             due_s = poisson(int(rate * (steady_s + MOST_S)), rate, seed + number)
             # On from where the last one ended: histories grow along a log, and their cost with them.
             ask = partial(drive, model.rank, requests, due_s, first=asked)
             part = await _one(model, plane, ask, steady_s, root, names[(number + 1) % versions])
             asked += len(part.outcomes.due_s)
-            parts.append(part)
+            kept.append(Kept.of(part))
             found.append(
                 Swap(
                     seconds=round(part.to_s - part.from_s, 3),
@@ -168,7 +168,7 @@ async def measure(
                 )
             )
         await model.close()
-    return _result(found, parts, most, rate), found
+    return _result(found, kept, most, rate), found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -192,6 +192,32 @@ class Part:
 
     def lags_s(self, *, inside: bool) -> np.ndarray:
         return np.asarray(self.lag_s[(self.lag_at_s >= self.from_s) == inside])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Kept:
+    """What is kept of one swap: little, as the memory of this process is what is measured. Seconds."""
+
+    lists: int
+    failed: int
+    unanswered: int
+    before_s: np.ndarray
+    inside_s: np.ndarray
+    lag_before_s: np.ndarray
+    lag_inside_s: np.ndarray
+
+    @classmethod
+    def of(cls, part: Part) -> Kept:
+        took_s = part.outcomes.took_s.astype(np.float32)
+        return cls(
+            len(took_s),
+            part.outcomes.failed(),
+            part.outcomes.unanswered,
+            took_s[part.before],
+            took_s[part.inside],
+            part.lags_s(inside=False).astype(np.float32),
+            part.lags_s(inside=True).astype(np.float32),
+        )
 
 
 async def _one(
@@ -248,9 +274,9 @@ def _cache(folder: Path) -> Iterator[Path]:
             os.environ["XDG_CACHE_HOME"] = before
 
 
-def _result(found: Sequence[Swap], parts: Sequence[Part], most: float, rate: float) -> Result:
-    steady_ms = _percentiles([part.outcomes.took_s[part.before] for part in parts])
-    inside_s = [part.outcomes.took_s[part.inside] for part in parts]
+def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: float) -> Result:
+    steady_ms = _percentiles([one.before_s for one in kept])
+    inside_s = [one.inside_s for one in kept]
     window_ms = _percentiles(inside_s)
     kinds = {"never seen": False, "seen before": True}
     by_kind = {
@@ -264,9 +290,9 @@ def _result(found: Sequence[Swap], parts: Sequence[Part], most: float, rate: flo
     tenth = max(1, len(found) // 10)
     return Result(
         swaps=len(found),
-        lists=sum(len(part.outcomes.due_s) for part in parts),
-        failed=sum(part.outcomes.failed() for part in parts),
-        unanswered=sum(part.outcomes.unanswered for part in parts),
+        lists=sum(one.lists for one in kept),
+        failed=sum(one.failed for one in kept),
+        unanswered=sum(one.unanswered for one in kept),
         capacity_lists_per_s=round(most, 1),
         rate=round(rate, 1),
         swap_s=round(float(np.median([swap.seconds for swap in found])), 3),
@@ -274,8 +300,8 @@ def _result(found: Sequence[Swap], parts: Sequence[Part], most: float, rate: flo
         window_ms=window_ms,
         window_by_kind_ms=by_kind,
         ratio=round(window_ms["p99"] / steady_ms["p99"], 3),
-        loop_lag_steady_ms=_percentiles([part.lags_s(inside=False) for part in parts]),
-        loop_lag_window_ms=_percentiles([part.lags_s(inside=True) for part in parts]),
+        loop_lag_steady_ms=_percentiles([one.lag_before_s for one in kept]),
+        loop_lag_window_ms=_percentiles([one.lag_inside_s for one in kept]),
         rss_first_mb=round(float(np.median(rss_mb[:tenth])), 1),
         rss_last_mb=round(float(np.median(rss_mb[-tenth:])), 1),
         rss_kb_per_swap=round(1024 * _slope(rss_mb), 2),
@@ -304,7 +330,7 @@ def _slope(values: Sequence[float]) -> float:
 @click.option(
     "--steady-s",
     type=click.FloatRange(0.1),
-    default=1.0,
+    default=0.8,
     show_default=True,
     help="Before each swap, to compare with.",
 )
