@@ -7,13 +7,10 @@ memory, so they are there when Redis, the engine or both are not.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import replace
 from typing import Protocol
 
 from features.statistics import ItemWeights
 from stream.replies import Answer
-from topics.messages import Degradation
 
 
 class PopularItems(Protocol):
@@ -40,24 +37,19 @@ class Fallback:
 
     def answer(self, answer: Answer) -> Answer:
         """The answer with a degraded list in it. Excludes hold; given candidates keep their order."""
-        last = self._last.get(answer.user_id)
-        degraded: Degradation = "popular"
-        rows: Iterable[tuple[int, float, str]]
         if answer.candidates is not None:
-            rows = ((item, 0.0, "request") for item in answer.candidates)
-        elif last is not None and last.items:
-            degraded = "cached"
-            answer = replace(answer, model_version=last.model_version, engine=last.engine)
-            rows = zip(last.items, last.scores, last.sources, strict=True)
-        else:
-            popular, most = self._popular.popular(), answer.k + len(answer.exclude)
-            pairs = zip(popular.items[:most].tolist(), popular.weights[:most].tolist(), strict=True)
-            rows = ((item, weight, "popular") for item, weight in pairs)
-        kept = [row for row in rows if row[0] not in answer.exclude][: answer.k]
-        return replace(
-            answer,
-            items=[item for item, _, _ in kept],
-            scores=[score for _, score, _ in kept],
-            sources=[source for _, _, source in kept],
-            degraded=degraded,
-        )
+            size = len(answer.candidates)
+            return answer.given("popular", answer.candidates, [0.0] * size, ["request"] * size)
+        last = self._last.get(answer.user_id)
+        if last is not None and last.items:
+            return answer.given(
+                "cached",
+                last.items,
+                last.scores,
+                last.sources,
+                model_version=last.model_version,
+                engine=last.engine,
+            )
+        popular, most = self._popular.popular(), answer.k + len(answer.exclude)
+        items, weights = popular.items[:most].tolist(), popular.weights[:most].tolist()
+        return answer.given("popular", items, weights, ["popular"] * len(items))

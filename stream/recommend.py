@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
@@ -351,8 +352,9 @@ class RequestPath:
 
     def _count_refused(self, asked: Sequence[RankRequest], ticket: Ticket) -> None:
         names = self._admission.tiers.names
-        for at, refusal in ticket.refused.items():
-            self._metrics.shed.labels(reason=refusal.reason, tier=names[asked[at].tier]).inc()
+        shed = Counter((refusal.reason, asked[at].tier) for at, refusal in ticket.refused.items())
+        for (reason, tier), count in shed.items():
+            self._metrics.shed.labels(reason=reason, tier=names[tier]).inc(count)
 
     def _count_late(
         self, asked: Sequence[RankRequest], outcomes: Sequence[RankedList | InferenceError]
@@ -373,8 +375,9 @@ class RequestPath:
             sends.append(self._bury(refused))
         await asyncio.gather(*sends)
         now_s = self._clock()
+        for degraded, count in Counter(answer.degraded or "no" for answer in answers).items():
+            self._metrics.lists.labels(degraded=degraded).inc(count)
         for answer in answers:
-            self._metrics.lists.labels(degraded=answer.degraded or "no").inc()
             self._metrics.click_to_result_s.observe(max(0.0, now_s - answer.asked_at_s))
 
     async def _bury(self, refused: Sequence[Record]) -> None:

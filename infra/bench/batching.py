@@ -21,7 +21,6 @@ from infra.bench import options as bench_options
 from infra.bench import report
 from infra.bench.in_process import capacity, drive, prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
-from infra.commands import options
 from topics.messages import BehaviorEvent
 
 
@@ -138,11 +137,7 @@ def _cpu_s() -> float:
 @click.command(name="batching")
 @click.option("--seconds", type=click.FloatRange(1, 300), default=6.0, show_default=True, help="Per arm.")
 @click.option("--rounds", type=click.IntRange(1, 20), default=2, show_default=True)
-@click.option("--clicks", type=click.IntRange(1_000), default=20_000, show_default=True)
-@bench_options.log
-@options.registry
-@bench_options.seed
-@bench_options.json_path
+@bench_options.ranking(clicks=20_000)
 def batching(
     *,
     seconds: float,

@@ -10,6 +10,8 @@ from typing import Any
 
 import click
 
+from infra.commands import options
+
 Command = Callable[..., Any]
 
 
@@ -29,6 +31,20 @@ def log(command: Command) -> Command:
 
 def seed(command: Command) -> Command:
     return click.option("--seed", default=1, show_default=True, help="Of arrivals and faults.")(command)
+
+
+def ranking(clicks: int) -> Callable[[Command], Command]:
+    """What every bench takes that ranks a log's events in its own process: --clicks, --log, --registry,
+    --seed and --json."""
+
+    def with_options(command: Command) -> Command:
+        for option in (json_path, seed, options.registry, log):
+            command = option(command)
+        return click.option("--clicks", type=click.IntRange(1_000), default=clicks, show_default=True)(
+            command
+        )
+
+    return with_options
 
 
 def events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:

@@ -1,0 +1,107 @@
+"""Lanes that fail and hang, on a loop whose clock the test moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from inference.errors import EngineFailed, ModelUnavailable
+from tests.inference.batcher_world import Question, World, on_clock, questions
+
+
+def raises(items: list[Question]) -> list[Any]:
+    raise RuntimeError("out of order")
+
+
+def not_finite(items: list[Question]) -> list[Any]:
+    return [EngineFailed("not finite") for _ in items]
+
+
+@pytest.mark.parametrize("how", [raises, not_finite])
+def test_what_one_engine_fails_at_another_answers_and_the_broken_one_is_left_alone(how: Any) -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=4)
+        world.broken[0] = how
+        for number in range(6):
+            asked = world.ask(Question(number), Question(100 + number))
+            await world.settle()
+            assert await asked == [number * 10, 1000 + number * 10]
+        assert world.ran_on.count(0) == 3, "three times it was tried"
+        assert world.lanes[0].out
+        assert world.batcher.counts.failed == 0
+
+    on_clock(story)
+
+
+def test_an_engine_that_hangs_loses_its_batch_to_another_and_comes_back_after_its_probe() -> None:
+    async def story() -> None:
+        world = World(runners=2, hang_ms=300)
+        well = False
+
+        def probe() -> None:
+            if not well:
+                raise RuntimeError("still ill")
+
+        world.lanes[0].probe = probe
+        stuck = world.ask(Question(1))
+        await world.turn()
+        hanging = world.executor.held.pop()
+        await world.advance(0.31)
+        await world.finish()
+        assert await stuck == [10]
+        assert world.ran_on == [1], "the other lane answered"
+        other = world.ask(Question(2))
+        await world.settle()
+        assert await other == [20]
+        assert world.lanes[0].out
+        await world.advance(0.26)
+        await world.finish()  # its probe
+        assert world.lanes[0].out, "the probe says it is not well"
+        well = True
+        await world.advance(0.51)
+        await world.finish()
+        assert not world.lanes[0].out
+        future, work, args = hanging
+        future.set_result(work(*args))  # too late: nobody is answered twice
+        await world.turn()
+        assert (world.batcher.counts.answered, world.batcher.running) == (2, 0)
+
+    on_clock(story)
+
+
+def test_when_no_engine_is_well_nobody_waits() -> None:
+    async def story() -> None:
+        world = World(hang_ms=300)
+        first, second = world.ask(Question(1)), world.ask(Question(2))
+        await world.turn()
+        world.executor.held.clear()
+        await world.advance(0.31)
+        assert [type(answer) for answer in (*await first, *await second)] == [EngineFailed] * 2
+        late = world.ask(Question(3))
+        await world.turn()
+        assert [type(answer) for answer in await late] == [ModelUnavailable]
+        await world.advance(0.26)
+        again = world.ask(Question(4))
+        await world.settle()
+        assert await again == [40], "without a probe, a live batch is tried"
+
+    on_clock(story)
+
+
+def test_a_poisoned_item_fails_alone_also_where_two_engines_try_it() -> None:
+    def run(items: list[Question]) -> list[int]:
+        if any(item.number == 13 for item in items):
+            raise ValueError("thirteen")
+        return [item.number for item in items]
+
+    async def story() -> None:
+        world = World(run, runners=2, max_batch=32)
+        asked = world.ask(*questions(*range(32)))
+        await world.settle()
+        answers = await asked
+        assert isinstance(answers.pop(13), EngineFailed)
+        assert answers == [number for number in range(32) if number != 13]
+        assert not any(lane.out for lane in world.lanes)
+
+    on_clock(story)
