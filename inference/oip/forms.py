@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from inference.oip import open_inference_pb2 as pb
 from inference.oip.models import DTYPES, Answer, ServedModel
@@ -97,17 +98,20 @@ class Forms:
             if spec.low != 0 or high is None or spec.datatype not in _UNSIGNED:
                 return
             at -= len(content)
-            mark = _mark(_RAW_INPUT, len(content))
+            before = mark(_RAW_INPUT, len(content))
             dtype, unsigned = DTYPES[spec.datatype], _UNSIGNED[spec.datatype]
             shape = tuple(tensor.shape)
             gaps.append(
-                _Gap(tensor.name, mark, at, dtype, unsigned, shape, len(content) // dtype.itemsize, high)
+                _Gap(tensor.name, before, at, dtype, unsigned, shape, len(content) // dtype.itemsize, high)
             )
-            at -= len(mark)
+            at -= len(before)
         form = Form(len(message), message[: max(at, 0)], gaps[::-1], weakref.ref(model), call, {})
         if at <= 0 or not gaps or not form.fits(message):
             return
-        if pb.ModelInferRequest.FromString(form.head).raw_input_contents:
+        try:
+            if pb.ModelInferRequest.FromString(form.head).raw_input_contents:
+                return
+        except DecodeError:  # cut within a field
             return
         self._forms[len(message)] = form
         if len(self._forms) > _MOST:
@@ -137,7 +141,7 @@ def serialise(form: Form | None, request_id: str, model: ServedModel, answer: An
             form.heads[key] = head
     parts = [head]
     for array in outputs.values():
-        parts += (_mark(_RAW_OUTPUT, array.nbytes), array.tobytes())
+        parts += (mark(_RAW_OUTPUT, array.nbytes), array.tobytes())
     return b"".join(parts)
 
 
@@ -152,11 +156,11 @@ def _sizes(request: Any, model: ServedModel) -> dict[str, int]:
     }
 
 
-def _mark(field: int, length: int) -> bytes:
+def mark(field: int, length: int) -> bytes:
     """What protobuf writes before so many bytes of a field."""
-    mark = bytearray([field << 3 | 2])
+    written = bytearray([field << 3 | 2])
     while length > 127:
-        mark.append(length & 127 | 128)
+        written.append(length & 127 | 128)
         length >>= 7
-    mark.append(length)
-    return bytes(mark)
+    written.append(length)
+    return bytes(written)

@@ -44,9 +44,12 @@ class Spy:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
+    def run_for(self, graph: Graph, inputs: Tensors, outputs: Any) -> Tensors:
+        return {name: array for name, array in self.run(graph, inputs).items() if name in outputs}
+
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
-        history = inputs["items"].shape[1] if graph == "encode" else inputs["keys"].shape[3]
-        candidates = inputs["candidates"].shape[1] if graph == "score" else 0
+        history = inputs["items"].shape[1] if graph != "score" else inputs["keys"].shape[3]
+        candidates = inputs["candidates"].shape[1] if graph in ("score", "rank") else 0
         self.shapes.append((graph, len(inputs["lengths"]), history, candidates))
         outputs: Tensors = self._run(graph, inputs)
         if graph == "score" and self.nan_user is not None:
@@ -93,6 +96,29 @@ def user(number: int, length: int, **fields: Any) -> RankRequest:
 def lists(answers: list[Any]) -> list[RankedList]:
     assert all(isinstance(answer, RankedList) for answer in answers), answers
     return answers
+
+
+def test_given_candidates_score_the_same_in_one_graph_as_in_two(
+    opened: Opened, registry: Registry, statistics: ItemStatistics
+) -> None:
+    """Where nothing keeps states, they go through "rank"."""
+    requests = [
+        user(number, length, k=50, candidates=tuple(ITEMS[number : number + 3 * number + 1].tolist()))
+        for number, length in enumerate((*LENGTHS, 0, 100))
+    ]
+    requests[3] = dataclasses.replace(requests[3], exclude=(int(ITEMS[4]),))
+    alone = Opened(registry.root, SETTINGS.model_copy(update={"cache_mb": 0.0}))
+    try:
+        spied = Spy(alone.warmed.engine)
+        alone.warmed = Warmed(spied, alone.warmed.buckets)  # type: ignore[arg-type]
+        at_once = lists(alone.rank(requests, statistics))
+        assert {graph for graph, *_ in spied.shapes} == {"rank"}
+    finally:
+        alone.close()
+    for one, other in zip(at_once, lists(opened.rank(requests, statistics)), strict=True):
+        assert one.items == other.items
+        assert one.sources == other.sources
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
 
 
 def test_a_list_is_best_first_without_repeats_and_says_who_made_it(
