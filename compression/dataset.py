@@ -92,7 +92,7 @@ def read_log(
 ) -> Log:
     """Stream a log, Taobao's or item lists, into sequences. Of a log longer than `max_events` the last rows
     are kept, so memory is bounded whatever the file's size."""
-    reader = ItemListReader(path) if is_item_lists(path) else LogReader(path, now_s=now_s)
+    reader = (ItemListReader if is_item_lists(path) else LogReader)(path, now_s=now_s)
     kept: deque[EventChunk] = deque()
     rows = left_out = 0
     for chunk in reader.chunks():

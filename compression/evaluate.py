@@ -18,7 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.dataset import Sequences, Split
-from compression.predictors import FUSION_WEIGHTS, MOST_COUNTED, Scores, Statistics, Transitions, fused
+from compression.predictors import (
+    FUSION_WEIGHTS,
+    MOST_COUNTED,
+    Scores,
+    Statistics,
+    Transitions,
+    fused,
+    log_chances,
+)
 from compression.scoring import Scorer
 from compression.transitions import PUBLISHED
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
@@ -102,9 +110,11 @@ def evaluate(
     if not len(targets.positions):
         return {"split": split.name, "part": part, "targets": 0}
     histories = histories_before(sequences, vocabulary, max_history)
-    full, chosen = _full_catalogue(
-        scorer, sequences, split, vocabulary, targets, statistics, histories, filter_seen, count
-    )
+    model = retrieval_scores(scorer, histories, statistics.known_items)
+    judged = None
+    if count and len(sequences) <= MOST_COUNTED:
+        judged = Targets.draw(sequences, split.validation, vocabulary, limit=_CHOOSING, seed=3)
+    full, chosen = _full_catalogue(model, statistics, targets, judged, filter_seen)
     asked = draw_candidates(sequences, targets, statistics, vocabulary, seed=seed)
     ranking = among_candidates(scorer, histories, targets, vocabulary, asked)
     simple = baseline_among(sequences, targets, statistics, asked)
@@ -130,20 +140,12 @@ def evaluate(
 
 
 def _full_catalogue(
-    scorer: Scorer,
-    sequences: Sequences,
-    split: Split,
-    vocabulary: Vocabulary,
-    targets: Targets,
-    statistics: Statistics,
-    histories: Histories,
-    filter_seen: bool,
-    count: bool,
+    model: Scores, statistics: Statistics, targets: Targets, judged: Targets | None, filter_seen: bool
 ) -> tuple[dict[str, Float64], dict[str, Any]]:
-    """The ranks of the targets by every predictor, and what was chosen on validation."""
-    known = len(vocabulary.item_ids)
+    """The ranks of the targets by every predictor, and what was chosen by those to be `judged` by; without
+    any there are no transition counts."""
+    known = statistics.known_items
     seen = statistics.seen if filter_seen else None
-    model = retrieval_scores(scorer, histories, known)
     predictors: dict[str, Scores] = {
         "retrieval": model,
         "popularity": statistics.popularity_scores,
@@ -151,9 +153,8 @@ def _full_catalogue(
         "recent": statistics.recent_scores,
     }
     chosen: dict[str, Any] = {}
-    if count and len(statistics.rows) <= MOST_COUNTED:
-        judged = Targets.draw(sequences, split.validation, vocabulary, limit=_CHOOSING, seed=3)
-        counts = {name: Transitions(statistics, split, one).scores for name, one in PUBLISHED.items()}
+    if judged is not None:
+        counts = {name: Transitions(statistics, one).scores for name, one in PUBLISHED.items()}
         best = max(counts, key=lambda name: _ndcg(catalogue_ranks(counts[name], judged, known, seen)))
         weight = _best_weight(model, counts[best], judged, known, seen)
         predictors |= {"transitions": counts[best], "fusion": fused(model, counts[best], weight)}
@@ -168,7 +169,7 @@ def _best_weight(
     ranks: dict[float, list[Float64]] = {weight: [] for weight in FUSION_WEIGHTS}
     for part in _parts(len(judged.positions), known):
         some = Targets(judged.positions[part], judged.rows[part])
-        of_model, of_counts = fused(model, counts, 0.0)(some.positions), counts(some.positions)
+        of_model, of_counts = log_chances(model(some.positions)), counts(some.positions)
         for weight, found in ranks.items():
             scores = of_model + np.float32(weight) * of_counts
             found.append(_ranks(scores, some, seen))

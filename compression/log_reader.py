@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +90,8 @@ class EventChunk:
 class LogReader:
     """One pass over one log. `now_s` is the clock that "future" is measured by."""
 
+    max_line_bytes: ClassVar[int] = MAX_LINE_BYTES
+
     def __init__(
         self,
         path: str | Path,
@@ -150,8 +152,8 @@ class LogReader:
             if whole:
                 yield number, whole.removeprefix(_BOM) if number == 1 else whole
                 number += whole.count(b"\n")
-            if len(rest) > MAX_LINE_BYTES:
-                self._bad(number, "too-long", f"a line of more than {MAX_LINE_BYTES} bytes")
+            if len(rest) > self.max_line_bytes:
+                self._bad(number, "too-long", f"a line of more than {self.max_line_bytes} bytes")
                 rest, skipping = b"", True
         if rest and self.report.truncated:
             self._bad(number, "cut", "the last line was cut where the file ends")
@@ -211,6 +213,7 @@ class LogReader:
             self.report.truncated = f"the gzip file is damaged ({error}); rows up to there were read"
 
     def _parse(self, block: bytes, number: int) -> EventChunk:
+        """The events of whole lines, the first of which is line `number`."""
         data = np.frombuffer(block, np.uint8)
         ends = np.flatnonzero(data == _NEWLINE)
         starts = np.concatenate([[0], ends[:-1] + 1])

@@ -28,14 +28,13 @@ class Statistics:
 
     def __init__(self, sequences: Sequences, split: Split, vocabulary: Vocabulary) -> None:
         self.sequences = sequences
-        positions = split.train_positions(sequences)
+        self.trained = positions = split.train_positions(sequences)
         known = vocabulary.is_known(sequences.items)
         rows = np.where(known, vocabulary.item_rows_of(sequences.items), 0).astype(np.int64)
         self.known_items = len(vocabulary.item_ids)
         self.rows = rows
         self.counts = np.bincount(rows[positions], minlength=self.known_items + 1)[: self.known_items + 1]
         self.counts[0] = 0
-        self._offsets = sequences.offsets
         self._popularity = (self.counts[1:] / (1.0 + self.counts.max())).astype(np.float32)
         pairs = positions[:-1][np.diff(positions) == 1]
         pairs = pairs[np.diff(sequences.user_of(np.stack([pairs, pairs + 1])), axis=0)[0] == 0]
@@ -70,15 +69,15 @@ class Statistics:
         return rows[rows > 0]
 
     def recent(self, position: int) -> Int64:
-        """The rows of the user's last events before, oldest first, 0 where unknown."""
-        return self.rows[max(self._start(position), position - _RECENT_EVENTS) : position]
+        """What of the user's past the simple predictors look at."""
+        return self.history(position, _RECENT_EVENTS)
 
     def newest_first(self, position: int) -> list[int]:
         """The user's distinct known items, newest first."""
         return [row for row in dict.fromkeys(self.recent(position)[::-1].tolist()) if row]
 
     def history(self, position: int, length: int) -> Int64:
-        """The rows of the user's last `length` known events before, oldest first."""
+        """The rows of the user's last `length` events before, oldest first, 0 where unknown."""
         return self.rows[max(self._start(position), position - length) : position]
 
     def popularity_scores(self, positions: Int64) -> Float32:
@@ -101,15 +100,15 @@ class Statistics:
         return scores
 
     def _start(self, position: int) -> int:
-        return int(self._offsets[np.searchsorted(self._offsets, position, side="right") - 1])
+        return int(self.sequences.offsets[self.sequences.user_of(np.asarray(position, np.int64))])
 
 
 class Transitions:
     """Transition counts of the training part as a predictor."""
 
-    def __init__(self, statistics: Statistics, split: Split, settings: TransitionSettings) -> None:
+    def __init__(self, statistics: Statistics, settings: TransitionSettings) -> None:
         self._statistics = statistics
-        positions = split.train_positions(statistics.sequences)
+        positions = statistics.trained
         self._length = settings.max_history
         self._counts = TransitionCounts(
             statistics.rows[positions],
@@ -126,9 +125,13 @@ def fused(model: Scores, counts: Scores, weight: float) -> Scores:
     """log P(item) by the model, plus `weight` times the score of the counts."""
 
     def scores(positions: Int64) -> Float32:
-        logits = model(positions)
-        logits -= logits.max(1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(1, keepdims=True))
-        return logits + np.float32(weight) * counts(positions)
+        return log_chances(model(positions)) + np.float32(weight) * counts(positions)
 
     return scores
+
+
+def log_chances(logits: Float32) -> Float32:
+    """log P(item) [B, known] of scores that are written to."""
+    logits -= logits.max(1, keepdims=True)
+    logits -= np.log(np.exp(logits).sum(1, keepdims=True))
+    return logits
