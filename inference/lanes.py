@@ -34,6 +34,11 @@ class LaneSpec:
     region: str = LOCAL
     hop_ms: float = 0.0
 
+    @property
+    def kind(self) -> tuple[str, EngineOptions]:
+        """What lanes have in common that an engine of one may serve."""
+        return self.engine, self.options
+
 
 def parse_lanes(text: str, defaults: EngineOptions) -> list[LaneSpec]:
     """One spec per lane, in order. Raises `LanesInvalid`."""

@@ -23,10 +23,10 @@ from features.statistics import ItemStatistics
 from inference.batcher import Batcher
 from inference.dispatcher import Lane, leave_room
 from inference.engines.base import Shape
-from inference.engines.plan_cache import own_folder, user_cache
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
 from inference.memory import give_back
+from inference.own_folder import own_folder, user_cache
 from inference.prepared import Prepared, Wanted, prepare
 from inference.preparing import Preparer
 from inference.profile import LatencyProfile
@@ -129,7 +129,7 @@ class Plane:
                 lanes[name].profile = LatencyProfile(warmed.cost_s(self._settings.max_batch))
         version.cold_start_s = time.perf_counter() - started_s
         self._versions.append(version)
-        for spec in {(spec.engine, spec.options): spec for spec in self._specs.values()}.values():
+        for spec in {spec.kind: spec for spec in self._specs.values()}.values():
             for _ in range(self._settings.spares if spec.engine != "remote" else 0):
                 self._later(self._warm_spare(version, spec))
         log.info("%s is warm on %s after %.1f s", version.version, version.engine, version.cold_start_s)
@@ -221,7 +221,7 @@ class Plane:
         """Give a lane that was taken out a warmed spare, and warm the next one."""
         spec = self._specs[lane.name]
         for version in self._versions:
-            spares = version.spares.get((spec.engine, spec.options))
+            spares = version.spares.get(spec.kind)
             if lane.name in version.warmed and spares:
                 # The engine before it may still be running: it goes when its thread lets go of it.
                 version.warmed[lane.name] = spares.pop()
@@ -236,7 +236,7 @@ class Plane:
             log.warning("No spare of %s for %s: %s", spec.name, version.version, error)
             return
         if version in self._versions:
-            version.spares.setdefault((spec.engine, spec.options), []).append(warmed)
+            version.spares.setdefault(spec.kind, []).append(warmed)
         else:
             warmed.close()
 
@@ -267,7 +267,7 @@ class Plane:
             registry=str(root),
             version=alias,
             sha256=sha256,
-            engines=tuple({(spec.engine, spec.options): None for spec in self._specs.values()}),
+            engines=tuple({spec.kind: None for spec in self._specs.values()}),
             cached=settings.cache_mb > 0,
             exact_until=settings.exact_until,
             probes=settings.probes,
@@ -287,10 +287,13 @@ class Plane:
 
     def _beside(self, version: Version, spec: LaneSpec) -> Warmed | None:
         """One of the engines that this version has, for one more lane of its kind."""
-        for name, warmed in version.warmed.items():
-            if (self._specs[name].engine, self._specs[name].options) == (spec.engine, spec.options):
-                return version.ranker.beside(warmed)
-        return None
+        warmed = self._like(version, spec)
+        return None if warmed is None else version.ranker.beside(warmed)
+
+    def _like(self, version: Version, spec: LaneSpec) -> Warmed | None:
+        """A warm engine of this kind, if the version has one."""
+        warmed = list(version.warmed.items())  # a lane may be added meanwhile
+        return next((one for name, one in warmed if self._specs[name].kind == spec.kind), None)
 
     def _warm(self, version: Version, spec: LaneSpec) -> Warmed:
         """One more engine. Its shapes cost what they cost its like: then each is run once, not timed."""
@@ -298,11 +301,9 @@ class Plane:
 
     def _costs_s(self, version: Version, spec: LaneSpec) -> Mapping[Shape, float]:
         for other in (version, *self._versions):
-            if other.ranker.model != version.ranker.model:
-                continue
-            for name, warmed in list(other.warmed.items()):
-                if (self._specs[name].engine, self._specs[name].options) == (spec.engine, spec.options):
-                    return warmed.buckets.cost_s
+            warmed = self._like(other, spec) if other.ranker.model == version.ranker.model else None
+            if warmed is not None:
+                return warmed.buckets.cost_s
         return {}
 
     def _rest(self) -> bool:

@@ -27,8 +27,8 @@ from typing import Any, Final
 from compression.registry import ITEM_TABLE, VOCABULARY, Artefact, ArtefactInvalid, Manifest, Registry
 from inference import engines
 from inference.engines.base import EngineOptions, graphs_of
-from inference.engines.plan_cache import own_folder, user_cache
 from inference.errors import ModelUnavailable
+from inference.own_folder import own_folder, user_cache
 from inference.retrieval import RetrievalIndex
 
 RECORD: Final = "record.json"

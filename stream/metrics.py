@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from inference.releases.metrics import ReleaseMetrics
-
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+from inference.releases.metrics import SECONDS, ReleaseMetrics
 
 
 class StreamMetrics:
@@ -22,14 +20,14 @@ class StreamMetrics:
         self.click_to_result_s = Histogram(
             "tailrace_click_to_result_seconds",
             "From the click's record timestamp to its list acknowledged by the broker",
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=r,
         )
         self.store_s = Histogram(
-            "tailrace_store_seconds", "Appending one unit to sequences", buckets=_SECONDS, registry=r
+            "tailrace_store_seconds", "Appending one unit to sequences", buckets=SECONDS, registry=r
         )
         self.rank_s = Histogram(
-            "tailrace_rank_seconds", "Ranking one unit, waiting included", buckets=_SECONDS, registry=r
+            "tailrace_rank_seconds", "Ranking one unit, waiting included", buckets=SECONDS, registry=r
         )
         self.shed = Counter(
             "tailrace_stream_shed",

@@ -14,11 +14,9 @@ from features.redis_store import RedisStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from features.store import StoreUnavailable
-from inference.admission.concurrency import ConcurrencyLimits
 from inference.admission.control import Admission
 from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
-from inference.admission.shared import CountedRate
 from inference.plane import Plane
 from inference.releases.serving import ServingModel
 from inference.settings import InferenceSettings
@@ -220,13 +218,10 @@ class Resources:
 
 def admission_of(stream: StreamSettings, settings: AdmissionSettings) -> Admission:
     """The admission control of a worker: what is left unset follows from the stream's own bounds."""
-    limits = ConcurrencyLimits(
-        floor=settings.floor,
+    return Admission.of(
+        settings,
         # The feeder stops reading at max_in_flight and may have one more poll in hand then.
-        ceiling=settings.ceiling or stream.max_in_flight + stream.poll_max_records,
-        queue_target_ms=settings.queue_target_ms or QUEUE_SHARE * stream.click_deadline_ms,
-        lag_target_ms=settings.lag_target_ms,
-        cpu_high=settings.cpu_high,
+        ceiling=stream.max_in_flight + stream.poll_max_records,
+        queue_target_ms=QUEUE_SHARE * stream.click_deadline_ms,
+        redis_url=stream.redis_url,
     )
-    rate = CountedRate(stream.redis_url if settings.shared else None, settings.lease_timeout_ms / 1000)
-    return Admission(settings, limits, rate)

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple, Self
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from inference.admission.clients import ClientBuckets, places
 from inference.admission.concurrency import AdaptiveLimit, ConcurrencyLimits
 from inference.admission.leases import Leases, SharedRate
 from inference.admission.settings import AdmissionSettings
+from inference.admission.shared import CountedRate
 from inference.admission.tiers import PRIORITIES, PRIORITY_CODES, Tiers
 from inference.errors import DeadlineExceeded, InferenceError, Overloaded
 from inference.types import RankedList, RankRequest
@@ -66,6 +67,7 @@ class Admission:
     """One per process, in front of everything that ranks."""
 
     def __init__(self, settings: AdmissionSettings, limits: ConcurrencyLimits, rate: SharedRate) -> None:
+        """`of` makes the limits and the rate from the settings."""
         self.tiers = Tiers(settings)
         self.leases = Leases(settings, rate)
         self.limit = AdaptiveLimit(limits, PRIORITIES * len(self.tiers), PRIORITIES)
@@ -79,6 +81,22 @@ class Admission:
         self._since_s: tuple[dict[int, float], dict[int, float]] = ({}, {})
         self._fastest_s = self._fastest_before_s = 0.0
         self._fastest_from_s = 0.0
+
+    @classmethod
+    def of(
+        cls, settings: AdmissionSettings, *, ceiling: int, queue_target_ms: float, redis_url: str | None
+    ) -> Self:
+        """`ceiling` and `queue_target_ms` hold where the settings leave them open; rates are shared through
+        `redis_url` where the settings want that."""
+        limits = ConcurrencyLimits(
+            floor=settings.floor,
+            ceiling=settings.ceiling or ceiling,
+            queue_target_ms=settings.queue_target_ms or queue_target_ms,
+            lag_target_ms=settings.lag_target_ms,
+            cpu_high=settings.cpu_high,
+        )
+        rate = CountedRate(redis_url if settings.shared else None, settings.lease_timeout_ms / 1000)
+        return cls(settings, limits, rate)
 
     def admit(
         self, requests: Sequence[RankRequest], now_s: float, *, whole: bool = False, by_user: bool = True

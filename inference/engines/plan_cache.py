@@ -21,7 +21,7 @@ from typing import Final
 import numpy as np
 
 from compression.files import write_whole
-from inference.errors import ModelUnavailable
+from inference.own_folder import own_folder, user_cache
 from inference.types import Tensors
 
 MAX_PLAN_BYTES: Final = 8 * 2**30
@@ -85,20 +85,3 @@ class PlanCache:
             if not stat.S_ISREG(size.st_mode) or size.st_size > limit:
                 raise ValueError(f"{name} is no plain file of at most {limit} bytes")
             return file.read()
-
-
-def own_folder(folder: Path) -> Path:
-    """A folder that this user alone can write to, made where it is missing; else `ModelUnavailable`."""
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = folder.stat()
-    except OSError as error:
-        raise ModelUnavailable(f"nothing can be kept in {folder}: {error.strerror}") from error
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise ModelUnavailable(f"{folder} can be written by others: nothing is loaded from it")
-    return folder
-
-
-def user_cache() -> Path:
-    given = os.environ.get("XDG_CACHE_HOME")
-    return (Path(given) if given else Path.home() / ".cache") / "tailrace"

@@ -14,10 +14,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from inference.admission.concurrency import ConcurrencyLimits
 from inference.admission.control import Admission, Refusal, Ticket
 from inference.admission.settings import AdmissionSettings
-from inference.admission.shared import CountedRate
 from inference.admission.users import UserTiers
 from inference.errors import InferenceError, NoRoom, Overloaded
 from inference.oip.list_model import Rank
@@ -143,12 +141,4 @@ class Gate:
 
 def admission_of(settings: AdmissionSettings, max_queue: int, redis_url: str | None) -> Admission:
     """The admission control of a server: what is left unset follows from its own bounds."""
-    limits = ConcurrencyLimits(
-        floor=settings.floor,
-        ceiling=settings.ceiling or max_queue,
-        queue_target_ms=settings.queue_target_ms or QUEUE_TARGET_MS,
-        lag_target_ms=settings.lag_target_ms,
-        cpu_high=settings.cpu_high,
-    )
-    rate = CountedRate(redis_url if settings.shared else None, settings.lease_timeout_ms / 1000)
-    return Admission(settings, limits, rate)
+    return Admission.of(settings, ceiling=max_queue, queue_target_ms=QUEUE_TARGET_MS, redis_url=redis_url)

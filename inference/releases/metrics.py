@@ -8,7 +8,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 ARMS: Final = ("serving", "canary", "shadow")
-_SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+SECONDS: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
 
 
 class ReleaseMetrics:
@@ -44,7 +44,7 @@ class ReleaseMetrics:
         self.shadow_s = Histogram(
             "tailrace_shadow_seconds",
             "One batch of the shadow, waiting included",
-            buckets=_SECONDS,
+            buckets=SECONDS,
             registry=r,
         )
 

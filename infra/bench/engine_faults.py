@@ -24,7 +24,6 @@ from infra.bench import options as bench_options
 from infra.bench import report
 from infra.bench.in_process import Outcomes, capacity, drive, prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
-from infra.commands import options
 from topics.messages import BehaviorEvent
 
 FAULTS: Final = ("hang", "crash", "NaN", "slow x10")
@@ -172,11 +171,7 @@ def _p99_ms(found: Sequence[Outcomes], from_s: float, to_s: float) -> float:
 @click.option("--fault-s", type=click.FloatRange(4, 120), default=6.0, show_default=True)
 @click.option("--rounds", type=click.IntRange(1, 100), default=3, show_default=True)
 @click.option("--spares", type=click.IntRange(0, 4), default=1, show_default=True)
-@click.option("--clicks", type=click.IntRange(1_000), default=20_000, show_default=True)
-@bench_options.log
-@options.registry
-@bench_options.seed
-@bench_options.json_path
+@bench_options.ranking(clicks=20_000)
 def engine_faults(
     *,
     share: float,

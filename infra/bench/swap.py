@@ -27,7 +27,6 @@ from infra.bench import options as bench_options
 from infra.bench import report
 from infra.bench.in_process import Outcomes, capacity, drive, prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
-from infra.commands import options
 from stream.metrics import StreamMetrics
 from stream.settings import StreamSettings
 from topics.messages import BehaviorEvent
@@ -335,11 +334,7 @@ def _slope(values: Sequence[float]) -> float:
     help="Before each swap, to compare with.",
 )
 @click.option("--versions", type=click.IntRange(2, 8), default=4, show_default=True, help="To swap among.")
-@click.option("--clicks", type=click.IntRange(1_000), default=20_000, show_default=True)
-@bench_options.log
-@options.registry
-@bench_options.seed
-@bench_options.json_path
+@bench_options.ranking(clicks=20_000)
 def swap(
     *,
     swaps: int,

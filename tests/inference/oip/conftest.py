@@ -15,8 +15,10 @@ from aiohttp import ClientSession
 from compression.registry import MANIFEST, Artefact, Registry
 from features.memory_store import MemoryStore
 from features.statistics import ItemStatistics
+from inference import engines
 from inference.admission.settings import AdmissionSettings
 from inference.admission.users import TierStore
+from inference.engines.base import Engine
 from inference.oip.server import InferenceServer
 from inference.oip.settings import ServeSettings
 from inference.settings import InferenceSettings
@@ -126,6 +128,15 @@ def two(artefact: Artefact, tmp_path: Path) -> Registry:
         registry.publish(staging, artefact.manifest.model_copy(update={"version": version}))
     registry.promote(FIRST)
     return registry
+
+
+@pytest.fixture(scope="module")
+def engine(artefact: Artefact) -> Iterator[Engine]:
+    """The graphs of the tiny version, to compare with."""
+    engine = engines.create("onnx")
+    engine.load(artefact)
+    yield engine
+    engine.close()
 
 
 @pytest.fixture(scope="session")

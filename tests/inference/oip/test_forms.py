@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
 
-from compression.registry import Artefact
-from inference import engines
 from inference.engines.base import Engine
 from inference.errors import InvalidRequest
 from inference.oip import open_inference_pb2 as pb
@@ -114,14 +111,6 @@ def message(*x: int, length: int = 1, request_id: str = "") -> bytes:
     return bytes(asked.SerializeToString())
 
 
-@pytest.fixture(scope="module")
-def engine(artefact: Artefact) -> Iterator[Engine]:
-    engine = engines.create("onnx")
-    engine.load(artefact)
-    yield engine
-    engine.close()
-
-
 async def test_the_same_form_with_other_numbers_has_the_answer_of_its_own_numbers(
     running: Running, engine: Engine
 ) -> None:
@@ -147,16 +136,8 @@ async def test_numbers_out_of_range_are_refused_after_their_form_was_learned(run
 
 async def test_ids_of_one_length_are_not_mixed_up(running: Running) -> None:
     def message(request_id: str) -> bytes:
-        inputs = rank_inputs(1, 7, 5)
-        request = pb.ModelInferRequest(
-            model_name="tailrace-rank",
-            id=request_id,
-            inputs=[
-                pb.ModelInferRequest.InferInputTensor(name=name, datatype="INT32", shape=array.shape)
-                for name, array in inputs.items()
-            ],
-            raw_input_contents=[array.tobytes() for array in inputs.values()],
-        )
+        request = request_of("tailrace-rank", "", rank_inputs(1, 7, 5), ())
+        request.id = request_id
         return bytes(request.SerializeToString())
 
     async with grpc.aio.insecure_channel(running.grpc) as channel:
@@ -166,10 +147,20 @@ async def test_ids_of_one_length_are_not_mixed_up(running: Running) -> None:
             assert answer.id == request_id
 
 
-def test_forms_kept_are_bounded_and_a_cut_message_has_none() -> None:
+def test_a_cut_message_has_no_form() -> None:
     forms = Forms()
     assert forms.find(b"") is None
     assert forms.find(b"\x0a\x03abc") is None
+
+
+async def test_forms_kept_are_bounded(world: World, parsed: list[bytes]) -> None:
+    for length in range(1, 66):
+        await world.doubled(1, 2, request_id="x" * length)
+    assert len(parsed) == 65
+    await world.doubled(3, 4, request_id="x" * 65)
+    assert len(parsed) == 65
+    await world.doubled(3, 4, request_id="x")  # its form made room for a later one
+    assert len(parsed) == 66
 
 
 async def test_a_request_like_the_one_before_is_not_parsed(world: World, parsed: list[bytes]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ import pytest
 from aiohttp import ClientSession
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from compression.registry import Artefact, Registry
-from inference import engines
+from compression.registry import Registry
 from inference.engines.base import Engine
 from inference.errors import ModelNotFound
 from inference.oip.client import Client
@@ -35,14 +33,6 @@ from tests.inference.oip.conftest import (
 VERSION = "20260101T000000-test"
 MODELS = ["tailrace-encode", "tailrace-lists", "tailrace-rank", "tailrace-score"]
 ADMIN = {"Authorization": f"Bearer {ADMIN_TOKEN}"}
-
-
-@pytest.fixture(scope="module")
-def engine(artefact: Artefact) -> Iterator[Engine]:
-    engine = engines.create("onnx")
-    engine.load(artefact)
-    yield engine
-    engine.close()
 
 
 def test_the_stubs_are_those_of_the_proto(tmp_path: Path) -> None:
