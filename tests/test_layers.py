@@ -21,7 +21,6 @@ HOMES = {
     "grpc": {
         "inference/engines/remote_engine.py",
         "inference/oip/client.py",
-        "inference/oip/grpc_server.py",
         "inference/oip/messages.py",
         "inference/oip/open_inference_pb2_grpc.py",
     },

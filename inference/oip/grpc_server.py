@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version as package_version
 from typing import Any, Final
 
-import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection_pb2
+from grpc_reflection.v1alpha.reflection import SERVICE_NAME, ReflectionServicer
 
-from inference.errors import InferenceError, InvalidRequest, ModelNotFound
+from inference.errors import InvalidRequest, ModelNotFound
+from inference.http2.heads import Deferred, Immediate, Streaming
+from inference.http2.limits import Limits
+from inference.http2.server import Server
 from inference.oip import open_inference_pb2 as pb
 from inference.oip.forms import Forms, serialise
-from inference.oip.messages import PUSHBACK
+from inference.oip.listening import HANDSHAKE_S
 from inference.oip.models import DTYPES, Datatype, TensorSpec
 from inference.oip.service import EXTENSIONS, NAME, Call, Service, refuse_unserved
 from inference.oip.settings import ServeSettings
 from inference.oip.tensors import Given
-from inference.oip.tls import Tls
 
+_REFLECTION: Final = f"/{SERVICE_NAME}/ServerReflectionInfo"
 _SERVICE: Final = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 # Where the numbers of a tensor are when they are not raw.
 _CONTENTS: Final[dict[Datatype, str]] = {
@@ -29,79 +33,59 @@ _CONTENTS: Final[dict[Datatype, str]] = {
     "INT64": "int64_contents",
     "FP32": "fp32_contents",
 }
-_HEALTH_ROOM: Final = 64  # RPCs beyond the limit of inference: probes are answered under load
+_HEALTH_ROOM: Final = 64  # calls beyond the limit of inference: probes are answered under load
+_INFER: Final = "ModelInfer"
 
 
-def make_server(service: Service, settings: ServeSettings) -> grpc.aio.Server:
-    """Not started, and bound to no port yet."""
-    limits = {
-        "grpc.max_receive_message_length": settings.max_message_bytes,
-        "grpc.max_send_message_length": settings.max_message_bytes,
-        "grpc.max_concurrent_streams": settings.max_streams,
-        "grpc.max_metadata_size": 16 * 1024,
-        # A client that pings more often than this is told to go away.
-        "grpc.http2.min_ping_interval_without_data_ms": settings.min_ping_interval_ms,
-        "grpc.http2.min_recv_ping_interval_without_data_ms": settings.min_ping_interval_ms,
-        "grpc.http2.max_ping_strikes": 2,
-        "grpc.keepalive_permit_without_calls": 0,
-        # And one that has gone without a word is noticed.
-        "grpc.keepalive_time_ms": settings.keepalive_ms,
-        "grpc.keepalive_timeout_ms": settings.keepalive_timeout_ms,
-        "grpc.max_connection_idle_ms": settings.idle_timeout_ms,
-        "grpc.max_allowed_incoming_connections": settings.max_connections,
-        "grpc.server_handshake_timeout_ms": 10_000,
-        "grpc.so_reuseport": int(settings.reuse_port),
-    }
-    server = grpc.aio.server(
-        options=list(limits.items()), maximum_concurrent_rpcs=settings.max_requests + _HEALTH_ROOM
-    )
+def make_server(service: Service, settings: ServeSettings) -> Server:
+    """Not started."""
     servicer = OpenInference(service)
-    methods = {method.name: _handler(servicer, method) for method in _SERVICE.methods}
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE.full_name, methods),))
-    reflection.enable_server_reflection([_SERVICE.full_name, reflection.SERVICE_NAME], server)
-    return server
+    methods = {
+        f"/{_SERVICE.full_name}/{method.name}": _method(servicer, method) for method in _SERVICE.methods
+    }
+    told = ReflectionServicer([_SERVICE.full_name, SERVICE_NAME])
+    return Server(methods | {_REFLECTION: Streaming(partial(_reflect, told))}, _limits(settings))
 
 
-def credentials(tls: Tls) -> grpc.ServerCredentials:
-    """For `add_secure_port`. Where there is an authority, clients need a certificate of its."""
-    return grpc.ssl_server_credentials(
-        [(tls.key, tls.certificate)], tls.client_ca, require_client_auth=tls.client_ca is not None
+def _limits(settings: ServeSettings) -> Limits:
+    return Limits(
+        max_message_bytes=settings.max_message_bytes,
+        max_calls=settings.max_requests + _HEALTH_ROOM,
+        max_connections=settings.max_connections,
+        max_streams=settings.max_streams,
+        handshake_s=HANDSHAKE_S,
+        idle_s=settings.idle_timeout_ms / 1e3,
+        keepalive_s=settings.keepalive_ms / 1e3,
+        keepalive_timeout_s=settings.keepalive_timeout_ms / 1e3,
+        stall_s=settings.stall_timeout_ms / 1e3,
+        min_ping_interval_s=settings.min_ping_interval_ms / 1e3,
     )
 
 
-def _handler(servicer: OpenInference, method: Any) -> Any:
-    """Bytes that are no message, and every `InferenceError`, become a status with a sentence."""
-    if method.name == "ModelInfer":
-        return grpc.unary_unary_rpc_method_handler(servicer.infer)  # bytes to bytes
+def _method(servicer: OpenInference, method: Any) -> Deferred | Immediate:
+    """Bytes to bytes. Raises `InferenceError`; bytes that are no message, too, become one."""
+    if method.name == _INFER:
+        return Deferred(servicer.infer)
     serve = getattr(servicer, method.name)
     kind = getattr(pb, method.input_type.name)
 
-    def parse(content: bytes) -> Any:
-        try:
-            return kind.FromString(content)
-        except DecodeError:
-            return None
+    def answer(content: bytes) -> bytes:
+        return bytes(serve(_parsed(kind, content)).SerializeToString())
 
-    async def handle(request: Any, context: Any) -> Any:
-        try:
-            if request is None:
-                raise InvalidRequest(f"the bytes are no {method.input_type.name}")
-            return await serve(request, context)
-        except InferenceError as error:
-            return await _abort(context, error)
-
-    return grpc.unary_unary_rpc_method_handler(
-        handle,
-        request_deserializer=parse,
-        response_serializer=getattr(pb, method.output_type.name).SerializeToString,
-    )
+    return Immediate(answer)
 
 
-async def _abort(context: Any, error: InferenceError) -> Any:
-    # gRPC's own hint: a client with a retry policy waits as long.
-    after_s = error.retry_after_s
-    hint = () if after_s is None else ((PUSHBACK, str(math.ceil(1e3 * after_s))),)
-    return await context.abort(grpc.StatusCode[error.grpc_status], str(error), hint)
+def _parsed(kind: Any, content: bytes) -> Any:
+    try:
+        return kind.FromString(content)
+    except DecodeError:
+        raise InvalidRequest(f"the bytes are no {kind.DESCRIPTOR.name}") from None
+
+
+def _reflect(servicer: Any, content: bytes) -> Iterator[bytes]:
+    request = _parsed(reflection_pb2.ServerReflectionRequest, content)
+    for answer in servicer.ServerReflectionInfo([request], None):
+        yield answer.SerializeToString()
 
 
 class OpenInference:
@@ -112,23 +96,23 @@ class OpenInference:
         self._catalogue = service.catalogue
         self._forms = Forms()
 
-    async def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def ServerLive(self, request: Any) -> Any:  # noqa: N802
         return pb.ServerLiveResponse(live=True)
 
-    async def ServerReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def ServerReady(self, request: Any) -> Any:  # noqa: N802
         return pb.ServerReadyResponse(ready=self._service.ready)
 
-    async def ModelReady(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def ModelReady(self, request: Any) -> Any:  # noqa: N802
         try:
             self._catalogue.find(request.name, request.version)
         except ModelNotFound:
             return pb.ModelReadyResponse(ready=False)
         return pb.ModelReadyResponse(ready=self._service.ready)
 
-    async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def ServerMetadata(self, request: Any) -> Any:  # noqa: N802
         return pb.ServerMetadataResponse(name=NAME, version=package_version(NAME), extensions=EXTENSIONS)
 
-    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def ModelMetadata(self, request: Any) -> Any:  # noqa: N802
         model = self._catalogue.find(request.name, request.version)
         return pb.ModelMetadataResponse(
             name=model.name,
@@ -138,7 +122,7 @@ class OpenInference:
             outputs=map(_metadata, model.outputs),
         )
 
-    async def RepositoryIndex(self, request: Any, context: Any) -> Any:  # noqa: N802
+    def RepositoryIndex(self, request: Any) -> Any:  # noqa: N802
         return pb.RepositoryIndexResponse(
             models=[
                 pb.RepositoryIndexResponse.ModelIndex(name=model.name, version=model.version, state="READY")
@@ -146,28 +130,19 @@ class OpenInference:
             ]
         )
 
-    async def infer(self, message: bytes, context: Any) -> bytes:
-        """`ModelInfer`, from message to message."""
-        try:
-            return await self._infer(message, context)
-        except InferenceError as error:
-            await _abort(context, error)
-            raise  # not reached: aborting raises
-
-    async def _infer(self, message: bytes, context: Any) -> bytes:
+    async def infer(self, message: bytes, remaining_s: float | None) -> bytes:
+        """`ModelInfer`, from message to message; the client's deadline leaves so long. Raises
+        `InferenceError`."""
         form = self._forms.find(message)
         if form is not None and self._service.ready:
             call = form.call
             tensors = form.tensors(message)
             if tensors is not None and self._catalogue.find(call.model, call.version) is form.model():
-                call = replace(call, checked=tensors, remaining_s=context.time_remaining())
+                call = replace(call, checked=tensors, remaining_s=remaining_s)
                 model, answered = await self._service.infer(call)
                 return serialise(form, call.id, model, answered)
-        try:
-            request = pb.ModelInferRequest.FromString(message)
-        except DecodeError:
-            raise InvalidRequest("the bytes are no ModelInferRequest") from None
-        call = _call(request, context.time_remaining())
+        request = _parsed(pb.ModelInferRequest, message)
+        call = _call(request, remaining_s)
         model, answered = await self._service.infer(call)
         self._forms.learn(message, request, replace(call, inputs=()), model)
         return serialise(None, request.id, model, answered)

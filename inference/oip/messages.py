@@ -18,6 +18,7 @@ from inference.errors import (
     ModelUnavailable,
     Overloaded,
 )
+from inference.http2.status import PUSHBACK
 from inference.oip import open_inference_pb2 as pb
 from inference.oip.models import DTYPES
 from inference.types import Tensors
@@ -28,7 +29,6 @@ _ERRORS: Final[dict[str, type[InferenceError]]] = {
     for kind in (InvalidRequest, ModelNotFound, Overloaded, DeadlineExceeded, ModelUnavailable, EngineFailed)
 }
 MAX_MESSAGE_BYTES: Final = 64 * 2**20
-PUSHBACK: Final = "grpc-retry-pushback-ms"
 _TLS: Final = "grpcs://"
 
 

@@ -28,7 +28,7 @@ from inference.errors import InferenceError, ModelUnavailable
 from inference.oip import admin, rest, tls
 from inference.oip.admin import is_loopback
 from inference.oip.gate import Gate, GateMetrics, admission_of
-from inference.oip.grpc_server import credentials, make_server
+from inference.oip.grpc_server import make_server
 from inference.oip.list_model import ListModel
 from inference.oip.listening import listen
 from inference.oip.models import Catalogue
@@ -118,8 +118,7 @@ class InferenceServer:
     async def start(self) -> Ports:
         """Listen on every port, before or after loading. Raises `OSError` where one is taken."""
         settings = self.settings
-        grpc_port = self._bind_grpc()
-        await self._grpc.start()
+        grpc_port = await self._start_grpc()
         context = self._tls.context if self._tls else None
         http = await self._listen(
             self._rest, settings.host, settings.http_port, context, reuse_port=settings.reuse_port
@@ -176,15 +175,13 @@ class InferenceServer:
     ) -> Sequence[RankedList | InferenceError]:
         return await self.releases.rank(requests, by_user=known)
 
-    def _bind_grpc(self) -> int:
+    async def _start_grpc(self) -> int:
         host, port = self.settings.host, self.settings.grpc_port
-        address = f"{host}:{port}"
+        context = self._tls.h2 if self._tls else None
         try:
-            if self._tls is None:
-                return int(self._grpc.add_insecure_port(address))
-            return int(self._grpc.add_secure_port(address, credentials(self._tls)))
-        except RuntimeError as error:
-            raise OSError(f"gRPC cannot listen on {address}: {error}") from error
+            return await self._grpc.start(host, port, tls=context, reuse_port=self.settings.reuse_port)
+        except OSError as error:
+            raise OSError(f"gRPC cannot listen on {host}:{port}: {error}") from error
 
     async def _listen(
         self, app: web.Application, host: str, port: int, tls: SSLContext | None, *, reuse_port: bool = False

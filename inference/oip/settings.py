@@ -42,6 +42,7 @@ class ServeSettings(BaseSettings):
     """A connection that asks nothing for so long is closed."""
     keepalive_ms: Annotated[int, Field(ge=1_000, description="gRPC: a silent client is pinged")] = 60_000
     keepalive_timeout_ms: Annotated[int, Field(ge=100, description="and gone without an answer")] = 10_000
+    stall_timeout_ms: Annotated[int, Field(ge=100, description="gRPC: an answer that is not read")] = 20_000
     max_streams: Annotated[int, Field(ge=1, le=65_536, description="per gRPC connection")] = 256
     min_ping_interval_ms: Annotated[int, Field(ge=0)] = 10_000
     read_timeout_ms: Annotated[int, Field(ge=1, description="for the body of a REST request")] = 10_000

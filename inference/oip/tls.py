@@ -33,12 +33,10 @@ class TlsInvalid(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Tls:
-    """PEM, read once: both fronts use the same bytes."""
+    """What REST speaks, and gRPC, from files that are read once."""
 
-    certificate: bytes
-    key: bytes
-    client_ca: bytes | None
     context: ssl.SSLContext
+    h2: ssl.SSLContext
 
 
 def load(settings: ServeSettings, now: datetime | None = None) -> Tls | None:
@@ -69,7 +67,9 @@ def load(settings: ServeSettings, now: datetime | None = None) -> Tls | None:
     if ca_file is not None:
         client_ca = _read(ca_file)
         _parsed(ca_file, client_ca, x509.load_pem_x509_certificates, "certificate")
-    return Tls(certificate, key, client_ca, _context(certificate_file, key_file, client_ca))
+    context, h2 = (_context(certificate_file, key_file, client_ca) for _ in range(2))
+    h2.set_alpn_protocols(["h2"])
+    return Tls(context, h2)
 
 
 def _context(certificate: Path, key: Path, client_ca: bytes | None) -> ssl.SSLContext:

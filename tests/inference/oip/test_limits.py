@@ -89,8 +89,7 @@ async def world() -> AsyncIterator[World]:
     service.ready = True
     settings = ServeSettings(max_requests=2, read_timeout_ms=200)
     server = make_server(service, settings)
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    port = await server.start("127.0.0.1", 0)
     runner, http_port = await listen(rest.make_app(service, settings), "127.0.0.1", 0)
     world = World(model, service, f"127.0.0.1:{port}", f"http://127.0.0.1:{http_port}")
     yield world
@@ -98,7 +97,7 @@ async def world() -> AsyncIterator[World]:
     await world.session.close()
     await world.client.close()
     await runner.cleanup()
-    await server.stop(None)
+    await server.stop(0)
 
 
 async def test_a_deadline_is_kept_while_the_model_is_busy(world: World) -> None:
@@ -283,8 +282,7 @@ async def test_a_connection_that_asks_nothing_more_is_closed(world: World, asked
 
 async def test_grpc_has_a_limit_of_connections_too(world: World) -> None:
     server = make_server(world.service, ServeSettings(max_connections=1))
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
+    port = await server.start("127.0.0.1", 0)
     try:
         async with Client(f"127.0.0.1:{port}") as first:
             assert await first.ready()
@@ -301,7 +299,7 @@ async def test_grpc_has_a_limit_of_connections_too(world: World) -> None:
 
         await eventually_async(served)
     finally:
-        await server.stop(None)
+        await server.stop(0)
 
 
 async def test_when_to_come_again_is_said_where_nothing_was_let_in(world: World) -> None:

@@ -1,0 +1,87 @@
+"""Listens, looks at its connections now and then, and leaves in order."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Final
+
+from inference.http2.connection import Connection
+from inference.http2.headers import Fields
+from inference.http2.heads import Head, Method, head_of
+from inference.http2.limits import Limits
+
+_BACKLOG: Final = 512
+
+
+class Server:
+    """start → stop. `methods` are by path: /package.Service/Method."""
+
+    def __init__(self, methods: Mapping[str, Method], limits: Limits) -> None:
+        self.limits = limits
+        self.calls = 0
+        self._methods = methods
+        self._connections: set[Connection] = set()
+        self._alone = asyncio.Event()
+        self._alone.set()
+        self._listener: asyncio.Server | None = None
+        self._sweep: asyncio.TimerHandle | None = None
+
+    async def start(
+        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, reuse_port: bool = False
+    ) -> int:
+        """The port it listens on. Raises `OSError` where that cannot be."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(
+            self._accept,
+            host,
+            port,
+            ssl=tls,
+            backlog=_BACKLOG,
+            reuse_port=reuse_port,
+            ssl_handshake_timeout=None if tls is None else self.limits.handshake_s,
+        )
+        self._sweep = loop.call_later(self.limits.sweep_s, self._look)
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept nothing more; calls in hand have so long."""
+        if self._listener is None:
+            return
+        self._listener.close()
+        for connection in list(self._connections):
+            connection.leave()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._alone.wait()
+        for connection in list(self._connections):
+            connection.end()
+        if self._sweep is not None:
+            self._sweep.cancel()
+
+    def parse(self, fields: Fields) -> Head:
+        return head_of(self._methods, fields)
+
+    def made(self, connection: Connection) -> bool:
+        full = len(self._connections) >= self.limits.max_connections
+        if not full:
+            self._connections.add(connection)
+            self._alone.clear()
+        return not full
+
+    def lost(self, connection: Connection) -> None:
+        self._connections.discard(connection)
+        if not self._connections:
+            self._alone.set()
+
+    def _accept(self) -> Connection:
+        return Connection(self, asyncio.get_running_loop())
+
+    def _look(self) -> None:
+        loop = asyncio.get_running_loop()
+        sweep_s, now_s = self.limits.sweep_s, loop.time()
+        for connection in list(self._connections):
+            connection.look(sweep_s, now_s)
+        self._sweep = loop.call_later(sweep_s, self._look)
