@@ -92,14 +92,16 @@ class Call(Sending):
         self.over = True
         self._give_up()
 
-    def look(self, now_s: float, most_quiet: float, most_stalled: float) -> bool:
+    def look(self, now_s: float) -> bool:
         """Once a sweep. False where the client does not take its answer."""
+        limits = self.line.limits
         self.quiet += 1
+        quiet_s = self.quiet * limits.sweep_s
         if self.unsent:
-            return self.quiet <= most_stalled
+            return quiet_s <= limits.stall_s
         if self.deadline_s is not None and now_s > self.deadline_s:
             self.fail(_LATE)
-        elif not self.ended and self.quiet > most_quiet:
+        elif not self.ended and quiet_s > limits.idle_s:
             self.fail(Failure(Status.DEADLINE_EXCEEDED, "the request did not go on"))
         return True
 
@@ -128,7 +130,7 @@ class Call(Sending):
         if self.ended and not (self.task or self.over):
             if len(body) or not streaming:
                 raise Refused(_NOT_WHOLE if len(body) else _ONE)
-            self.line.outbox.end(self)
+            self.line.outbox.complete(self)
 
     def _take(self, body: bytearray, count: int) -> None:
         if count:

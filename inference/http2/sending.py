@@ -58,7 +58,7 @@ class Outbox:
         self.stream_window = DEFAULT_WINDOW
         self.frame_bytes = DEFAULT_FRAME
         self._waiting: dict[int, Sending] = {}
-        self.answers = 0  # sent so far: what a client waits for, it may ping for
+        self.sent = 0  # frames of answers so far
         self.waiting_bytes = 0
 
     def put(self, content: bytes) -> None:
@@ -92,10 +92,10 @@ class Outbox:
             or self._waiting
         ):
             self.message(call, message)
-            self.end(call)
+            self.complete(call)
             return
         self.window -= size
-        self.answers += 1
+        self.sent += 1
         stream = call.stream
         self._gathered += (
             _OPEN.pack(
@@ -120,19 +120,25 @@ class Outbox:
         self._waiting[call.stream] = call
         self.pump()
 
-    def end(self, call: Sending) -> None:
-        """The end of an answer that is complete."""
+    def complete(self, call: Sending) -> None:
+        """The end of an answer."""
         self._open(call)
-        self._end(call, DONE)
+        self.end(call, DONE)
 
     def trailers(self, call: Sending, block: bytes) -> None:
-        """The end of one that is not, whatever of it has not been sent."""
+        """The end of one that is not complete, whatever of it has not been sent."""
         self.drop(call)
-        self._end(call, block if call.opened else HEAD + block)
+        self.end(call, block if call.opened else HEAD + block)
 
-    def refuse(self, call: Sending, block: bytes) -> None:
-        """An answer without anything but this header block."""
-        self._end(call, block)
+    def end(self, call: Sending, block: bytes) -> None:
+        """This header block, after what waits."""
+        if call.unsent:
+            call.trailers = block
+            return
+        self.sent += 1
+        call.over = True
+        self.put(frame(HEADERS, END_HEADERS | END_STREAM, call.stream, block))
+        self._finished(call)
 
     def drop(self, call: Sending) -> None:
         """Forget what was not sent of a call."""
@@ -167,11 +173,11 @@ class Outbox:
                 call.quiet = 0
                 self.window -= room
                 self.waiting_bytes -= room
-                self.answers += 1
+                self.sent += 1
             if not call.unsent:
                 del self._waiting[call.stream]
                 if call.trailers:
-                    self._end(call, call.trailers)
+                    self.end(call, call.trailers)
             elif self.window <= 0:
                 break
 
@@ -179,12 +185,3 @@ class Outbox:
         if not call.opened:
             call.opened = True
             self.put(frame(HEADERS, END_HEADERS, call.stream, HEAD))
-
-    def _end(self, call: Sending, block: bytes) -> None:
-        if call.unsent:
-            call.trailers = block
-            return
-        self.answers += 1
-        call.over = True
-        self.put(frame(HEADERS, END_HEADERS | END_STREAM, call.stream, block))
-        self._finished(call)

@@ -81,7 +81,7 @@ class Server:
 
     def _look(self) -> None:
         loop = asyncio.get_running_loop()
-        sweep_s, now_s = self.limits.sweep_s, loop.time()
+        now_s = loop.time()
         for connection in list(self._connections):
-            connection.look(sweep_s, now_s)
-        self._sweep = loop.call_later(sweep_s, self._look)
+            connection.look(now_s)
+        self._sweep = loop.call_later(self.limits.sweep_s, self._look)

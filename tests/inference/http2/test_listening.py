@@ -1,0 +1,122 @@
+"""A server on a socket, on both event loops: TLS, ports, and clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+import uvloop
+
+from inference.http2 import frames as f
+from inference.http2.limits import Limits
+from inference.http2.server import Server
+from tests.inference.http2.peer import PATH, Methods
+from tests.inference.oip.test_tls import Authority
+from tests.support import eventually_async
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+def run(loop: str, story: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
+        runner.run(story)
+
+
+def contexts(folder: Path) -> tuple[ssl.SSLContext, Authority]:
+    authority = Authority(folder, "authority")
+    certificate, key = authority.issue("server")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate, key)
+    context.set_alpn_protocols(["h2"])
+    return context, authority
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize("secure", [False, True])
+def test_grpcio_calls_and_goes_and_the_port_is_free_again(loop: str, secure: bool, tmp_path: Path) -> None:
+    context, authority = contexts(tmp_path)
+    trusted = grpc.ssl_channel_credentials(authority.file.read_bytes())
+
+    async def story() -> None:
+        methods = Methods()
+        server = Server(methods.table(), Limits())
+        port = await server.start("127.0.0.1", 0, tls=context if secure else None)
+        address = f"127.0.0.1:{port}"
+        open_ = grpc.aio.secure_channel(address, trusted) if secure else grpc.aio.insecure_channel(address)
+        async with open_ as channel:
+            echo = channel.unary_unary(PATH + "Echo")
+            contents = [b"x" * size for size in (1, 100_000, 2_000_000)]
+            assert await asyncio.gather(*map(echo, contents)) == contents
+            with pytest.raises(OSError, match=r"in use|Errno"):
+                await Server({}, Limits()).start("127.0.0.1", port)
+            held = channel.unary_unary(PATH + "Held")(b"")
+            await eventually_async(lambda: methods.begun == 1)
+        held.cancel()
+        await eventually_async(lambda: methods.given_up == 1)
+        await server.stop(1.0)
+        again = Server({}, Limits())
+        assert await again.start("127.0.0.1", port) == port
+        await again.stop(0)
+
+    run(loop, story())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_over_tls_only_http2_is_spoken(loop: str, tmp_path: Path) -> None:
+    context, authority = contexts(tmp_path)
+
+    async def story() -> None:
+        server = Server({}, Limits())
+        port = await server.start("127.0.0.1", 0, tls=context)
+        for offered, spoken in ((["h2"], True), ([], False)):
+            client = ssl.create_default_context(cafile=str(authority.file))
+            if offered:
+                client.set_alpn_protocols(offered)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client)
+            writer.write(f.PREFACE + f.settings({}))
+            first = b""
+            try:
+                async with asyncio.timeout(5):
+                    first = await reader.read(9)
+            except ConnectionError:
+                pass
+            assert (first[3:4] == bytes([f.SETTINGS])) == spoken
+            writer.transport.abort()
+        await server.stop(0)
+
+    run(loop, story())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_several_processes_may_share_a_port(loop: str) -> None:
+    async def story() -> None:
+        first, second = (Server(Methods().table(), Limits()) for _ in range(2))
+        port = await first.start("127.0.0.1", 0, reuse_port=True)
+        assert await second.start("127.0.0.1", port, reuse_port=True) == port
+        await first.stop(0)
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            assert await channel.unary_unary(PATH + "Now")(b"ab", timeout=5, wait_for_ready=True) == b"ba"
+        await second.stop(0)
+
+    run(loop, story())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_client_that_speaks_something_else_is_told_and_closed(loop: str) -> None:
+    async def story() -> None:
+        server = Server({}, Limits())
+        port = await server.start("127.0.0.1", 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        async with asyncio.timeout(5):
+            told = await reader.read()
+        assert b"not HTTP/2 with prior knowledge" in told
+        writer.close()
+        await server.stop(1.0)
+
+    run(loop, story())
