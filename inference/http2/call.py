@@ -95,7 +95,8 @@ class Call(Sending):
     def look(self, now_s: float) -> bool:
         """Once a sweep. False where the client does not take its answer."""
         limits = self.line.limits
-        self.quiet += 1
+        if not self.line.outbox.paused:
+            self.quiet += 1
         quiet_s = self.quiet * limits.sweep_s
         if self.unsent:
             return quiet_s <= limits.stall_s
