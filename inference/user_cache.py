@@ -24,6 +24,7 @@ import numpy as np
 
 from compression.registry import ModelShape
 from features.sequence import count_events
+from inference import memory
 from inference.derived import Derived
 from inference.types import Tensors
 
@@ -89,8 +90,8 @@ class UserCache:
         """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
         states = (slots, model.layers, model.heads, model.max_history, model.dim // model.heads)
         # Zeros take no memory before they are written, and no number in a slot is ever infinite.
-        self._keys = np.zeros(states, np.float32)
-        self._values = np.zeros(states, np.float32)
+        self._keys = memory.zeros(states, np.float32)
+        self._values = memory.zeros(states, np.float32)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)
