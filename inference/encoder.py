@@ -7,7 +7,7 @@ copied and appended to where that is measured to be faster, and any other is enc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,20 +93,27 @@ class Encoder:
         for cut in buckets.cuts(histories.lengths, work):
             yield cut, _cut_out(arrays, cut)
 
-    def complete(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> None:
-        """See that the needed [users] are in a cut, encoded anew where the cache has lost them meanwhile."""
+    @contextmanager
+    def completed(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> Iterator[None]:
+        """See that the needed [users] are in a cut until the block ends, encoded anew where the cache has
+        lost them meanwhile. What it has not lost it lends: those keys and values leave with the block."""
         users = np.flatnonzero(encoded.pending & needed)
         if self._cache is None or not len(users):
+            yield
             return
         encoded.pending[users] = False
         with self._find(self._cache, encoded, users.tolist()) as found:
             same = np.array(found.same)
-            cuts = _copy(self._cache, buckets, encoded, found, np.flatnonzero(same), "score", users)
-        for cut, states in cuts:
-            states["user_vector"] = pad_rows(encoded.derived.vectors[cut.users], cut.batch)
-            encoded.cuts.append((cut, states))
-        if not same.all():
-            self._encode(engine, buckets, encoded, users[~same])
+            known = np.flatnonzero(same)
+            lent = _known(self._cache, buckets, encoded, found, known, "score", users, lend=True)
+            for cut, states in lent:
+                states["user_vector"] = pad_rows(encoded.derived.vectors[cut.users], cut.batch)
+                encoded.cuts.append((cut, states))
+            if not same.all():
+                self._encode(engine, buckets, encoded, users[~same])
+            yield
+            for _, states in lent:
+                del states["keys"], states["values"]
 
     def keep(self, encoded: Encoded, sound: Bool) -> None:
         """Let the cache have what it has not, of users whose numbers were sound [users]."""
@@ -130,7 +137,7 @@ class Encoder:
         everybody = np.arange(len(encoded.requests))
         with self._find(cache, encoded, everybody.tolist()) as found:
             same, grown, rest = _parts(buckets, encoded.histories.lengths, found)
-            appends = _copy(cache, buckets, encoded, found, grown, "append", everybody)
+            appends = _known(cache, buckets, encoded, found, grown, "append", everybody)
             if len(same):
                 encoded.derived.put(same, cache.derived, [found.slots[user] for user in same])
                 encoded.pending[same] = True
@@ -232,7 +239,7 @@ def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64
     return np.array(same, np.int64), np.array(grown, np.int64), np.array(rest, np.int64)
 
 
-def _copy(
+def _known(
     cache: UserCache,
     buckets: Buckets,
     encoded: Encoded,
@@ -240,17 +247,21 @@ def _copy(
     chosen: Int64,
     work: Work,
     users: Int64,
+    *,
+    lend: bool = False,
 ) -> list[tuple[Cut, Tensors]]:
-    """Known states, by cut, of those chosen among the users that were looked for."""
-    copies: list[tuple[Cut, Tensors]] = []
+    """Known states, copied or lent by the cache, by cut, of those chosen among the users that were looked
+    for."""
+    known: list[tuple[Cut, Tensors]] = []
     if not len(chosen):
-        return copies
+        return known
     lengths = encoded.histories.lengths[users]
     for cut in (cut.among(chosen) for cut in buckets.cuts(lengths[chosen], work)):
-        states = cache.states([found.slots[user] for user in cut.users], cut.batch, cut.history)
+        slots = [found.slots[user] for user in cut.users]
+        states = cache.states(slots, cut.batch, cut.history, lend=lend)
         states["lengths"] = pad_rows(lengths[cut.users].astype(np.int32), cut.batch)
-        copies.append((cut.among(users), states))
-    return copies
+        known.append((cut.among(users), states))
+    return known
 
 
 def _scattered(values: Int32, rows: Int64, batch: int) -> Int32:

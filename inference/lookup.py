@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from features.encoding import Vocabulary
+from inference import memory
 
 _MAX_TABLE: Final = 2**25  # places of 4 bytes: 128 MiB at the most
 _MAX_SPREAD: Final = 256  # places per id,
@@ -74,6 +75,6 @@ def _table(ids: Int64) -> Int32 | None:
     if not len(ids) or ids[0] < 0 or ids[-1] >= min(_MAX_TABLE, max(_ALWAYS, _MAX_SPREAD * len(ids))):
         return None
     # The last place is 0 and stands for every id beyond.
-    table = np.zeros(int(ids[-1]) + 2, np.int32)
+    table = memory.zeros((int(ids[-1]) + 2,), np.int32)
     table[ids] = np.arange(1, len(ids) + 1, dtype=np.int32)
     return table

@@ -50,6 +50,7 @@ class Version:
     """A released version that is open: one warmed engine per lane, and spares."""
 
     def __init__(self, ranker: Ranker) -> None:
+        self.version = ranker.version
         self.ranker = ranker
         self.warmed: dict[str, Warmed] = {}
         self.spares: dict[tuple[str, object], list[Warmed]] = {}
@@ -59,13 +60,17 @@ class Version:
         self.idle.set()
 
     @property
-    def version(self) -> str:
-        return self.ranker.version
-
-    @property
     def engine(self) -> str:
         """The engines it runs on: `onnx`, or `onnx+openvino`."""
         return "+".join(dict.fromkeys(warmed.name for warmed in self.warmed.values()))
+
+    def free(self) -> None:
+        """Let go of all that it is made of, whoever still holds it. Nobody may ask it any more."""
+        for warmed in (*self.warmed.values(), *(one for kept in self.spares.values() for one in kept)):
+            warmed.close()
+        self.warmed.clear()
+        self.spares.clear()
+        del self.ranker
 
 
 class Plane:
@@ -230,6 +235,8 @@ class Plane:
                 self._later(self._warm_spare(version, spec))
 
     async def _warm_spare(self, version: Version, spec: LaneSpec) -> None:
+        if version not in self._versions:
+            return
         try:
             warmed = await self._quietly(partial(self._warm, version, spec))
         except (ModelUnavailable, EngineFailed) as error:
@@ -328,10 +335,8 @@ class Plane:
 
     @staticmethod
     def _free(version: Version) -> None:
-        for warmed in (*version.warmed.values(), *(w for kept in version.spares.values() for w in kept)):
-            warmed.close()
-        version.warmed.clear()
-        version.spares.clear()
+        # Everything goes before what is freed is given back, in the thread that nobody waits for.
+        version.free()
         give_back()
 
 

@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -35,6 +36,9 @@ RECORD: Final = "record.json"
 INDEX: Final = "index"
 # Of so many versions, the latest used, something is kept.
 MOST_KEPT: Final = 8
+# Whoever began to write a folder and has not ended by then was killed.
+_WRITES_FOR_S: Final = 3_600.0
+_MAKING: Final = ".making-"
 _FORMAT: Final = 2  # of what is written
 _LIBRARIES: Final = ("faiss-cpu", "onnxruntime", "openvino", "numpy")
 
@@ -128,7 +132,7 @@ def prepare(wanted: Wanted, cache: Path | None = None) -> Prepared:
 
 def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[str, Any]) -> None:
     """Written beside and renamed: a reader sees all of it or nothing."""
-    work = Path(tempfile.mkdtemp(prefix=".making-", dir=folder.parent))
+    work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=folder.parent))
     try:
         vocabulary, table = artefact.vocabulary(), artefact.item_table()
         known = len(vocabulary.item_ids)
@@ -211,6 +215,10 @@ def _entry(path: Path) -> list[Any]:
 
 def _forget_old(root: Path) -> None:
     """Who has mapped the files of a folder keeps them."""
+    for path in root.glob(f"{_MAKING}*"):
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            if path.stat().st_mtime < time.time() - _WRITES_FOR_S:
+                shutil.rmtree(path, ignore_errors=True)
     kept = [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
     for path in sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True)[MOST_KEPT:]:
         shutil.rmtree(path, ignore_errors=True)

@@ -315,25 +315,26 @@ class Ranker:
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
         scores, known = encoded.derived.scores_of(rows, counts)
-        self._encoder.complete(warmed.engine, warmed.buckets, encoded, (counts > 0) & ~known)
-        for cut, states in encoded.cuts:
-            column = 0
-            places = np.flatnonzero((counts[cut.users] > 0) & ~known[cut.users])
-            while len(places):
-                users = cut.users[places]
-                # A width that every one of them fills; who has more candidates goes on to the next.
-                width = fit(warmed.buckets.candidates, int(counts[users].min()) - column)
-                columns = slice(column, column + width)
-                inputs = _at_places(states, places, cut, warmed.buckets)
-                asked = _padded(rows[users, columns], len(inputs["lengths"]), width)
-                categories = self._lookup.categories_of_rows(asked)
-                answer = scores_of(
-                    warmed.engine, inputs, {"candidates": asked, "candidate_categories": categories}
-                )
-                filled = min(width, items.shape[1] - column)
-                scores[users, columns] = answer[: len(users), :filled]
-                column += width
-                places = places[counts[users] > column]
+        needed = (counts > 0) & ~known
+        with self._encoder.completed(warmed.engine, warmed.buckets, encoded, needed):
+            for cut, states in encoded.cuts:
+                column = 0
+                places = np.flatnonzero(needed[cut.users])
+                while len(places):
+                    users = cut.users[places]
+                    # A width that every one of them fills; who has more candidates goes on to the next.
+                    width = fit(warmed.buckets.candidates, int(counts[users].min()) - column)
+                    columns = slice(column, column + width)
+                    inputs = _at_places(states, places, cut, warmed.buckets)
+                    asked = _padded(rows[users, columns], len(inputs["lengths"]), width)
+                    categories = self._lookup.categories_of_rows(asked)
+                    answer = scores_of(
+                        warmed.engine, inputs, {"candidates": asked, "candidate_categories": categories}
+                    )
+                    filled = min(width, items.shape[1] - column)
+                    scores[users, columns] = answer[: len(users), :filled]
+                    column += width
+                    places = places[counts[users] > column]
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
         if encoded.keys and not known.all():

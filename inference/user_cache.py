@@ -24,6 +24,7 @@ import numpy as np
 
 from compression.registry import ModelShape
 from features.sequence import count_events
+from inference import memory
 from inference.derived import Derived
 from inference.types import Tensors
 
@@ -89,8 +90,8 @@ class UserCache:
         """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
         states = (slots, model.layers, model.heads, model.max_history, model.dim // model.heads)
         # Zeros take no memory before they are written, and no number in a slot is ever infinite.
-        self._keys = np.zeros(states, np.float32)
-        self._values = np.zeros(states, np.float32)
+        self._keys = memory.zeros(states, np.float32)
+        self._values = memory.zeros(states, np.float32)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)
@@ -154,10 +155,17 @@ class UserCache:
                     for slot in pinned:
                         self._slots.unpin(slot)
 
-    def states(self, slots: Sequence[int], batch: int, history: int) -> Tensors:
-        """A copy of keys and values, padded to a shape; only the known events of a row mean anything."""
+    def states(self, slots: Sequence[int], batch: int, history: int, *, lend: bool = False) -> Tensors:
+        """A copy of keys and values, padded to a shape; only the known events of a row mean anything.
+
+        `lend`: to be read only, and only until the block of `find` ends. Then one user's are not copied where
+        they fill the shape.
+        """
         tensors: Tensors = {}
         for name, kept in (("keys", self._keys), ("values", self._values)):
+            if lend and batch == len(slots) == 1 and history == kept.shape[3]:
+                tensors[name] = kept[slots[0] : slots[0] + 1]
+                continue
             copied = np.empty((batch, *kept.shape[1:3], history, kept.shape[4]), np.float32)
             copied[len(slots) :] = 0
             # User by user: an index of all of them copies everything twice.
@@ -182,8 +190,8 @@ class UserCache:
         precision: str,
     ) -> None:
         """Keep, per user, the `keys` and `values` in a row of a cut, and what is derived at a place. What is
-        kept and longer already stays."""
-        writes = self._reserve(users, histories, precision)
+        kept and longer already stays. Without `keys` and `values`, only of users whose are kept already."""
+        writes = self._reserve(users, histories, precision, whole="keys" not in states)
         if not writes:
             return
         try:
@@ -200,12 +208,16 @@ class UserCache:
 
     def _write(self, write: _Write, states: Tensors, row: int, derived: Derived, place: int) -> None:
         slot, new = write.entry.slot, slice(write.known, count_events(write.entry.history))
-        self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
-        self._values[slot, :, :, new] = states["values"][row, :, :, new]
+        if "keys" in states:
+            self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
+            self._values[slot, :, :, new] = states["values"][row, :, :, new]
         self._derived.put(slot, derived, place)
 
-    def _reserve(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> list[_Write]:
-        """A slot for each user whose states are news, out of everybody's reach until it is published."""
+    def _reserve(
+        self, users: Sequence[int], histories: Sequence[bytes], precision: str, *, whole: bool
+    ) -> list[_Write]:
+        """A slot for each user of whom there are news, out of everybody's reach until it is published.
+        `whole`: only for who has all keys and values in it."""
         longest: dict[int, int] = {}
         for place, (user, history) in enumerate(zip(users, histories, strict=True)):
             before = longest.get(user)
@@ -221,6 +233,8 @@ class UserCache:
                         continue
                     if history.startswith(entry.history) and not self._slots.pins[entry.slot]:
                         known = count_events(entry.history)
+                if whole and known < count_events(history):
+                    continue
                 if known and entry is not None:
                     del self._entries[user]
                     slot = entry.slot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
 import tempfile
@@ -36,6 +37,11 @@ GOAL_RATIO: Final = 1.2
 LEAD_S: Final = 0.05
 # A window goes on for so long after its swap: the cache of the new version is still filling.
 TAIL_S: Final = 0.2
+# The load has just begun, with nothing waiting and nothing running: neither steady nor a window.
+SETTLE_S: Final = 0.2
+# Memory is flat where all swaps together add no more than this share of it, at 95 % confidence.
+FLAT: Final = 0.02
+_Z: Final = 1.96
 # No swap takes longer than this.
 MOST_S: Final = 20.0
 LOOK_S: Final = 0.002
@@ -47,15 +53,56 @@ class Swap:
 
     seconds: float
     seen_before: bool
+    p50_ms: float
     p99_ms: float
     steady_p50_ms: float
     steady_p99_ms: float
     rss_mb: float
+    prepared_mb: float
+
+
+@dataclass(frozen=True, slots=True)
+class Slope:
+    """What a swap adds, by the median over all pairs of swaps (Theil and Sen): one outlier does not tilt it.
+    With the 95 % confidence interval that Kendall's rank statistic gives."""
+
+    per_swap: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], digits: int) -> Slope:
+        """Raises `ValueError` for fewer than two swaps."""
+        heights = np.asarray(values)
+        one, other = np.triu_indices(len(heights), k=1)
+        if not len(one):
+            raise ValueError("a slope needs two swaps")
+        slopes = np.sort((heights[other] - heights[one]) / (other - one))
+        count = len(heights)
+        half = _Z * math.sqrt(count * (count - 1) * (2 * count + 5) / 18) / 2
+        low = max(0, math.floor(len(slopes) / 2 - half))
+        high = min(len(slopes) - 1, math.ceil(len(slopes) / 2 + half))
+        found = (float(np.median(slopes)), float(slopes[low]), float(slopes[high]))
+        return cls(*(round(value, digits) for value in found))
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """The same figure in the first and in the last tenth of all swaps, medians over its swaps."""
+
+    first: float
+    last: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Ends:
+        tenth = max(1, len(values) // 10)
+        return cls(*(round(float(np.median(part)), 2) for part in (values[:tenth], values[-tenth:])))
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All swaps of a run. `ratio` compares the requests due in swap windows with those due just before."""
+    """All swaps of a run. `ratio` compares the requests due in swap windows with those due just before.
+    Slopes are those of the second half: by then every version has been served, and caches are full."""
 
     swaps: int
     lists: int
@@ -70,10 +117,15 @@ class Result:
     ratio: float
     loop_lag_steady_ms: dict[str, float]
     loop_lag_window_ms: dict[str, float]
-    rss_first_mb: float
-    rss_last_mb: float
-    rss_kb_per_swap: float
-    p50_us_per_swap: float
+    rss_mb: Ends
+    rss_kb_per_swap: Slope
+    rss_is_flat: bool
+    prepared_mb: Ends
+    steady_p50_ms: Ends
+    steady_p99_ms: Ends
+    window_p50_ms: Ends
+    window_p99_ms: Ends
+    steady_p50_us_per_swap: Slope
 
 
 def versions_of(registry: Path, folder: Path, count: int) -> tuple[Path, list[str]]:
@@ -150,7 +202,7 @@ async def measure(
             seen = number // versions % 2 == 1
             if not seen and number % versions == 0:
                 await asyncio.to_thread(shutil.rmtree, cache, ignore_errors=True)
-            due_s = poisson(int(rate * (steady_s + MOST_S)), rate, seed + number)
+            due_s = poisson(int(rate * (SETTLE_S + steady_s + MOST_S)), rate, seed + number)
             # On from where the last one ended: histories grow along a log, and their cost with them.
             ask = partial(drive, model.rank, requests, due_s, first=asked)
             part = await _one(model, plane, ask, steady_s, root, names[(number + 1) % versions])
@@ -160,10 +212,12 @@ async def measure(
                 Swap(
                     seconds=round(part.to_s - part.from_s, 3),
                     seen_before=seen,
+                    p50_ms=round(part.outcomes.p_ms(50, part.inside), 3),
                     p99_ms=round(part.outcomes.p_ms(99, part.inside), 2),
                     steady_p50_ms=round(part.outcomes.p_ms(50, part.before), 3),
                     steady_p99_ms=round(part.outcomes.p_ms(99, part.before), 2),
                     rss_mb=round(process.memory_info().rss / 2**20, 1),
+                    prepared_mb=round(_size_mb(cache), 1),
                 )
             )
         await model.close()
@@ -172,8 +226,8 @@ async def measure(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """One swap's requests: those due `before` it [n], and from its beginning to its end `inside` [n]. And
-    how late the event loop was, sample by sample: when, and seconds."""
+    """One swap's requests: those due `before` it [n], once the load had settled, and from its beginning to
+    its end `inside` [n]. And how late the event loop was, sample by sample: when, and seconds."""
 
     outcomes: Outcomes
     from_s: float
@@ -183,14 +237,16 @@ class Part:
 
     @property
     def before(self) -> np.ndarray:
-        return np.asarray(self.outcomes.due_s < self.from_s)
+        return np.asarray((self.outcomes.due_s >= SETTLE_S) & (self.outcomes.due_s < self.from_s))
 
     @property
     def inside(self) -> np.ndarray:
-        return ~self.before
+        return np.asarray(self.outcomes.due_s >= self.from_s)
 
     def lags_s(self, *, inside: bool) -> np.ndarray:
-        return np.asarray(self.lag_s[(self.lag_at_s >= self.from_s) == inside])
+        since_s = self.from_s if inside else SETTLE_S
+        until_s = math.inf if inside else self.from_s
+        return np.asarray(self.lag_s[(self.lag_at_s >= since_s) & (self.lag_at_s < until_s)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -235,7 +291,7 @@ async def _one(
     lags: list[tuple[float, float]] = []
     watching = asyncio.create_task(_watch_loop(began_s, lags))
     driving = asyncio.ensure_future(ask(enough=enough))
-    await asyncio.sleep(steady_s + LEAD_S)
+    await asyncio.sleep(LEAD_S + SETTLE_S + steady_s)
     from_s = loop.time() - began_s
     await asyncio.to_thread(Registry(root).promote, version)
     if not await model.load():
@@ -285,8 +341,9 @@ def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: floa
         for name, seen in kinds.items()
         if any(swap.seen_before == seen for swap in found)
     }
-    rss_mb = [swap.rss_mb for swap in found]
-    tenth = max(1, len(found) // 10)
+    later = found[len(found) // 2 :]
+    rss_kb = Slope.of([1024 * swap.rss_mb for swap in later], 2)
+    rss_mb = Ends.of([swap.rss_mb for swap in found])
     return Result(
         swaps=len(found),
         lists=sum(one.lists for one in kept),
@@ -301,10 +358,15 @@ def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: floa
         ratio=round(window_ms["p99"] / steady_ms["p99"], 3),
         loop_lag_steady_ms=_percentiles([one.lag_before_s for one in kept]),
         loop_lag_window_ms=_percentiles([one.lag_inside_s for one in kept]),
-        rss_first_mb=round(float(np.median(rss_mb[:tenth])), 1),
-        rss_last_mb=round(float(np.median(rss_mb[-tenth:])), 1),
-        rss_kb_per_swap=round(1024 * _slope(rss_mb), 2),
-        p50_us_per_swap=round(1e3 * _slope([swap.steady_p50_ms for swap in found]), 3),
+        rss_mb=rss_mb,
+        rss_kb_per_swap=rss_kb,
+        rss_is_flat=rss_kb.high * len(found) <= FLAT * 1024 * rss_mb.first,
+        prepared_mb=Ends.of([swap.prepared_mb for swap in found]),
+        steady_p50_ms=Ends.of([swap.steady_p50_ms for swap in found]),
+        steady_p99_ms=Ends.of([swap.steady_p99_ms for swap in found]),
+        window_p50_ms=Ends.of([swap.p50_ms for swap in found]),
+        window_p99_ms=Ends.of([swap.p99_ms for swap in found]),
+        steady_p50_us_per_swap=Slope.of([1e3 * swap.steady_p50_ms for swap in later], 1),
     )
 
 
@@ -314,24 +376,30 @@ def _percentiles(parts_s: Sequence[Any]) -> dict[str, float]:
     return {f"p{p:g}": round(float(np.percentile(took_ms, p)), 2) for p in (50, 95, 99, 99.9)}
 
 
-def _slope(values: Sequence[float]) -> float:
-    """Per swap, by the median over all pairs (Theil and Sen): one outlier does not tilt it."""
-    heights = np.asarray(values)
-    one, other = np.triu_indices(len(heights), k=1)
-    return float(np.median((heights[other] - heights[one]) / (other - one))) if len(one) else 0.0
+def _size_mb(folder: Path) -> float:
+    """Of all files below; what is being replaced meanwhile does not count."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.stat().st_size
+    return total / 2**20
 
 
 @click.command(name="swap")
-@click.option("--swaps", type=click.IntRange(1, 100_000), default=200, show_default=True)
+@click.option("--swaps", type=click.IntRange(4, 100_000), default=200, show_default=True)
 @click.option(
-    "--load", type=click.FloatRange(0.01, 0.95), default=0.5, show_default=True, help="Share of capacity."
+    "--load",
+    type=click.FloatRange(0.01, 0.95),
+    default=0.35,
+    show_default=True,
+    help="Share of the lists per second that are ranked, caches warm, when requests always wait.",
 )
 @click.option(
     "--steady-s",
     type=click.FloatRange(0.1),
-    default=0.8,
+    default=0.6,
     show_default=True,
-    help="Before each swap, to compare with.",
+    help="Under load before each swap, to compare with, once the load has settled.",
 )
 @click.option("--versions", type=click.IntRange(2, 8), default=4, show_default=True, help="To swap among.")
 @bench_options.ranking(clicks=20_000)
@@ -356,7 +424,7 @@ def swap(
 
     \b
     tailrace bench swap
-    tailrace bench swap --swaps 20 --load 0.3 --json swap.json
+    tailrace bench swap --swaps 20 --load 0.5 --json swap.json
     """
     events, name = bench_options.events(log, clicks, seed)
     began_s = time.monotonic()
@@ -386,11 +454,28 @@ def swap(
             )
         ],
     )
+    report.table(
+        "first against last tenth of the swaps",
+        ["", "first", "last"],
+        [
+            [label, f"{ends.first:,.2f}", f"{ends.last:,.2f}"]
+            for label, ends in (
+                ("p50 before, ms", result.steady_p50_ms),
+                ("p99 before, ms", result.steady_p99_ms),
+                ("p50 in swaps, ms", result.window_p50_ms),
+                ("p99 in swaps, ms", result.window_p99_ms),
+                ("memory, MB", result.rss_mb),
+                ("prepared on disk, MB", result.prepared_mb),
+            )
+        ],
+    )
+    grows, slower = result.rss_kb_per_swap, result.steady_p50_us_per_swap
     report.note(
         f"p99 in swaps {result.ratio:.2f} times that before (goal {GOAL_RATIO}); "
-        f"{result.failed} failed, {result.unanswered} unanswered of {result.lists:,}; "
-        f"memory {result.rss_first_mb:.0f} MB first, {result.rss_last_mb:.0f} MB last "
-        f"({result.rss_kb_per_swap:+.0f} KB a swap); p50 {result.p50_us_per_swap:+.1f} µs a swap"
+        f"{result.failed} failed, {result.unanswered} unanswered of {result.lists:,}; in the second half a "
+        f"swap adds {grows.per_swap:+.1f} KB of memory ({grows.low:+.1f} to {grows.high:+.1f}), which is "
+        f"{'flat' if result.rss_is_flat else 'not shown to be flat'}, and {slower.per_swap:+.1f} µs to p50 "
+        f"({slower.low:+.1f} to {slower.high:+.1f})"
     )
     report.write(
         json_path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +162,20 @@ def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
         assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)) == prepared
     finally:
         preparer.close()
+
+
+def test_what_a_process_that_was_killed_had_begun_to_write_goes_in_the_end(wanted, tmp_path):
+    cache = tmp_path / "cache"
+    prepare(wanted, cache)
+    left, being_made = (cache / f".making-{name}" for name in ("left", "now"))
+    for folder in (left, being_made):
+        folder.mkdir()
+        (folder / "index").write_bytes(b"half of it")
+    two_hours_ago = time.time() - 7_200
+    os.utime(left, (two_hours_ago, two_hours_ago))
+    prepare(wanted, cache)
+    assert not left.exists()
+    assert being_made.exists()
 
 
 def test_a_process_that_has_no_turn_is_followed_by_one_that_has(wanted, tmp_path, monkeypatch):

@@ -335,6 +335,31 @@ def test_appending_where_it_is_slower_than_encoding_is_not_done(
     assert outcomes() == {"hit": 0, "append": 1, "miss": 3}
 
 
+def test_a_known_history_that_is_scored_anew_is_not_copied(
+    cached: Version, plain: Version, statistics: ItemStatistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = events(np.random.default_rng(12), cached.ranker.model.max_history)
+    others = tuple(int(item) for item in ITEMS[1:298:37])
+    cached.rank([ask(1, made, candidates=ASKED)], statistics)
+    cache = cached.ranker._encoder._cache
+    assert cache is not None
+    lent: list[bool] = []
+    run = cached.warmed.engine.run
+
+    def spy(graph: Graph, inputs: Tensors) -> Tensors:
+        if graph == "score":
+            lent.append(np.shares_memory(inputs["keys"], cache._keys))
+        return run(graph, inputs)
+
+    monkeypatch.setattr(cached.warmed.engine, "run", spy)
+    for asked in (others, others, ASKED):
+        ours, theirs = (one.scores([ask(1, made, candidates=asked)], statistics) for one in (cached, plain))
+        assert np.abs(ours - theirs).max() <= EXACT
+    # The second of the three was known.
+    assert lent == [True, True]
+    assert not any(cache._slots.pins)
+
+
 # The cache alone -----------------------------------------------------------------------------------
 
 SHAPE = ModelShape(dim=4, layers=2, heads=1, ffn=4, max_history=8, item_rows=9, category_rows=9)
@@ -409,6 +434,34 @@ def test_what_is_being_read_is_not_overwritten() -> None:
         assert (states["keys"][:, 0, 0, 0, 0] == [2, 3]).all()
     keep(cache, [1], [history(1, 5)])
     assert kept(cache, [1, 2, 3], [history(1, 5), history(2), history(3)]) == [2, 1, 0]
+
+
+def test_one_user_s_states_are_lent_where_they_fill_the_shape_and_copied_elsewhere() -> None:
+    cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
+    keep(cache, [1, 2], [history(1), history(2)])
+    with cache.find([1, 2], [history(1), history(2)], "f32") as found:
+        lent = cache.states(found.slots[:1], 1, 8, lend=True)
+        assert all(np.shares_memory(lent[name], getattr(cache, f"_{name}")) for name in ("keys", "values"))
+        assert (lent["keys"] == cache.states(found.slots[:1], 1, 8)["keys"]).all()
+        for slots, batch, events in ((found.slots, 2, 8), (found.slots[:1], 2, 8), (found.slots[:1], 1, 4)):
+            copied = cache.states(slots, batch, events, lend=True)
+            assert not np.shares_memory(copied["keys"], cache._keys)
+
+
+def test_without_states_only_what_follows_from_a_known_history_is_kept() -> None:
+    cache = UserCache(SHAPE, 3, retrieved=3, listed=5)
+    keep(cache, [1], [history(1, 2)])
+    derived = Derived.nothing(3, SHAPE.dim, 3, 5)
+    derived.vectors[:] = len(history(1, 2))
+    derived.has_retrieved[:] = True
+    # Of the second user another history is known than was lent, of the third nothing any more.
+    keep(cache, [2], [history(5)])
+    cache.keep(
+        [1, 2, 3], [history(1, 2), history(5, 6), history(7)], {}, [0, 1, 2], derived, [0, 1, 2], "f32"
+    )
+    assert kept(cache, [1, 2, 3], [history(1, 2), history(5, 6), history(7)]) == [2, 1, 0]
+    with cache.find([1, 2], [history(1, 2), history(5)], "f32") as found:
+        assert cache.derived.has_retrieved[found.slots].tolist() == [True, False]
 
 
 def test_states_of_another_precision_are_not_found() -> None:
