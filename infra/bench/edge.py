@@ -31,7 +31,8 @@ from infra.bench import options as bench_options
 from infra.bench import report
 from infra.commands import options
 from infra.commands.export import item_options, popular_items
-from infra.export.edge import TOLERANCE, EdgeManifest, ExportFailed, export
+from infra.export.edge import TOLERANCE, EdgeManifest, export
+from infra.export.folder import ExportFailed
 from infra.export.onnxruntime_web import RuntimeMissing
 from infra.export.tables import Numbers
 from infra.export.vocabulary_file import with_items
@@ -84,7 +85,12 @@ class Ask:
         columns = (self.items, self.categories, self.behaviors, self.timestamps)
         events = zip(*(column.tolist() for column in columns), strict=True)
         history = [
-            {"item_id": item, "category_id": category, "behavior": BEHAVIORS[behavior], "timestamp": timestamp}
+            {
+                "item_id": item,
+                "category_id": category,
+                "behavior": BEHAVIORS[behavior],
+                "timestamp": timestamp,
+            }
             for item, category, behavior, timestamp in events
         ]
         return {"history": history, "candidates": self.candidates}
@@ -132,7 +138,7 @@ def draw_asks(client: Vocabulary, server: Vocabulary, count: int, seed: int) -> 
 
 def _nobodys(known: Int64, count: int, rng: np.random.Generator) -> Int64:
     """Ids beyond all that are known."""
-    return known.max(initial=0) + rng.integers(1, 2**34, count)
+    return np.asarray(known.max(initial=0) + rng.integers(1, 2**34, count))
 
 
 def ask_browser(folder: Path, asks: Sequence[Ask], *, warm: int = _WARM_LISTS) -> InBrowser:
@@ -140,7 +146,7 @@ def ask_browser(folder: Path, asks: Sequence[Ask], *, warm: int = _WARM_LISTS) -
     what the page says."""
     with served(folder) as url, chromium() as browser:
         browser.get(url)
-        said = browser.execute_async_script(_RANK, [ask.for_browser() for ask in asks], warm)  # type: ignore[no-untyped-call]
+        said = browser.execute_async_script(_RANK, [ask.for_browser() for ask in asks], warm)
     if "error" in said:
         raise ExportFailed(f"the page fails: {said['error']}")
     lists = [{int(item): score for item, score in ranked} for ranked in said["lists"]]

@@ -1,17 +1,15 @@
 """A released version as a folder that ranks in a browser.
 
-    manifest.json            what the folder is, and size and SHA-256 of every other file
-    rank.onnx                histories and candidates in, scores out; tables cut and narrowed (`tables`)
-    vocabulary.bin           ids to rows (`vocabulary_file`)
-    tailrace-edge.js         reads all of this: `Ranker.load(url)`, `ranker.rank(history, candidates)`
-    index.html               a page that shows it
-    ort.*.mjs, ort-*.wasm    ONNX Runtime (`onnxruntime_web`)
+manifest.json            what the folder is, and size and SHA-256 of every other file
+rank.onnx                histories and candidates in, scores out; tables cut and narrowed (`tables`)
+vocabulary.bin           ids to rows (`vocabulary_file`)
+tailrace-edge.js         reads all of this: `Ranker.load(url)`, `ranker.rank(history, candidates)`
+index.html               a page that shows it
+ort.*.mjs, ort-*.wasm    ONNX Runtime (`onnxruntime_web`)
 """
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -23,13 +21,13 @@ from compression.registry import Artefact, FileEntry
 from features.encoding import Vocabulary
 from inference.engines.model_file import check_graph, read_graph
 from infra.export import onnxruntime_web, vocabulary_file
+from infra.export.folder import MANIFEST, ExportFailed, check_free, entries, write_folder
 from infra.export.parity import Run, rank_inputs, reference
 from infra.export.tables import Numbers, keep_rows, narrow
 from infra.export.vocabulary_file import VocabularyEntry
 from topics.messages import BEHAVIORS
 
 GRAPH: Final = "rank.onnx"
-MANIFEST: Final = "manifest.json"
 # What scores may differ by from the server's. Half of it is for the tables; a browser sums in another
 # order, and has the rest.
 TOLERANCE: Final = 1e-3
@@ -39,10 +37,6 @@ SMALLEST_FIRST: Final[tuple[Numbers, ...]] = ("int8", "int16", "f32")
 _OURS: Final = Path(__file__).parent / "browser"
 
 Int64 = npt.NDArray[np.int64]
-
-
-class ExportFailed(ValueError):
-    """What was asked for cannot be exported; the message says why."""
 
 
 class RuntimeEntry(BaseModel):
@@ -110,28 +104,10 @@ def export(
         items=len(kept.item_ids),
         max_difference=difference,
         vocabulary=described,
-        files={name: _entry(content) for name, content in contents.items()},
+        files=entries(contents),
     )
     write_folder(out, {**contents, MANIFEST: manifest.to_bytes()})
     return manifest
-
-
-def check_free(out: Path) -> None:
-    """Refuse to write over what is there."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportFailed(f"{out} is there already, and not empty")
-
-
-def write_folder(out: Path, contents: dict[str, bytes]) -> None:
-    """All files, or no folder."""
-    check_free(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".exporting-") as name:
-        work = Path(name) / "whole"
-        work.mkdir(mode=0o755)
-        for file, content in contents.items():
-            (work / file).write_bytes(content)
-        work.replace(out)
 
 
 def _places(vocabulary: Vocabulary, items: Int64 | None) -> Int64:
@@ -165,7 +141,3 @@ def _narrowed(
         if numbers or difference <= TABLES_TOLERANCE:
             return graph, choice, difference
     raise ExportFailed(f"the cut graph differs from the published one by {difference:.1e}")
-
-
-def _entry(content: bytes) -> FileEntry:
-    return FileEntry(sha256=hashlib.sha256(content).hexdigest(), bytes=len(content))

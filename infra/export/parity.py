@@ -7,11 +7,9 @@ from typing import Final
 
 import numpy as np
 
-from compression.registry import Artefact
 from features.encoding import Vocabulary
-from inference.engines import create
 from inference.engines.calibration import draw
-from inference.types import Graph, Tensors
+from inference.types import Tensors
 
 CANDIDATES: Final = 50
 LENGTHS: Final = (1, 2, 25, 50, 99)
@@ -36,3 +34,13 @@ def reference(content: bytes) -> Run:
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+
+
+def largest_difference(run: Run, published: Run, asked: Iterable[Tensors]) -> float:
+    """Of any number of any output, over all that is asked."""
+    worst = 0.0
+    for inputs in asked:
+        answers = run(inputs)
+        for name, expected in published(inputs).items():
+            worst = max(worst, float(np.abs(answers[name] - expected).max()))
+    return worst
