@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 import numpy as np
@@ -39,6 +39,9 @@ from infra.export.vocabulary_file import with_items
 from infra.local.browser import BrowserMissing, chromium, served
 from topics.messages import BEHAVIORS
 
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
 CANDIDATES: Final = 50
 LONGEST: Final = 130  # past what the network reads, so that the cut is measured too
 _AWKWARD: Final = (0, 1, 2, 99, 100, 101, LONGEST)
@@ -47,7 +50,7 @@ _START_S: Final = 1_500_000_000
 _SERVER_BATCH: Final = 16
 _WARM_LISTS: Final = 20
 
-# Waits for the page's own ranking, then ranks every ask and takes its time.
+# Loads the bundle once more, then ranks every ask and takes its time.
 _RANK: Final = """
 const [asks, warm, done] = arguments;
 (async () => {
@@ -63,7 +66,7 @@ const [asks, warm, done] = arguments;
     took_ms.push(performance.now() - from);
     lists.push(list.map(({ item_id, score }) => [String(item_id), score]));
   }
-  return { lists, took_ms, load_ms, parts_ms: ranker.loaded_ms, isolated: crossOriginIsolated };
+  return { lists, took_ms, load_ms, parts_ms: ranker.loaded_ms };
 })().then(done, (error) => done({ error: String(error) }));
 """
 
@@ -141,12 +144,11 @@ def _nobodys(known: Int64, count: int, rng: np.random.Generator) -> Int64:
     return np.asarray(known.max(initial=0) + rng.integers(1, 2**34, count))
 
 
-def ask_browser(folder: Path, asks: Sequence[Ask], *, warm: int = _WARM_LISTS) -> InBrowser:
-    """Every ask, one after another, in a page of the bundle. Raises `BrowserMissing`, or `ExportFailed` with
-    what the page says."""
-    with served(folder) as url, chromium() as browser:
-        browser.get(url)
-        said = browser.execute_async_script(_RANK, [ask.for_browser() for ask in asks], warm)
+def ask_browser(browser: Chrome, url: str, asks: Sequence[Ask], *, warm: int = 0) -> InBrowser:
+    """Every ask, one after another, in a page of the bundle at `url`, after the first `warm` were tried.
+    Raises `ExportFailed` with what the page says."""
+    browser.get(url)
+    said = browser.execute_async_script(_RANK, [ask.for_browser() for ask in asks], warm)
     if "error" in said:
         raise ExportFailed(f"the page fails: {said['error']}")
     lists = [{int(item): score for item, score in ranked} for ranked in said["lists"]]
@@ -191,7 +193,8 @@ def run(
         folder = Path(name) / "bundle"
         manifest = export(artefact, folder, items=items, numbers=numbers)
         asks = draw_asks(_client(artefact, items), artefact.vocabulary(), lists, seed)
-        browser = ask_browser(folder, asks)
+        with served(folder) as url, chromium() as page:
+            browser = ask_browser(page, url, asks, warm=_WARM_LISTS)
         sizes = _sizes(folder, manifest)
     server = ask_server(registry, artefact.version, asks)
     return {
