@@ -76,14 +76,18 @@ def export(artefact: Artefact, out: Path, *, numbers: Types = "f16") -> ExportMa
 def in_f16(content: bytes) -> bytes:
     """The same graph, weights and arithmetic in f16 but for norms and softmax; inputs and outputs f32."""
     from onnxruntime.transformers.float16 import convert_float_to_float16
+    from onnxruntime.transformers.onnx_model import OnnxModel
 
     model = convert_float_to_float16(
         onnx.ModelProto.FromString(content), keep_io_types=True, op_block_list=list(_WIDE)
     )
-    # Where several norms read one tensor, its cast is written once for each, all under one name.
+    # Where several operators read one tensor, its cast is written once for each, all under one name; and
+    # casts stand at the end, where only ONNX Runtime finds them.
     nodes = list({node.SerializeToString(): node for node in model.graph.node}.values())
     del model.graph.node[:]
     model.graph.node.extend(nodes)
+    OnnxModel(model).topological_sort()
+    onnx.checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString())
 
 
