@@ -119,7 +119,8 @@ def draw_asks(client: Vocabulary, server: Vocabulary, count: int, seed: int) -> 
     asks: list[Ask] = []
     for place in range(count):
         length = _AWKWARD[place] if place < len(_AWKWARD) else int(rng.integers(0, LONGEST + 1))
-        drawn = rng.choice(client.item_ids, length + CANDIDATES)
+        asked = rng.choice(client.item_ids, min(CANDIDATES, len(client.item_ids)), replace=False)
+        drawn = np.concatenate([rng.choice(client.item_ids, length), asked])
         rows = client.category_rows_of_items(drawn)[:length]
         categories = client.category_ids[np.minimum(rows, len(client.category_ids)) - 1]
         items = np.where(rng.random(len(drawn)) < _UNKNOWN, _nobodys(server.item_ids, len(drawn), rng), drawn)
@@ -133,7 +134,7 @@ def draw_asks(client: Vocabulary, server: Vocabulary, count: int, seed: int) -> 
                 categories=categories,
                 behaviors=rng.integers(0, len(BEHAVIORS), length),
                 timestamps=_START_S + np.cumsum(np.where(backwards, -gaps, gaps)),
-                candidates=list(dict.fromkeys(items[length:].tolist())),
+                candidates=items[length:].tolist(),
             )
         )
     return asks
