@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "retrain": ("infra.commands.training", "Train, evaluate, export and publish a model."),
     "evaluate": ("infra.commands.training", "A model's accuracy on a log."),
     "models": ("infra.commands.models", "Released versions: canary, promote, roll back, verify."),
+    "export": ("infra.commands.export", "A version for browsers, OpenVINO, TensorRT, phones."),
     "bench": ("infra.bench.cli", "Measure; each prints a table."),
 }
 

@@ -56,6 +56,13 @@ need redis-server redis-server
     "$system" -c "import ctypes; ctypes.CDLL('$library.so.1.0')" 2>/dev/null || need "$library.so" "$library"
 ) || true
 
+# What the browser bundle is tested in, and npm, which brings the runtime it holds. Without them those tests say so.
+(
+    need chromium chromium
+    need chromedriver chromium-driver
+    need npm npm
+) || true
+
 if [ ! -x .venv/bin/pip ]; then
     python=$(python_of)
     if ! "$python" -c 'import ensurepip' 2>/dev/null; then
