@@ -6,6 +6,7 @@ the recipe the rest is taken from.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -63,6 +64,10 @@ class RetrievalRecipe(BaseModel):
     counts: Literal["dense", "sparse"] | None = "dense"
     """Settings of the transition counts that the model is fused with; None: the model alone."""
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
+
+    def digest(self) -> str:
+        """Eight letters that another recipe does not share, for names of folders."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
 
     def network(self, item_rows: int) -> NetworkConfig:
         sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name != "item_rows"}

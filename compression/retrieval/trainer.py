@@ -157,25 +157,33 @@ class _Run:
 
     def until(self, last: int, judge: Judge | None, progress: Progress | None) -> str:
         """Epochs up to and with `last`; why there are no more. A refit has no limit but that."""
-        recipe = self._recipe
-        while len(self.epochs) < last:
-            if judge and self.core_seconds > 60 * recipe.max_core_minutes:
-                return "time"
+        while (stopped := self._why_stop(last, judge is not None)) is None:
             number = len(self.epochs) + 1
             best = max((e.verdict.fused for e in self.epochs if e.verdict), default=0.0)
             note = f"epoch {number}" + (f", best {best:.4f}" if best else "")
             loss = self._epoch(number, lambda part, note=note: self._tell(progress, part, last, judge, note))
             verdict = None
-            if judge and (number % recipe.judge_every == 0 or number == last):
+            if judge and (number % self._recipe.judge_every == 0 or number == last or self._late()):
                 verdict = judge(self._judged_network())
             self.epochs.append(
                 Epoch(number, round(loss, 4), verdict, round(self.core_seconds, 1), round(self.seconds, 1))
             )
             self._keep_weights(number)
             self._save(number)
-            if judge and number - self._best() >= recipe.patience:
-                return "validation"
-        return "epochs"
+        return stopped
+
+    def _why_stop(self, last: int, judged: bool) -> str | None:
+        """By what the epochs so far say and nothing else, so that a finished training stays finished."""
+        if len(self.epochs) >= last:
+            return "epochs"
+        if not judged or not self.epochs:
+            return None
+        if self.epochs[-1].core_seconds > 60 * self._recipe.max_core_minutes:
+            return "time"
+        return "validation" if len(self.epochs) - self._best() >= self._recipe.patience else None
+
+    def _late(self) -> bool:
+        return self.core_seconds > 60 * self._recipe.max_core_minutes
 
     def result(self, selection: Selection, stopped: str) -> TrainedRetrieval:
         return TrainedRetrieval(
@@ -196,10 +204,12 @@ class _Run:
             losses.append(self._step(encode_histories(events, self._vocabulary, length), rng))
             if self._mean:
                 self._mean.update()
-            tell((number - 1 + len(losses) / steps))
+            tell(number - 1 + len(losses) / steps)
         return float(np.mean(losses)) if losses else 0.0
 
-    def _tell(self, progress: Progress | None, done: float, last: int, judge: Judge | None, note: str) -> None:
+    def _tell(
+        self, progress: Progress | None, done: float, last: int, judge: Judge | None, note: str
+    ) -> None:
         if progress:
             by_time = self.core_seconds / (60 * self._recipe.max_core_minutes) if judge else 0.0
             progress(min(1.0, max(done / last, by_time)), note)
@@ -275,7 +285,10 @@ class _Step:
         chosen = {id(p) for p in matrices}
         rest = [p for p in network.parameters() if id(p) not in chosen]
         self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
+            [
+                {"params": matrices, "weight_decay": recipe.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
             lr=recipe.learning_rate,
             fused=True,
         )
