@@ -35,6 +35,7 @@ class RetrievalRecipe(BaseModel):
     ffn: int = 256
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     max_history: int = 200
+    positions: bool = True
     reach: bool = True
     behaviors: bool = False
     gaps: bool = False
@@ -43,6 +44,8 @@ class RetrievalRecipe(BaseModel):
     max_items: Annotated[int, Field(ge=1)] = 500_000
     full_softmax_items: Annotated[int, Field(ge=0)] = 20_000
     negatives: Annotated[int, Field(ge=2)] = 3_000
+    event_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """So much of every window is left out, other events each time: the next but one is foretold, too."""
     batch_windows: Annotated[int, Field(ge=1)] = 64
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01

@@ -26,6 +26,7 @@ from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.state import TrainingState
 from compression.scoring import to_history
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from features.sequence import SequenceBatch
 
 Progress = Callable[[float, str], None]  # fraction of the training, what it is doing
 
@@ -199,8 +200,8 @@ class _Run:
         losses: list[float] = []
         steps = -(-len(starts) // recipe.batch_windows)
         for batch_starts, batch_ends in batches(starts, ends, recipe.batch_windows, rng):
-            length = int((batch_ends - batch_starts).max())
-            events = self._sequences.windows(batch_starts, batch_ends)
+            events = without(self._sequences.windows(batch_starts, batch_ends), recipe.event_dropout, rng)
+            length = int(events.lengths.max())
             losses.append(self._step(encode_histories(events, self._vocabulary, length), rng))
             if self._mean:
                 self._mean.update()
@@ -337,6 +338,25 @@ class _Step:
             number, key = name.split(".", 1)
             state.setdefault(int(number), {})[key] = tensor
         self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
+
+
+def without(events: SequenceBatch, share: float, rng: np.random.Generator) -> SequenceBatch:
+    """The same windows with a share of their events left out; two of each stay, if it had two."""
+    if not share:
+        return events
+    starts = np.cumsum(events.lengths) - events.lengths
+    kept = rng.random(int(events.lengths.sum())) >= share
+    # Two neighbours at a random place stay in any case, so that there is something to foretell.
+    first = starts + (rng.random(len(starts)) * np.maximum(1, events.lengths - 1)).astype(np.int64)
+    kept[first] = True
+    kept[np.minimum(first + 1, starts + events.lengths - 1)] = True
+    return SequenceBatch(
+        np.add.reduceat(kept.astype(np.int64), starts),
+        events.items[kept],
+        events.categories[kept],
+        events.behaviors[kept],
+        events.timestamps[kept],
+    )
 
 
 def multiplies_bf16() -> bool:
