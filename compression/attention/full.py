@@ -39,4 +39,5 @@ class FullAttention(Attention):
 
     def _apart(self, x: Tensor) -> Tensor:
         """[B, L, d] to [B, heads, L, d / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        batch, length, dim = x.shape
+        return x.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)

@@ -133,7 +133,8 @@ class RetrievalNetwork(nn.Module):
     def user_vectors(self, history: History) -> Tensor:
         """[B, d] after the newest event of each history, which holds at least one."""
         newest = (history.lengths.long() - 1)[:, None, None]
-        return self(history).gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
+        states: Tensor = self(history)
+        return states.gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
 
     def _tokens(self, history: History) -> Tensor:
         x = self.items(history.items) * self.config.dim**0.5

@@ -162,7 +162,7 @@ class _Run:
             number = len(self.epochs) + 1
             best = max((e.verdict.fused for e in self.epochs if e.verdict), default=0.0)
             note = f"epoch {number}" + (f", best {best:.4f}" if best else "")
-            loss = self._epoch(number, lambda part, note=note: self._tell(progress, part, last, judge, note))
+            loss = self._epoch(number, self._teller(progress, last, judge is not None, note))
             verdict = None
             if judge and (number % self._recipe.judge_every == 0 or number == last or self._late()):
                 verdict = judge(self._judged_network())
@@ -208,12 +208,17 @@ class _Run:
             tell(number - 1 + len(losses) / steps)
         return float(np.mean(losses)) if losses else 0.0
 
-    def _tell(
-        self, progress: Progress | None, done: float, last: int, judge: Judge | None, note: str
-    ) -> None:
-        if progress:
-            by_time = self.core_seconds / (60 * self._recipe.max_core_minutes) if judge else 0.0
-            progress(min(1.0, max(done / last, by_time)), note)
+    def _teller(
+        self, progress: Progress | None, last: int, limited: bool, note: str
+    ) -> Callable[[float], None]:
+        """Takes the epochs done and tells the share of the training that is, by epochs or by time."""
+
+        def tell(done: float) -> None:
+            if progress:
+                by_time = self.core_seconds / (60 * self._recipe.max_core_minutes) if limited else 0.0
+                progress(min(1.0, max(done / last, by_time)), note)
+
+        return tell
 
     def _current(self) -> Weights:
         return weights_of(self.network) | (
@@ -337,7 +342,7 @@ class _Step:
         for name, tensor in tensors.items():
             number, key = name.split(".", 1)
             state.setdefault(int(number), {})[key] = tensor
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})
 
 
 def without(events: SequenceBatch, share: float, rng: np.random.Generator) -> SequenceBatch:
@@ -361,7 +366,7 @@ def without(events: SequenceBatch, share: float, rng: np.random.Generator) -> Se
 
 def multiplies_bf16() -> bool:
     """Whether the processor has instructions for products of bfloat16; without, autocast only costs."""
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 

@@ -30,7 +30,11 @@ PREDICTORS: Final = {
     "fusion": "fusion",
 }
 FIGURES: Final = ("hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr")
-CHOICES: Final = {"a": ("train",), "b": ("train+validation",), "both": ("train", "train+validation")}
+CHOICES: Final[dict[str, tuple[Fitted, ...]]] = {
+    "a": ("train",),
+    "b": ("train+validation",),
+    "both": ("train", "train+validation"),
+}
 
 
 @click.command(name="accuracy")
