@@ -24,6 +24,7 @@ BENCHES = {
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
     "serve": ("infra.bench.serve.command", "Lists per second within 50 ms, against five other servers."),
     "edge": ("infra.bench.edge", "The browser bundle in headless Chromium: scores, time, sizes."),
+    "accuracy": ("infra.bench.accuracy", "A retrieval model and its fusion with counts, over seeds."),
     "overload": ("infra.bench.overload", "Half again as many asks as can be ranked, from three tiers."),
 }
 
