@@ -107,7 +107,10 @@ def grids(model: nn.Module, *, matrices: Grid, tables: Grid) -> dict[str, Grid]:
     """By module name: a grid for every linear map and every embedding."""
     kinds = ((nn.Linear, matrices), (nn.Embedding, tables))
     return {
-        name: grid for name, module in model.named_modules() for kind, grid in kinds if isinstance(module, kind)
+        name: grid
+        for name, module in model.named_modules()
+        for kind, grid in kinds
+        if isinstance(module, kind)
     }
 
 
