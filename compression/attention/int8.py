@@ -61,8 +61,9 @@ class Int8Attention(FullAttention):
 
     Queries and keys have a step per event. Values have one per channel, over the events of the history:
     channels differ in range by far more than events do, and a step for all of a head would leave narrow
-    channels with a few levels; so what is in later slots, padding too, moves a rounding, never more. The map's step is 1/127 of its row's largest weight. The two batched
-    products multiply whole numbers held as float32, exact while L is below 1,040 (127² L < 2²⁴)."""
+    channels with a few levels. So what is in later slots, padding too, moves a rounding, never more. The
+    map's step is 1/127 of its row's largest weight. The two batched products multiply whole numbers held as
+    float32, exact while L is below 1,040 (127² L < 2²⁴)."""
 
     def __init__(self, dim: int, heads: int = 1, dropout: float = 0.0) -> None:
         super().__init__(dim, heads, dropout)

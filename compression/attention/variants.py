@@ -25,7 +25,7 @@ class Sizes(Protocol):
 @dataclass(frozen=True, slots=True)
 class Variant:
     """`build` makes one layer's attention. `parameters` and `flops` say what one layer has and, for one
-    history of some length, does; a multiplication and an addition are two. What a softmax costs is left out."""
+    history of some length, does; a multiplication and an addition are two. A softmax counts for nothing."""
 
     name: str
     build: Callable[[Sizes], Attention]

@@ -1,5 +1,7 @@
 """Formulas 8 and 9, and training through them."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -41,7 +43,7 @@ def test_values_are_close_zeros_stay_and_codes_fit_their_bits(bits, seed, per_ro
 def test_more_bits_are_closer():
     weights = torch.randn(64, 64)
     errors = [float((quantize(weights, Grid(bits)).values() - weights).abs().mean()) for bits in (2, 4, 6, 8)]
-    assert all(coarse > 3 * fine for coarse, fine in zip(errors, errors[1:], strict=False))
+    assert all(coarse > 3 * fine for coarse, fine in itertools.pairwise(errors))
 
 
 def test_bits_out_of_range_are_refused():
