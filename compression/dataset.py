@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -72,6 +72,12 @@ class Split:
     def train_positions(self, sequences: Sequences) -> Int64:
         mask = np.arange(len(sequences)) < np.repeat(self.train_ends, np.diff(sequences.offsets))
         return np.flatnonzero(mask)
+
+    def with_validation(self, sequences: Sequences) -> Split:
+        """The same test, with the validation events to learn from too: for fitting after all is chosen."""
+        ends = self.train_ends.copy()
+        np.maximum.at(ends, sequences.user_of(self.validation), self.validation + 1)
+        return replace(self, train_ends=ends)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from compression.attention.base import Attention, reach_bias
+from compression.attention.dropout import ByteDropout
 
 
 class FullAttention(Attention):
@@ -20,7 +21,7 @@ class FullAttention(Attention):
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = ByteDropout(dropout)
         for linear in (self.query, self.key, self.value, self.out):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

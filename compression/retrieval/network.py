@@ -1,0 +1,145 @@
+"""A standard causal transformer over a user's events; an item's score is its row times the user vector.
+
+Pre-norm layers of attention (`compression.attention`) and a feed-forward part, positions learned from
+the end of the window backwards, and a number per distance and head that is added to the attention's
+logits. The table of items is input and output alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Final, Literal, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from compression.attention.base import Attention
+from compression.attention.dropout import ByteDropout
+from compression.attention.full import FullAttention
+from compression.model import History
+from features.encoding import BEHAVIOR_ROWS, GAP_ROWS
+
+INIT_STD: Final = 0.02
+
+
+class NetworkConfig(BaseModel):
+    """Everything needed to build the network again before its weights are loaded. `ffn` is the inner
+    width of the feed-forward part; `item_rows` counts padding and hash buckets too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: Annotated[int, Field(ge=2, le=4096)] = 64
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
+    heads: Annotated[int, Field(ge=1, le=64)] = 1
+    ffn: Annotated[int, Field(ge=1, le=65536)] = 256
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    max_history: Annotated[int, Field(ge=1, le=4096)] = 200
+    reach: bool = True
+    behaviors: bool = False
+    gaps: bool = False
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    item_rows: Annotated[int, Field(ge=2, le=2**31)]
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> NetworkConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"{self.heads} heads do not divide {self.dim} dimensions")
+        return self
+
+
+AttentionFactory = Callable[[NetworkConfig], Attention]
+
+
+def full_attention(config: NetworkConfig) -> Attention:
+    return FullAttention(config.dim, config.heads, config.dropout)
+
+
+class FeedForward(nn.Module):
+    """Wide and narrow again, with an activation or a gate between."""
+
+    def __init__(self, config: NetworkConfig) -> None:
+        super().__init__()
+        self.activation = config.activation
+        wide = 2 * config.ffn if config.activation == "swiglu" else config.ffn
+        self.widen = nn.Linear(config.dim, wide)
+        self.narrow = nn.Linear(config.ffn, config.dim)
+        for linear in (self.widen, self.narrow):
+            nn.init.normal_(linear.weight, std=INIT_STD)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.widen(x)
+        if self.activation == "swiglu":
+            gate, kept = wide.chunk(2, -1)
+            wide = F.silu(gate) * kept
+        else:
+            wide = F.gelu(wide) if self.activation == "gelu" else F.relu(wide)
+        return cast(Tensor, self.narrow(wide))
+
+
+class Layer(nn.Module):
+    """Pre-norm: x + attention(norm(x)), then x + feed-forward(norm(x))."""
+
+    def __init__(self, config: NetworkConfig, attention: Attention) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.dim)
+        self.attention = attention
+        self.ffn_norm = nn.LayerNorm(config.dim)
+        self.ffn = FeedForward(config)
+        self.dropout = ByteDropout(config.dropout)
+        reach = torch.zeros(config.heads, config.max_history)
+        self.reach = nn.Parameter(reach) if config.reach else None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        found, seen = self.attention(self.attention_norm(x), self.reach)
+        x = x + self.dropout(found)
+        return x + self.dropout(self.ffn(self.ffn_norm(x))), seen
+
+
+class RetrievalNetwork(nn.Module):
+    """The whole network."""
+
+    def __init__(self, config: NetworkConfig, attention: AttentionFactory = full_attention) -> None:
+        super().__init__()
+        self.config = config
+        self.items = nn.Embedding(config.item_rows, config.dim, padding_idx=0)
+        self.positions = nn.Embedding(config.max_history, config.dim)
+        self.behaviors = nn.Embedding(BEHAVIOR_ROWS, config.dim) if config.behaviors else None
+        self.gaps = nn.Embedding(GAP_ROWS, config.dim) if config.gaps else None
+        self.layers = nn.ModuleList(Layer(config, attention(config)) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.dim)
+        self.dropout = ByteDropout(config.dropout)
+        for table in (self.items, self.positions, self.behaviors, self.gaps):
+            if table is not None:
+                nn.init.normal_(table.weight, std=INIT_STD)
+        nn.init.zeros_(self.items.weight[0])
+
+    def forward(self, history: History) -> Tensor:
+        """User vectors [B, L, d] after every event of right-padded histories of at most max_history."""
+        return self.states(history)[0]
+
+    def states(self, history: History) -> tuple[Tensor, list[Tensor | None]]:
+        """User vectors as above, and the attention map of every layer that keeps one."""
+        x = self.dropout(self._tokens(history))
+        maps: list[Tensor | None] = []
+        for layer in self.layers:
+            x, seen = layer(x)
+            maps.append(seen)
+        return cast(Tensor, self.final_norm(x)), maps
+
+    def user_vectors(self, history: History) -> Tensor:
+        """[B, d] after the newest event of each history, which holds at least one."""
+        newest = (history.lengths.long() - 1)[:, None, None]
+        return self(history).gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
+
+    def _tokens(self, history: History) -> Tensor:
+        slots = torch.arange(history.items.shape[1], device=history.items.device)
+        back = (history.lengths.long()[:, None] - 1 - slots).clamp(min=0)
+        x = self.items(history.items) * self.config.dim**0.5 + self.positions(back)
+        if self.behaviors is not None:
+            x = x + self.behaviors(history.behaviors)
+        if self.gaps is not None:
+            x = x + self.gaps(history.gaps)
+        return cast(Tensor, x)

@@ -1,0 +1,116 @@
+"""How to train for retrieval: the network's sizes, the optimizer's numbers, when to stop.
+
+A recipe is one of the names in `RECIPES` or a JSON file with some of the fields; `base` in a file names
+the recipe the rest is taken from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compression.files import read_plain
+from compression.retrieval.network import NetworkConfig
+
+MAX_RECIPE_BYTES: Final = 2**16
+Weight = Annotated[float, Field(ge=0, le=100)]
+
+
+class RecipeInvalid(ValueError):
+    """A recipe that cannot be trained by; the message says which field and why."""
+
+
+class RetrievalRecipe(BaseModel):
+    """All that decides a training but the log and the seed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: int = 64
+    layers: int = 2
+    heads: int = 1
+    ffn: int = 256
+    activation: Literal["gelu", "relu", "swiglu"] = "gelu"
+    max_history: int = 200
+    reach: bool = True
+    behaviors: bool = False
+    gaps: bool = False
+    dropout: float = 0.1
+
+    max_items: Annotated[int, Field(ge=1)] = 500_000
+    full_softmax_items: Annotated[int, Field(ge=0)] = 20_000
+    negatives: Annotated[int, Field(ge=2)] = 3_000
+    batch_windows: Annotated[int, Field(ge=1)] = 64
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    bf16: bool = True
+    """Where the processor multiplies bfloat16 itself."""
+
+    epochs: Annotated[int, Field(ge=1)] = 100
+    max_core_minutes: Annotated[float, Field(gt=0)] = 115.0
+    """Of processor time, all cores together: 120 are an hour of two cores."""
+    patience: Annotated[int, Field(ge=1)] = 12
+    """So many epochs without a better validation end the training."""
+    judge_every: Annotated[int, Field(ge=1)] = 1
+    judge_limit: Annotated[int, Field(ge=1)] = 10_000
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Per step: what is judged and kept is this running mean of the weights; 0 the weights themselves."""
+    averaged: Annotated[int, Field(ge=1, le=16)] = 5
+    """The weights of so many of the best epochs are averaged, where validation likes that better."""
+
+    counts: Literal["dense", "sparse"] | None = "dense"
+    """Settings of the transition counts that the model is fused with; None: the model alone."""
+    fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
+
+    def network(self, item_rows: int) -> NetworkConfig:
+        sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name != "item_rows"}
+        return NetworkConfig(**sizes, item_rows=item_rows)
+
+
+RECIPES: Final = {
+    "ml-1m": RetrievalRecipe(ema=0.998, judge_every=2),
+    "beauty": RetrievalRecipe(
+        layers=1,
+        max_history=50,
+        dropout=0.4,
+        batch_windows=128,
+        epochs=60,
+        counts="sparse",
+        ema=0.99,
+    ),
+    "full": RetrievalRecipe(),
+    "laptop": RetrievalRecipe(epochs=20, max_core_minutes=4.0, max_history=100, averaged=3, patience=4),
+}
+
+
+def load_recipe(name_or_path: str) -> RetrievalRecipe:
+    """A recipe by its name, or from a JSON file; `RecipeInvalid` says what is wrong."""
+    if name_or_path in RECIPES:
+        return RECIPES[name_or_path]
+    path = Path(name_or_path)
+    if not path.is_file():
+        raise RecipeInvalid(f"{name_or_path!r} is neither a file nor one of {', '.join(RECIPES)}")
+    try:
+        fields: Any = orjson.loads(read_plain(path, MAX_RECIPE_BYTES, name_or_path))
+    except (ValueError, OSError) as error:
+        raise RecipeInvalid(f"{name_or_path}: {error}") from None
+    if not isinstance(fields, dict):
+        raise RecipeInvalid(f"{name_or_path}: not a JSON object of fields")
+    base = fields.pop("base", "full")
+    if base not in RECIPES:
+        raise RecipeInvalid(f"{name_or_path}: base {base!r} is not one of {', '.join(RECIPES)}")
+    return change(RECIPES[base], fields, name_or_path)
+
+
+def change(recipe: RetrievalRecipe, fields: dict[str, Any], named: str) -> RetrievalRecipe:
+    """The recipe with some fields changed, checked anew."""
+    try:
+        changed = RetrievalRecipe.model_validate(recipe.model_dump() | fields)
+        changed.network(2)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RecipeInvalid(f"{named}: {field}: {first['msg']}") from None
+    return changed
