@@ -122,7 +122,7 @@ class RetrievalNetwork(nn.Module):
 
     def states(self, history: History) -> tuple[Tensor, list[Tensor | None]]:
         """User vectors as above, and the attention map of every layer that keeps one."""
-        x = self.dropout(self._tokens(history))
+        x = self.dropout(self.tokens(history))
         maps: list[Tensor | None] = []
         for layer in self.layers:
             x, seen = layer(x)
@@ -134,7 +134,7 @@ class RetrievalNetwork(nn.Module):
         newest = (history.lengths.long() - 1)[:, None, None]
         return self(history).gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
 
-    def _tokens(self, history: History) -> Tensor:
+    def tokens(self, history: History) -> Tensor:
         slots = torch.arange(history.items.shape[1], device=history.items.device)
         back = (history.lengths.long()[:, None] - 1 - slots).clamp(min=0)
         x = self.items(history.items) * self.config.dim**0.5 + self.positions(back)
