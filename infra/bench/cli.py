@@ -23,6 +23,10 @@ BENCHES = {
     "dispatch": ("infra.bench.dispatch", "What batcher and dispatcher cost per request."),
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
     "serve": ("infra.bench.serve.command", "Lists per second within 50 ms, against five other servers."),
+    "table1": (
+        "infra.bench.table1.command",
+        "The paper's Table I: pruned, quantized, distilled, shared history.",
+    ),
     "overload": ("infra.bench.overload", "Half again as many asks as can be ranked, from three tiers."),
 }
 
