@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from compression.dataset import Sequences, Split, batches, training_windows
@@ -31,6 +31,7 @@ from compression.model import MASKED, History
 from compression.predictors import Statistics
 from compression.ranking import CandidateRanker
 from compression.retrieval.losses import Negatives, shared_negatives
+from compression.retrieval.network import RetrievalNetwork
 from compression.scoring import to_history
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
 
@@ -67,10 +68,16 @@ class Data:
         self.targets = Targets.draw(sequences, split.test, vocabulary, limit=judged, seed=7)
         self.candidates = draw_candidates(sequences, self.targets, self.statistics, vocabulary, seed=7)
 
+    def judge_retrieval(self, network: RetrievalNetwork) -> dict[str, float]:
+        """HR, NDCG and MRR over the catalogue."""
+        network.eval()
+        histories = histories_before(self.sequences, self.vocabulary, network.config.max_history)
+        return metrics(full_catalogue(_Scorer(network), histories, self.targets, self.known), (10, 50))
+
     def judge(self, ranker: CandidateRanker) -> dict[str, float]:
         """HR, NDCG and MRR over the catalogue (hr@50 …) and within fifty candidates (within_hr@10 …)."""
         ranker.eval()
-        scorer = _Scorer(ranker)
+        scorer = _RankingScorer(ranker)
         histories = histories_before(self.sequences, self.vocabulary, ranker.network.config.max_history - 1)
         over = metrics(full_catalogue(scorer, histories, self.targets, self.known), (10, 50))
         within = among_candidates(scorer, histories, self.targets, self.vocabulary, self.candidates)
@@ -86,33 +93,71 @@ def fit(
     after_step: Callable[[], None] = lambda: None,
     seed: int = 1,
 ) -> int:
-    """Train until the minutes are spent, windows again and again in new order; the steps that were taken.
-    The learning rate falls to a tenth on the way."""
+    """Train a ranker, by a teacher where there is one; the steps that were taken."""
     rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
     losses = _Losses(data, effort, rng)
-    optimizer = torch.optim.AdamW(ranker.parameters(), lr=effort.learning_rate, weight_decay=0.0, fused=True)
     if teacher is not None:
         teacher.eval()
         _keep_maps(teacher, True)
         _keep_maps(ranker, True)
-    ranker.train()
-    began, steps = time.process_time(), 0
-    length = ranker.network.config.max_history - 1
-    done = 0.0
+    steps = descend(
+        ranker,
+        lambda windows: losses(ranker, windows, teacher),
+        data,
+        effort,
+        length=ranker.network.config.max_history - 1,
+        after_step=after_step,
+        rng=rng,
+    )
+    if teacher is not None:
+        _keep_maps(ranker, False)
+    return steps
+
+
+def fit_retrieval(network: RetrievalNetwork, data: Data, effort: Effort, *, seed: int = 1) -> int:
+    """Train a network for the catalogue alone, whatever its attention; the steps that were taken."""
+    rng = np.random.default_rng(seed)
+    negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
+
+    def loss(windows: HistoryArrays) -> Tensor:
+        history, targets, inside, _ = _asked(windows, data.known)
+        table = network.items.weight[1 : data.known + 1]
+        rows = torch.from_numpy(targets)[inside] - 1
+        drawn = negatives.draw(rng)
+        return shared_negatives(network(history)[inside], table, rows, drawn, negatives.log_expected)
+
+    return descend(network, loss, data, effort, length=network.config.max_history, rng=rng)
+
+
+def descend(
+    model: nn.Module,
+    loss_of: Callable[[HistoryArrays], Tensor],
+    data: Data,
+    effort: Effort,
+    *,
+    length: int,
+    rng: np.random.Generator,
+    after_step: Callable[[], None] = lambda: None,
+) -> int:
+    """Train until the minutes are spent, windows again and again in new order; the steps that were taken.
+    In the second half the learning rate falls to a tenth."""
+    torch.manual_seed(int(rng.integers(2**62)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0, fused=True)
+    model.train()
+    began, steps, done = time.process_time(), 0, 0.0
     while done < 1.0:
         starts, ends = training_windows(data.sequences, data.split.train_ends, length, rng)
         for batch_starts, batch_ends in batches(starts, ends, effort.batch_windows, rng):
             for group in optimizer.param_groups:
-                group["lr"] = effort.learning_rate * min(1.0, 2.0 * (1.0 - 0.95 * done))
+                group["lr"] = effort.learning_rate * min(1.0, 1.9 - 1.8 * done)
             width = int((batch_ends - batch_starts).max())
             windows = encode_histories(
                 data.sequences.windows(batch_starts, batch_ends), data.vocabulary, width
             )
-            loss = losses(ranker, windows, teacher)
+            loss = loss_of(windows)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(ranker.parameters(), 1.0)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             after_step()
             steps += 1
@@ -120,10 +165,24 @@ def fit(
             done = max((time.process_time() - began) / (60 * effort.minutes), steps / effort.max_steps)
             if done >= 1.0:
                 break
-    if teacher is not None:
-        _keep_maps(ranker, False)
-    ranker.eval()
+    model.eval()
     return steps
+
+
+def _asked(windows: HistoryArrays, known: int) -> tuple[History, Int64, Tensor, Int64]:
+    """Windows without their last event, which is a target only; targets [B, L], which of these can be
+    learned, and how many events each window has left."""
+    events = np.maximum(windows.lengths - 1, 0).astype(np.int64)
+    history = HistoryArrays(
+        items=windows.items[:, :-1],
+        categories=windows.categories[:, :-1],
+        behaviors=windows.behaviors[:, :-1],
+        gaps=windows.gaps[:, :-1],
+        lengths=events.astype(np.int32),
+    )
+    targets = windows.items[:, 1:].astype(np.int64)
+    inside = (np.arange(targets.shape[1]) < events[:, None]) & (targets <= known)
+    return to_history(history), targets, torch.from_numpy(inside), events
 
 
 class _Losses:
@@ -136,19 +195,7 @@ class _Losses:
     def __call__(
         self, ranker: CandidateRanker, windows: HistoryArrays, teacher: CandidateRanker | None
     ) -> Tensor:
-        """Each window's last event is a target only."""
-        events = np.maximum(windows.lengths - 1, 0)
-        history = to_history(
-            HistoryArrays(
-                *(
-                    column[:, :-1]
-                    for column in (windows.items, windows.categories, windows.behaviors, windows.gaps)
-                ),
-                lengths=events.astype(np.int32),
-            )
-        )
-        targets = windows.items[:, 1:].astype(np.int64)
-        inside = torch.from_numpy((np.arange(targets.shape[1]) < events[:, None]) & (targets <= self._known))
+        history, targets, inside, events = _asked(windows, self._known)
         candidates, seen = self._candidates(windows.items[:, :-1], targets, events)
         flat = candidates.flatten(1)
         turns = seen[..., None].expand_as(candidates).flatten(1)
@@ -208,19 +255,30 @@ def _keep_maps(ranker: CandidateRanker, keep: bool) -> None:
 
 
 class _Scorer:
-    """A ranker as evaluation sees it."""
+    """A network as evaluation over the catalogue sees it."""
 
-    def __init__(self, ranker: CandidateRanker) -> None:
-        self._ranker = ranker
+    def __init__(self, network: RetrievalNetwork) -> None:
+        self._network = network
 
     def item_table(self) -> Float32:
-        table: Float32 = self._ranker.network.items.weight.detach().numpy()
+        table: Float32 = self._network.items.weight.detach().numpy()
         return table
 
     def user_vectors(self, histories: HistoryArrays) -> Float32:
         with torch.inference_mode():
-            vectors: Float32 = self._ranker.network.user_vectors(_at_least_one(to_history(histories))).numpy()
+            vectors: Float32 = self._network.user_vectors(_at_least_one(to_history(histories))).numpy()
         return vectors
+
+    def rank(self, histories: HistoryArrays, candidates: Int32, categories: Int32) -> Float32:
+        raise TypeError("a network without a ranker scores no candidates")
+
+
+class _RankingScorer(_Scorer):
+    """A ranker as evaluation sees it."""
+
+    def __init__(self, ranker: CandidateRanker) -> None:
+        super().__init__(ranker.network)
+        self._ranker = ranker
 
     def rank(self, histories: HistoryArrays, candidates: Int32, categories: Int32) -> Float32:
         history = _at_least_one(to_history(histories))

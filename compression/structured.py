@@ -18,18 +18,21 @@ from compression.retrieval.network import FeedForward, Layer, RetrievalNetwork
 
 def head_importance(attention: FullAttention) -> Tensor:
     """[heads]: how much a head can write: the norm of value map times output map, head by head."""
-    value = attention.value.weight.unflatten(0, (attention.heads, -1))  # [H, w, d]
-    out = attention.out.weight.unflatten(1, (attention.heads, -1)).transpose(0, 1)  # [H, d, w]
-    return torch.linalg.matrix_norm(torch.bmm(out, value))
+    value = attention.value.weight.view(attention.heads, -1, attention.value.in_features)  # [H, w, d]
+    out = attention.out.weight.view(attention.out.out_features, attention.heads, -1).transpose(
+        0, 1
+    )  # [H, d, w]
+    importance: Tensor = torch.linalg.matrix_norm(torch.bmm(out, value))
+    return importance
 
 
 def channel_importance(ffn: FeedForward) -> Tensor:
     """[ffn]: norm of what enters a channel times norm of what it writes."""
     if ffn.activation == "swiglu":
         raise ValueError("channels of a gated feed-forward part come in pairs, which this does not know")
-    return torch.linalg.vector_norm(ffn.widen.weight, dim=1) * torch.linalg.vector_norm(
-        ffn.narrow.weight, dim=0
-    )
+    reads: Tensor = torch.linalg.vector_norm(ffn.widen.weight, dim=1)
+    writes: Tensor = torch.linalg.vector_norm(ffn.narrow.weight, dim=0)
+    return reads * writes
 
 
 @torch.no_grad()

@@ -48,4 +48,4 @@ class FullAttention(Attention):
 
     def _apart(self, x: Tensor) -> Tensor:
         """[B, L, d] to [B, heads, L, d / heads]."""
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)

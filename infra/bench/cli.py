@@ -27,6 +27,7 @@ BENCHES = {
         "infra.bench.table1.command",
         "The paper's Table I: pruned, quantized, distilled, shared history.",
     ),
+    "attention": ("infra.bench.attention", "Ways to attend, each beside what its formula predicts."),
     "overload": ("infra.bench.overload", "Half again as many asks as can be ranked, from three tiers."),
 }
 

@@ -47,6 +47,7 @@ def rows_of(rows: Sequence[Row], made: Sequence[Made]) -> list[dict[str, Any]]:
         if one is not None:
             figures |= {
                 "parameters": one.parameters,
+                "not_zero": round((1 - one.zeros) * stored["Baseline"].parameters),
                 "gone_or_zero": round(one.zeros, 4),
                 "bytes": one.bytes,
                 "size_share": round(one.bytes / whole, 4),
@@ -89,7 +90,7 @@ def _cells(one: dict[str, Any]) -> list[str]:
     sizes = ["", "", "", ""]
     if "bytes" in one:
         sizes = [
-            f"{one['parameters'] / 1e6:.1f}",
+            f"{one['not_zero'] / 1e6:.1f}",
             f"{one['gone_or_zero']:.0%}",
             f"{one['bytes'] / 1e6:.1f}",
             f"{one['size_share']:.1%}",

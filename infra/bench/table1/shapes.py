@@ -38,7 +38,7 @@ class Shape:
     candidates: int = 50
     pruned: float = 0.4
     rounds: int = 3
-    pruned_bits: int = 6
+    pruned_bits: int = 5
     student_bits: int = 4
 
     def config(self, items: int) -> NetworkConfig:
