@@ -63,7 +63,8 @@ class CandidateRanker(nn.Module):
         users, asked = states[:, :length], states[:, length:]
         newest = (seen.long() - 1).clamp(min=0)[..., None].expand(-1, -1, states.shape[-1])
         fit = (users.gather(1, newest) * network.items(candidates)).sum(-1)
-        return users, self.readout(asked).squeeze(-1) + self.fit * fit, maps
+        learned: Tensor = self.readout(asked).squeeze(-1)
+        return users, learned + self.fit * fit, maps
 
     def candidate_tokens(self, candidates: Tensor) -> Tensor:
         return cast(Tensor, self.network.items(candidates)) * self.network.config.dim**0.5 + self.mark

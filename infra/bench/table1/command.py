@@ -31,7 +31,7 @@ from infra.console import console
     type=click.FloatRange(0.01),
     default=4.0,
     show_default=True,
-    help="Processor time of the Baseline's training; the other methods take 2.5 times as long together.",
+    help="Processor time of the Baseline's training; the rest takes 3.3 times as long.",
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=4, show_default=True)
 @click.option(
@@ -96,8 +96,8 @@ def table1(
         trained = SHAPES[learned_name]
         of_table.show_losses(
             accuracy,
-            title=f"accuracy: {trained.items:,} items, {trained.log_events:,} synthetic events, d = {trained.dim}, "
-            f"{minutes:g} minutes; change against Baseline",
+            title=f"accuracy: {trained.items:,} items, {trained.log_events:,} synthetic events, "
+            f"d = {trained.dim}, {minutes:g} minutes; change against Baseline, trained on",
         )
     if figures is not None:
         for path in of_table.draw(lines, accuracy, figures):

@@ -111,24 +111,25 @@ def _cells(one: dict[str, Any]) -> list[str]:
 
 
 def losses(made: Sequence[Made]) -> list[dict[str, Any]]:
-    """Accuracy of every method that was trained, and by how much of the Baseline's it is lower."""
+    """Accuracy of every method that was trained, and by which share it is lower than that of the Baseline
+    when it is trained on as long as they were."""
     trained = [one for one in made if "accuracy" in one.figures]
     if not trained or trained[0].method != "Baseline":
         return []
-    base = trained[0].figures["accuracy"]
+    base = trained[0].figures["trained_on"]
+    judged = [(one.method, one.zeros, one.bytes, one.figures["accuracy"]) for one in trained]
+    judged.insert(1, ("Baseline, trained on", trained[0].zeros, trained[0].bytes, base))
     return [
         {
-            "method": one.method,
-            "gone_or_zero": round(one.zeros, 4),
-            "bytes": one.bytes,
-            **one.figures["accuracy"],
+            "method": method,
+            "gone_or_zero": round(zeros, 4),
+            "bytes": size,
+            **accuracy,
             "loss": {
-                name: round(1 - one.figures["accuracy"][name] / base[name], 4)
-                for name in (*OVER, *WITHIN)
-                if base[name]
+                name: round(1 - accuracy[name] / base[name], 4) for name in (*OVER, *WITHIN) if base[name]
             },
         }
-        for one in trained
+        for method, zeros, size, accuracy in judged
     ]
 
 
