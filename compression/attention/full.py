@@ -29,15 +29,23 @@ class FullAttention(Attention):
     def forward(
         self, x: Tensor, reach: Tensor | None = None, causal: bool = True
     ) -> tuple[Tensor, Tensor | None]:
-        batch, length, dim = x.shape
-        query, key, value = (self._apart(linear(x)) for linear in (self.query, self.key, self.value))
-        logits = torch.matmul(query * (dim // self.heads) ** -0.5, key.transpose(2, 3))
-        bias = reach_bias(length, reach, causal, x.device)
+        query, key, value = self.projected(x, causal)
+        return self.attended(query, key, value, reach_bias(x.shape[1], reach, causal, x.device))
+
+    def projected(self, x: Tensor, causal: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value [B, heads, L, d / heads] of x [B, L, d]."""
+        return self._apart(self.query(x)), self._apart(self.key(x)), self._apart(self.value(x))
+
+    def attended(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What queries [B, heads, T, d / heads] find among keys and values of S events, [B, T, d], and the
+        map; `bias` broadcasts to [B, heads, T, S]."""
+        logits = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(2, 3))
         weights = (logits if bias is None else logits + bias).softmax(-1)
-        found = torch.matmul(self.dropout(weights), value).transpose(1, 2).reshape(batch, length, dim)
+        found = torch.matmul(self.dropout(weights), value).transpose(1, 2).flatten(2)
         return self.out(found), weights if self.keep_map else None
 
     def _apart(self, x: Tensor) -> Tensor:
         """[B, L, d] to [B, heads, L, d / heads]."""
-        batch, length, dim = x.shape
-        return x.view(batch, length, self.heads, dim // self.heads).transpose(1, 2)
+        return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)

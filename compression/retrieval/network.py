@@ -123,7 +123,7 @@ class RetrievalNetwork(nn.Module):
 
     def states(self, history: History) -> tuple[Tensor, list[Tensor | None]]:
         """User vectors as above, and the attention map of every layer that keeps one."""
-        x = self.dropout(self._tokens(history))
+        x = self.dropout(self.tokens(history))
         maps: list[Tensor | None] = []
         for layer in self.layers:
             x, seen = layer(x)
@@ -136,7 +136,7 @@ class RetrievalNetwork(nn.Module):
         states: Tensor = self(history)
         return states.gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
 
-    def _tokens(self, history: History) -> Tensor:
+    def tokens(self, history: History) -> Tensor:
         x = self.items(history.items) * self.config.dim**0.5
         if self.positions is not None:
             slots = torch.arange(history.items.shape[1], device=history.items.device)

@@ -25,6 +25,11 @@ BENCHES = {
     "serve": ("infra.bench.serve.command", "Lists per second within 50 ms, against five other servers."),
     "edge": ("infra.bench.edge", "The browser bundle in headless Chromium: scores, time, sizes."),
     "accuracy": ("infra.bench.accuracy", "A retrieval model and its fusion with counts, over seeds."),
+    "table1": (
+        "infra.bench.table1.command",
+        "The paper's Table I: pruned, quantized, distilled, shared history.",
+    ),
+    "attention": ("infra.bench.attention", "Ways to attend, each beside what its formula predicts."),
     "overload": ("infra.bench.overload", "Half again as many asks as can be ranked, from three tiers."),
 }
 

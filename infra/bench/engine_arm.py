@@ -52,7 +52,7 @@ def serve(arm: Arm, registry: Path, batches: Mapping[int, list[Tensors]], pipe: 
     while (asked := pipe.recv()) is not None:
         size, seconds = asked
         pipe.send(_timed(engine, batches[size], seconds))
-    pipe.send(_memory())
+    pipe.send(memory())
     engine.close()
 
 
@@ -85,7 +85,7 @@ def _shapes(batches: Mapping[int, list[Tensors]]) -> list[Shape]:
     ]
 
 
-def _memory() -> dict[str, float]:
+def memory() -> dict[str, float]:
     """MiB of this process: now, and the most it ever had."""
     now = psutil.Process().memory_info().rss / _MIB
     status = Path("/proc/self/status")
