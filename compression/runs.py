@@ -184,6 +184,6 @@ def runs(root: Path) -> list[Run]:
 
 def prune(root: Path, keep: int = KEEP) -> None:
     """Remove the folders of the oldest runs that have ended."""
-    ended = [run for run in runs(root) if run.state.outcome in ("published", "refused")]
+    ended = [run for run in runs(root) if run.state.outcome != "running"]
     for run in ended[:-keep]:
         shutil.rmtree(run.folder, ignore_errors=True)

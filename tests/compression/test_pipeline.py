@@ -17,7 +17,7 @@ from compression.registry import ArtefactInvalid, Registry
 from compression.scoring import ArtefactScorer
 from compression.synth import SynthSettings, synthesize, write_log
 from compression.train import Recipe
-from infra.commands.training import commands
+from infra.commands import retraining, training
 from tests.compression.worlds import model
 
 RECIPE = Recipe(
@@ -45,7 +45,7 @@ def released(log, tmp_path_factory):
 
 
 def command(*arguments):
-    named = {command.name: command for command in commands}
+    named = {command.name: command for command in (*training.commands, *retraining.commands)}
     return CliRunner().invoke(named[arguments[0]], [str(a) for a in arguments[1:]])
 
 
