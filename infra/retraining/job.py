@@ -1,4 +1,4 @@
-"""What a retraining was asked for, in plain values, as its run keeps it: enough to take it up or repeat it."""
+"""What a retraining was asked for, as its run keeps it: enough to take it up or repeat it."""
 
 from __future__ import annotations
 

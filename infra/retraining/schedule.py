@@ -11,15 +11,16 @@ import asyncio
 import logging
 import signal
 import time
+from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import orjson
+import prometheus_client as prometheus
 from aiohttp import web
 from croniter import croniter
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 
 from compression.runs import PROGRESS, Run, RunInvalid, new_name, runs
 
@@ -55,15 +56,15 @@ class _Metrics:
     """What /metrics says."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = prometheus.CollectorRegistry()
         told = {"registry": self.registry}
-        self.ended = Counter("tailrace_retrain_runs_total", "Runs by outcome", ["outcome"], **told)
-        self.running = Gauge("tailrace_retrain_running", "1 while a run is at work", **told)
-        self.next_s = Gauge("tailrace_retrain_next_seconds", "Unix time of the next run", **told)
-        self.published_s = Gauge(
+        self.ended = prometheus.Counter("tailrace_retrain_runs_total", "Runs by outcome", ["outcome"], **told)
+        self.running = prometheus.Gauge("tailrace_retrain_running", "1 while a run is at work", **told)
+        self.next_s = prometheus.Gauge("tailrace_retrain_next_seconds", "Unix time of the next run", **told)
+        self.published_s = prometheus.Gauge(
             "tailrace_retrain_last_published_seconds", "Unix time of the latest published version", **told
         )
-        self.step_s = Gauge("tailrace_retrain_step_seconds", "Of the latest run", ["step"], **told)
+        self.step_s = prometheus.Gauge("tailrace_retrain_step_seconds", "Of the latest run", ["step"], **told)
 
 
 class Service:
@@ -77,6 +78,7 @@ class Service:
         self._next_s = 0.0
         self._moved_s = time.time()
         self._metrics = _Metrics()
+        self._ended: Counter[str] = Counter()
         self.port = 0
 
     async def run(self, host: str, port: int) -> int:
@@ -88,23 +90,23 @@ class Service:
         told = (self._alias, self._cron.expression, host, self.port)
         log.info("retraining %s at %r (UTC), probes at http://%s:%d", *told)
         try:
-            if left := self._left_over():
-                log.info("run %s was left; it goes on", left)
-                await self._work(left)
+            if self._left_over():
+                await self._work()
             while not self._ending.is_set():
                 self._next_s = self._cron.next_s(time.time())
                 self._metrics.next_s.set(self._next_s)
                 log.info("next run at %s", datetime.fromtimestamp(self._next_s, UTC).isoformat())
                 if await self._sleep(self._next_s - time.time()):
                     break
-                await self._work(new_name())
+                await self._work()
         finally:
             await runner.cleanup()
         log.info("ended")
         return 0
 
-    async def _work(self, name: str) -> None:
-        """One run to its end; what kills it costs an attempt and nothing else."""
+    async def _work(self) -> None:
+        """One run to its end, one that was left before a new one; what kills it costs an attempt."""
+        name = self._left_over() or new_name()
         for attempt in range(1, ATTEMPTS + 1):
             code = await self._attempt(name)
             outcome = {0: "published", REFUSED: "refused", HELD: "held", STOPPED: "stopped"}.get(code)
@@ -114,6 +116,9 @@ class Service:
             if await self._sleep(_PAUSE_S * attempt):
                 break
         outcome = outcome or ("failed" if code > 0 else "killed")
+        if outcome == "killed" and not self._ending.is_set():
+            self._give_up(name)
+        self._ended[outcome] += 1
         self._metrics.ended.labels(outcome).inc()
         log.info("run %s: %s", name, outcome)
         self._note(name, outcome)
@@ -132,6 +137,14 @@ class Service:
             self._child, self._current = None, None
             self._metrics.running.set(0)
 
+    def _give_up(self, name: str) -> None:
+        """What dies every time must not be what every next time begins with."""
+        try:
+            with Run.find(self._root, name) as run:
+                run.end("failed", f"killed {ATTEMPTS} times")
+        except RunInvalid as error:
+            log.warning("%s", error)
+
     def _note(self, name: str, outcome: str) -> None:
         try:
             state = Run.find(self._root, name).state
@@ -145,7 +158,7 @@ class Service:
     def _left_over(self) -> str | None:
         """The latest run of the alias that somebody began and nobody ended."""
         for run in reversed(runs(self._root)):
-            if run.state.spec.get("alias") == self._alias:
+            if run.state.spec.get("alias") in (self._alias, None):
                 return run.state.run if run.state.outcome == "running" else None
         return None
 
@@ -161,6 +174,10 @@ class Service:
         except TimeoutError:
             return False
         return True
+
+    def ended(self, outcome: str) -> int:
+        """How many runs of this service ended so."""
+        return self._ended[outcome]
 
     # Probes ----------------------------------------------------------------------------------------
 
@@ -194,8 +211,8 @@ class Service:
             return web.json_response(body, status=200 if body["healthy"] else 503)
 
         async def metrics(_: web.Request) -> web.Response:
-            text = generate_latest(self._metrics.registry)
-            return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+            text = prometheus.generate_latest(self._metrics.registry)
+            return web.Response(body=text, headers={"Content-Type": prometheus.CONTENT_TYPE_LATEST})
 
         async def listed(_: web.Request) -> web.Response:
             found = runs(self._root)[-_SHOWN:]
