@@ -71,7 +71,7 @@ class RetrainSettings:
     alias: str | None = SERVING
     from_serving: bool = False
     force: str | None = None
-    limits: GateLimits = field(default_factory=GateLimits)
+    limits: GateLimits = field(default_factory=lambda: GateLimits())
     checkpoint_s: float = EVERY_S
 
 
@@ -234,7 +234,7 @@ class _Work:
         if started_from := self._read["started_from"]:
             base = self._base(started_from)
             weights = starting_weights(base, base.vocabulary(), self.vocabulary)
-        told = f"{asdict(settings.recipe)} {settings.seed} {started_from} {_sha256(folder / _SEQUENCES)}"
+        told = f"{asdict(settings.recipe)} {settings.seed} {started_from} {sha256_of(folder / _SEQUENCES)}"
         trained = train(
             self.sequences,
             self.split,
@@ -302,7 +302,7 @@ class _Work:
             self.registry.publish(self.staging, manifest)
         artefact = self.registry.open(manifest.version)
         for name, entry in artefact.manifest.files.items():
-            if _sha256(self.staging / name) != entry.sha256:
+            if sha256_of(self.staging / name) != entry.sha256:
                 raise ArtefactInvalid(
                     f"{manifest.version} is there already, and its {name} is not this run's"
                 )
@@ -400,7 +400,7 @@ class _Work:
                     "stopped": trained["stopped"],
                 }
                 | ({"forced": settings.force} if verdict.forced else {}),
-                "git_revision": _git_revision(),
+                "git_revision": git_revision(),
                 "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             }
         )
@@ -463,12 +463,14 @@ def _weights(model: Recommender) -> dict[str, Any]:
     return {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Of the code that runs, where it is a checkout."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],

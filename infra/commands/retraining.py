@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from infra.commands import options
-from infra.commands.training import RECIPES, SPLITS, print_json, print_metrics
+from infra.commands.training import RECIPES, SPLITS, ProgressBar, print_json, print_metrics
 
 if TYPE_CHECKING:
     from compression.pipeline import Announce, Retrained
@@ -120,7 +120,7 @@ def retrain(
     """
     # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    need_training_extra()
+    _need_training_extra()
     from compression.dataset import MAX_EVENTS
     from compression.export import ParityError
     from compression.gate import GateRefused
@@ -204,7 +204,7 @@ def _work(
     settings = asked.settings(bootstrap or "", force)
     announce = _announcer(bootstrap, topic_suffix, asked.alias) if bootstrap and asked.alias else None
     try:
-        with _asked_to_end() as stopping, lease as guard, _ProgressBar(quiet=quiet) as bar:
+        with _asked_to_end() as stopping, lease as guard, ProgressBar(quiet=quiet) as bar:
             return work(settings, bar, run=run, guard=guard, announce=announce, stopping=stopping)
     except LeaseHeld as error:
         if not run.state.attempts:
@@ -320,39 +320,7 @@ def _home() -> Path:
     return home()
 
 
-class _ProgressBar:
-    """One line per step, with the time it will still take."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description:>9}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True, quiet=quiet),
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> _ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, step: str, fraction: float, note: str) -> None:
-        if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=1.0, note=note)
-        self._progress.update(self._tasks[step], completed=fraction, note=note)
-
-
-def need_training_extra() -> None:
+def _need_training_extra() -> None:
     from importlib.util import find_spec
 
     needed = ("torch", "onnx", "onnxruntime", "safetensors", "matplotlib")

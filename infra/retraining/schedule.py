@@ -57,7 +57,7 @@ class _Metrics:
 
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()
-        told = {"registry": self.registry}
+        told: dict[str, Any] = {"registry": self.registry}
         self.ended = prometheus.Counter("tailrace_retrain_runs_total", "Runs by outcome", ["outcome"], **told)
         self.running = prometheus.Gauge("tailrace_retrain_running", "1 while a run is at work", **told)
         self.next_s = prometheus.Gauge("tailrace_retrain_next_seconds", "Unix time of the next run", **told)
