@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,8 +22,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from compression import gate
-from compression.checkpoint import FILE as CHECKPOINT
 from compression.checkpoint import EVERY_S, Checkpoints, Stopped
+from compression.checkpoint import FILE as CHECKPOINT
 from compression.dataset import MAX_EVENTS, Log, Sequences, Split, SplitName, build_vocabulary
 from compression.dataset import split as split_sequences
 from compression.evaluate import evaluate
@@ -71,7 +71,7 @@ class RetrainSettings:
     alias: str | None = SERVING
     from_serving: bool = False
     force: str | None = None
-    limits: GateLimits = field(default_factory=lambda: GateLimits())
+    limits: GateLimits | None = None  # None: as the environment says
     checkpoint_s: float = EVERY_S
 
 
@@ -89,17 +89,17 @@ class Retrained:
 
 
 class Guard(Protocol):
-    """Says whether this process may still change the alias; raises where it may not."""
+    """Says whether this process may still change the registry; raises where it may not."""
 
     def check(self) -> None: ...
-    def promoting(self) -> AbstractContextManager[None]: ...
+    def changing(self) -> AbstractContextManager[None]: ...
 
 
 class _NoGuard:
     def check(self) -> None:
         pass
 
-    def promoting(self) -> AbstractContextManager[None]:
+    def changing(self) -> AbstractContextManager[None]:
         return nullcontext()
 
 
@@ -168,7 +168,7 @@ class _Work:
         if settings.alias is not None and announce is not None:
             say = announce
             told = self.step("announce", lambda _: {"error": say(manifest, digest, path)})
-        run.end("published")
+        run.end("published", f"forced: {settings.force}" if verdict.forced else "")
         run.clear(_SEQUENCES, VOCABULARY, WEIGHTS, CHECKPOINT, _STAGING)
         seconds = {name: step.seconds for name, step in run.state.steps.items()}
         announced = bool(told) and told["error"] is None
@@ -291,15 +291,15 @@ class _Work:
             )
             serving = artefact, known
         candidate = Judged(scorer, self.vocabulary, length)
-        limits = self.settings.limits
+        limits = self.settings.limits or GateLimits()
         return gate.judge(candidate, self.staging, serving, self.sequences, self.split, limits).model_dump()
 
     def publish(self, manifest: Manifest) -> dict[str, Any]:
         """Signed where there is a key, whole or not at all. A version that an earlier process of this run
         has published already is looked at instead."""
         if manifest.version not in self.registry.versions():
-            self.guard.check()
-            self.registry.publish(self.staging, manifest)
+            with self.guard.changing():
+                self.registry.publish(self.staging, manifest)
         artefact = self.registry.open(manifest.version)
         for name, entry in artefact.manifest.files.items():
             if sha256_of(self.staging / name) != entry.sha256:
@@ -313,7 +313,7 @@ class _Work:
         }
 
     def promote(self, version: str, alias: str) -> dict[str, Any]:
-        with self.guard.promoting():
+        with self.guard.changing():
             state = self.registry.promote(version, alias)
         return {"previous": state.previous.version if state.previous else None}
 

@@ -44,6 +44,9 @@ def page(state: RunState) -> str:
         f'<p>Version {escape(state.version)}: <b class="{state.outcome}">{state.outcome}</b>'
         f"{'. ' + escape(state.detail) if state.detail else ''}</p>",
     ]
+    if "publish" in said:
+        key = said["publish"]["signed_by"]
+        parts.append(f"<p>{f'Signed by key {escape(key[:16])}.' if key else 'Not signed.'}</p>")
     if "read" in said:
         parts += ["<h2>Data</h2>", _pairs(_data(said["read"]))]
     if "train" in said:

@@ -40,7 +40,7 @@ class LeaseUnavailable(ConnectionError):
 class Lease:
     """Held from `with` to its end, renewed by a thread three times a lifetime.
 
-    `check` is cheap and to be called often; `promoting` surrounds the change of the alias. Both raise
+    `check` is cheap and to be called often; `changing` surrounds each change of the registry. Both raise
     `Superseded` once the lease is another's. While Redis is away the lease is held until it would have
     run out, by this process's clock.
     """
@@ -98,7 +98,7 @@ class Lease:
             raise Superseded(f"the lease on retraining {self._alias} (token {self.token}) went to another")
 
     @contextmanager
-    def promoting(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         """Asks Redis and the registry; nobody with a later token gets in meanwhile."""
         self._ask()
         self.check()

@@ -3,6 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+
 from compression.pipeline import RetrainSettings, retrain
 from compression.registry import Registry
 from compression.runs import Run
@@ -10,6 +13,15 @@ from compression.synth import SynthSettings, synthesize, write_log
 from compression.train import TINY
 
 RECIPE = replace(TINY, dim=16, ffn=32, epochs=4, patience=4, max_minutes=30.0, judge_limit=100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Networks this small only wait for a second thread, and long where other processes want to run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def short_log(path: Path) -> Path:
@@ -23,10 +35,11 @@ def settings(folder: Path, log: Path, **changes):
 
 def work(folder: Path, log: Path, said=None, **changes) -> None:
     """The run "night" in `folder`, from where it stands; `said` is set once the work begins."""
-    with_run = Run.begin(folder / "runs", "night")
+    torch.set_num_threads(1)
+    run = Run.begin(folder / "runs", "night")
     if said is not None:
         said.set()
-    retrain(settings(folder, log, **changes), run=with_run)
+    retrain(settings(folder, log, **changes), run=run)
 
 
 def result(folder: Path):

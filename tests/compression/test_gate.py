@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compression.gate import GateLimits, GateRefused, Judged, coverage, paired_bootstrap, size
+from compression.gate import GateLimits, GateRefused, coverage, paired_bootstrap, size
 from compression.pipeline import retrain
 from compression.registry import Registry
 from compression.runs import Run
 from features.encoding import Vocabulary
 from tests.compression.retraining import RECIPE, settings, short_log
+from tests.compression.retraining import one_thread as one_thread
 
 
 def vocabulary(items):

@@ -32,7 +32,7 @@ try:
     with Lease(url, Path(root), "serving", ttl_s=float(ttl_s)) as lease:
         print("token", lease.token, flush=True)
         sys.stdin.readline()
-        with lease.promoting():
+        with lease.changing():
             Registry(root).promote(version)
         print("promoted", flush=True)
 except LeaseHeld:
@@ -131,7 +131,7 @@ def test_the_registry_refuses_an_old_token_whatever_redis_says(redis_url, tmp_pa
         with Fence(tmp_path, "serving").passed(old.token + 1):
             pass
         old.check()  # Redis knows of no other
-        with pytest.raises(Superseded), old.promoting():
+        with pytest.raises(Superseded), old.changing():
             pytest.fail("promoted with an old token")
 
 
@@ -169,7 +169,7 @@ def test_while_redis_is_away_the_lease_lasts_as_long_as_it_would_have(redis_serv
             return False
 
         eventually(lost)
-        with pytest.raises(Superseded), lease.promoting():
+        with pytest.raises(Superseded), lease.changing():
             pytest.fail("promoted without a lease")
     with pytest.raises(LeaseUnavailable), Lease(redis_url, tmp_path, "serving"):
         pytest.fail("a lease from nowhere")
