@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 
 from compression.pipeline import RetrainSettings, retrain
@@ -13,15 +12,6 @@ from compression.synth import SynthSettings, synthesize, write_log
 from compression.train import TINY
 
 RECIPE = replace(TINY, dim=16, ffn=32, epochs=4, patience=4, max_minutes=30.0, judge_limit=100)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small only wait for a second thread, and long where other processes want to run."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def short_log(path: Path) -> Path:

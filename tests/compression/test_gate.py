@@ -11,7 +11,6 @@ from compression.registry import Registry
 from compression.runs import Run
 from features.encoding import Vocabulary
 from tests.compression.retraining import RECIPE, settings, short_log
-from tests.compression.retraining import one_thread as one_thread
 
 
 def vocabulary(items):
@@ -38,7 +37,7 @@ def test_the_interval_is_that_of_users_and_not_of_their_clicks():
 def test_the_interval_holds_the_truth_about_as_often_as_it_says():
     held = 0
     for seed in range(60):
-        low, high = paired_bootstrap(*gains(0.1, seed=seed), resamples=300)
+        low, high = paired_bootstrap(*gains(0.1, count=800, users=200, seed=seed), resamples=200)
         held += low <= 0.1 <= high
     assert 0.85 <= held / 60 < 1.0
 
@@ -114,15 +113,15 @@ def test_an_equal_version_passes_and_its_manifest_says_how(served, tmp_path):
 
 
 def test_a_version_that_learnt_nothing_is_refused_for_its_accuracy(served, tmp_path):
-    error, _ = again(served, tmp_path, recipe=replace(RECIPE, epochs=1, learning_rate=0.5))
+    error, _ = again(served, tmp_path, recipe=replace(RECIPE, epochs=1, learning_rate=1e-6))
     assert isinstance(error, GateRefused)
     assert "accuracy" in str(error) and "worse than" in str(error)
 
 
 def test_a_slow_version_is_refused_for_its_latency(served, tmp_path):
-    error, _ = again(served, tmp_path, limits=GateLimits(latency_ms=0.001))
+    error, _ = again(served, tmp_path, limits=GateLimits(latency_ms=0.001, margin=1.0))
     assert isinstance(error, GateRefused)
-    assert error.verdict.refusals[0].startswith("latency")
+    assert [refusal.split(":")[0] for refusal in error.verdict.refusals] == ["latency"]
 
 
 def test_a_version_that_has_become_nan_is_refused_before_it_is_compared(served, tmp_path, monkeypatch):

@@ -14,7 +14,6 @@ from compression.pipeline import STEPS, retrain
 from compression.registry import Registry
 from compression.runs import Run, RunInvalid, prune, runs
 from tests.compression.retraining import RECIPE, result, settings, short_log, work
-from tests.compression.retraining import one_thread as one_thread
 
 KILLS = 10
 MOMENT_S = 0.6
