@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -67,6 +67,15 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 @click.option("--bootstrap", help="Announce the release on this broker; the topic is read from there too.")
 @options.topic_suffix
 @click.option("--redis-url", help="Hold the lease there, so that one process retrains an alias at a time.")
+@click.option(
+    "--lease-seconds",
+    "lease_s",
+    type=click.FloatRange(0.1),
+    envvar="RETRAIN_LEASE_S",
+    default=30.0,
+    show_default=True,
+    help="How long the lease outlives its holder.",
+)
 @click.option("--http-host", envvar="RETRAIN_HTTP_HOST", default="127.0.0.1", show_default=True)
 @click.option(
     "--http-port",
@@ -101,6 +110,7 @@ def retrain(
     bootstrap: str | None,
     topic_suffix: str,
     redis_url: str | None,
+    lease_s: float,
     http_host: str,
     http_port: int,
     as_json: bool,
@@ -165,7 +175,7 @@ def retrain(
                 )
             )
             run = Run.begin(runs, run_name, asked.model_dump(mode="json"))
-        done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, quiet=as_json)
+        done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, quiet=as_json)
     except GateRefused as error:
         _report(runs, run, quiet=as_json)
         click.echo(str(error), err=True)
@@ -190,6 +200,7 @@ def _work(
     redis_url: str | None,
     topic_suffix: str,
     force: str | None,
+    lease_s: float,
     *,
     quiet: bool,
 ) -> Retrained:
@@ -200,11 +211,19 @@ def _work(
     from compression.registry import SERVING
     from infra.retraining.lease import Lease, LeaseHeld
 
-    lease = Lease(redis_url, Path(asked.registry), asked.alias or SERVING) if redis_url else nullcontext()
+    # Taken up again: the process that was killed has left its lease behind.
+    patience_s = 1.2 * lease_s if run.state.attempts else 0.0
+
+    def lease(stopping: Callable[[], bool]) -> Any:
+        if not redis_url:
+            return nullcontext()
+        told: dict[str, Any] = {"ttl_s": lease_s, "patience_s": patience_s, "stopping": stopping}
+        return Lease(redis_url, Path(asked.registry), asked.alias or SERVING, **told)
+
     settings = asked.settings(bootstrap or "", force)
     announce = _announcer(bootstrap, topic_suffix, asked.alias) if bootstrap and asked.alias else None
     try:
-        with _asked_to_end() as stopping, lease as guard, ProgressBar(quiet=quiet) as bar:
+        with _asked_to_end() as stopping, lease(stopping) as guard, ProgressBar(quiet=quiet) as bar:
             return work(settings, bar, run=run, guard=guard, announce=announce, stopping=stopping)
     except LeaseHeld as error:
         if not run.state.attempts:

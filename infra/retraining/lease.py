@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from features import keys
 
 TTL_S: Final = 30.0
 _TIMEOUT_S: Final = 2.0
+_POLL_S: Final = 0.2
 _SCRIPT: Final = Path(__file__).with_name("lease.lua").read_text()
 
 log = logging.getLogger(__name__)
@@ -40,12 +41,22 @@ class LeaseUnavailable(ConnectionError):
 class Lease:
     """Held from `with` to its end, renewed by a thread three times a lifetime.
 
+    `patience_s` is how long one that is held is waited for: a process that was killed leaves its own behind.
     `check` is cheap and to be called often; `changing` surrounds each change of the registry. Both raise
     `Superseded` once the lease is another's. While Redis is away the lease is held until it would have
     run out, by this process's clock.
     """
 
-    def __init__(self, url: str, registry: Path, alias: str, *, ttl_s: float = TTL_S) -> None:
+    def __init__(
+        self,
+        url: str,
+        registry: Path,
+        alias: str,
+        *,
+        ttl_s: float = TTL_S,
+        patience_s: float = 0.0,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._client = redis.Redis.from_url(
             url,
             socket_timeout=_TIMEOUT_S,
@@ -56,6 +67,8 @@ class Lease:
         self._fence = Fence(registry, alias)
         self._keys = (keys.retraining_lease(alias), keys.retraining_token(alias))
         self._ttl_s = ttl_s
+        self._patience_s = patience_s
+        self._stopping = stopping
         self._until_s = 0.0
         self._ended = threading.Event()
         self._lost = threading.Event()
@@ -63,13 +76,7 @@ class Lease:
         self.token = 0
 
     def __enter__(self) -> Self:
-        asked_s = time.monotonic()
-        try:
-            self.token = self._call("take", self._fence.seen())
-        except redis.RedisError as error:
-            raise LeaseUnavailable(f"Redis does not give the lease on {self._alias}: {error}") from None
-        if not self.token:
-            raise LeaseHeld(f"another process retrains {self._alias}")
+        asked_s = self._take()
         self._until_s = asked_s + self._ttl_s
         try:
             # From now on a holder from before is shut out of the registry, too.
@@ -104,6 +111,21 @@ class Lease:
         self.check()
         with self._fence.passed(self.token):
             yield
+
+    def _take(self) -> float:
+        """When the lease was asked for that was given; `LeaseHeld` once patience is at its end."""
+        patient_until_s = time.monotonic() + self._patience_s
+        while True:
+            asked_s = time.monotonic()
+            try:
+                self.token = self._call("take", self._fence.seen())
+            except redis.RedisError as error:
+                raise LeaseUnavailable(f"Redis does not give the lease on {self._alias}: {error}") from None
+            if self.token:
+                return asked_s
+            if asked_s >= patient_until_s or self._stopping():
+                raise LeaseHeld(f"another process retrains {self._alias}")
+            time.sleep(_POLL_S)
 
     def _renew(self) -> None:
         while not self._ended.wait(self._ttl_s / 3) and not self._lost.is_set():

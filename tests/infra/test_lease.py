@@ -156,6 +156,16 @@ def test_a_lease_is_renewed_while_it_is_held_and_given_back_after(redis_url, tmp
         assert not client.exists(name)
 
 
+def test_a_lease_that_a_killed_process_left_is_waited_for(start, redis_url, tmp_path):
+    killed = start("v1", ttl_s=1.5)
+    assert killed.says() == "token 1"
+    killed.end()
+    with pytest.raises(LeaseHeld), Lease(redis_url, tmp_path / "models", "serving"):
+        pytest.fail("two hold the lease")
+    with Lease(redis_url, tmp_path / "models", "serving", patience_s=10) as lease:
+        assert lease.token == 2
+
+
 def test_while_redis_is_away_the_lease_lasts_as_long_as_it_would_have(redis_server, redis_url, tmp_path):
     with Lease(redis_url, tmp_path, "serving", ttl_s=1.0) as lease:
         redis_server.stop()

@@ -83,6 +83,7 @@ class Retraining(LocalServer):
         super().__init__(folder)
         self._told = ["--log", str(log), "--registry", str(folder / "models"), "--runs", str(folder / "runs")]
         self._told += ["--redis-url", redis_url, "--bootstrap", "127.0.0.1:9", "--schedule", "0 0 1 1 *"]
+        self._told += ["--lease-seconds", "1"]
 
     def _command(self) -> list[str]:
         command = [sys.executable, "-m", "infra.cli", "retrain", *self._told, "--http-port", str(self.port)]
