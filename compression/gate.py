@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -48,13 +48,13 @@ class GateLimits(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="GATE_", frozen=True, extra="ignore")
 
-    margin: float = Field(0.02, ge=0, le=1)
-    confidence: float = Field(0.95, gt=0.5, lt=1)
-    targets: int = Field(2_000, ge=1)
-    latency_ms: float = Field(50.0, gt=0)
-    max_bytes: int = Field(2 * 2**30, ge=1)
-    recent_known: float = Field(0.8, ge=0, le=1)
-    served_known: float = Field(0.5, ge=0, le=1)
+    margin: Annotated[float, Field(ge=0, le=1)] = 0.02
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    targets: Annotated[int, Field(ge=1)] = 2_000
+    latency_ms: Annotated[float, Field(gt=0)] = 50.0
+    max_bytes: Annotated[int, Field(ge=1)] = 2 * 2**30
+    recent_known: Annotated[float, Field(ge=0, le=1)] = 0.8
+    served_known: Annotated[float, Field(ge=0, le=1)] = 0.5
 
 
 class Check(BaseModel):
