@@ -175,6 +175,9 @@ def retrain(
                 )
             )
             run = Run.begin(runs, run_name, asked.model_dump(mode="json"))
+        if asked.bounds is not None:  # whether the topic was named now or when the run was begun
+            bootstrap = bootstrap or endpoints().bootstrap
+            redis_url = redis_url or endpoints().redis_url
         done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, quiet=as_json)
     except GateRefused as error:
         _report(runs, run, quiet=as_json)
