@@ -27,7 +27,7 @@ from compression.predictors import (
     fused,
     log_chances,
 )
-from compression.scoring import Scorer
+from compression.scoring import Scorer, row_categories
 from compression.transitions import PUBLISHED
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
 
@@ -252,12 +252,12 @@ def among_candidates(
     scorer: Scorer, histories: Histories, targets: Targets, vocabulary: Vocabulary, candidates: Int64
 ) -> Float64:
     """The rank of each target among its candidates, by the ranking head."""
-    of_row = np.concatenate([[0], vocabulary.item_categories])
+    of_row = row_categories(vocabulary)
     ranks = np.empty(len(targets.positions))
     for start in range(0, len(ranks), _BATCH):
         part = slice(start, start + _BATCH)
         asked = candidates[part].astype(np.int32)
-        scores = scorer.rank(histories(targets.positions[part]), asked, of_row[asked].astype(np.int32))
+        scores = scorer.rank(histories(targets.positions[part]), asked, of_row[asked])
         ranks[part] = _ranks_of_first(scores, targets.rows[part])
     return ranks
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import numpy as np
@@ -73,20 +74,19 @@ class TorchScorer:
         return scores
 
 
-class ArtefactScorer:
-    """A released version, run by ONNX Runtime on the CPU."""
+class GraphScorer:
+    """Exported graphs by name, encode and rank, run by ONNX Runtime on the CPU."""
 
-    def __init__(self, artefact: Artefact) -> None:
+    def __init__(self, graphs: Mapping[str, bytes], item_table: Float32) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
 
         def session(graph: str) -> onnxruntime.InferenceSession:
-            data = artefact.read(artefact.manifest.graphs[graph])  # type: ignore[index]
-            return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(graphs[graph], options, providers=["CPUExecutionProvider"])
 
-        self._table = artefact.item_table()
+        self._table = item_table
         self._encode, self._rank = session("encode"), session("rank")
 
     def item_table(self) -> Float32:
@@ -100,6 +100,17 @@ class ArtefactScorer:
         asked = {"candidates": candidates, "candidate_categories": categories}
         scores: Float32 = self._rank.run(["scores"], histories.tensors() | asked)[0]
         return scores
+
+
+class ArtefactScorer(GraphScorer):
+    """A released version."""
+
+    def __init__(self, artefact: Artefact) -> None:
+        files = artefact.manifest.graphs
+        super().__init__(
+            {graph: artefact.read(file) for graph, file in files.items() if graph in ("encode", "rank")},
+            artefact.item_table(),
+        )
 
 
 def to_history(histories: HistoryArrays) -> History:

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Final
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compression.checkpoint import Checkpoints, Standing, repeatable
 from compression.dataset import Sequences, Split, batches, training_windows
 from compression.evaluate import (
     Targets,
@@ -106,6 +107,7 @@ class Trained:
     stopped: str
 
 
+@repeatable()
 def train(
     sequences: Sequences,
     split: Split,
@@ -114,10 +116,11 @@ def train(
     *,
     seed: int = 1,
     progress: Callable[[float, str], None] | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> Trained:
-    """Train until the epochs or the minutes are spent, or validation NDCG no longer rises."""
-    started = time.monotonic()
-    deadline = started + 60 * recipe.max_minutes
+    """Train until the epochs or the minutes are spent, or validation NDCG no longer rises. Starts from
+    `weights` where they are given; goes on where `checkpoints` left off."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     shape = ModelShape(
@@ -130,18 +133,25 @@ def train(
         category_rows=vocabulary.category_rows,
     )
     model = Recommender(shape, recipe.dropout)
+    if weights is not None:
+        model.load_state_dict(weights)
     statistics = Statistics(sequences, split, vocabulary)
     judge = _Judge(sequences, split, vocabulary, statistics, recipe)
     losses = _Losses(vocabulary, statistics, recipe, rng)
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
-    done: list[Epoch] = []
-    best_weights, best, stopped = copy.deepcopy(model.state_dict()), -1, "epochs"
-    for number in range(recipe.epochs):
+    at = checkpoints.restore(model, optimizer) if checkpoints else Standing()
+    best_weights = at.kept.setdefault("best", copy.deepcopy(model.state_dict()))
+    done, stopped = [Epoch(**epoch) for epoch in at.done], "epochs"
+    started = time.monotonic() - at.seconds
+    deadline = started + 60 * recipe.max_minutes
+    for number in range(at.epoch, recipe.epochs):
         model.train()
+        at.begin_epoch(rng)
         starts, ends = training_windows(sequences, split.train_ends, recipe.max_history, rng)
-        sums, steps = np.zeros(2), 0
-        total = -(-len(starts) // recipe.batch_windows)
-        for batch_starts, batch_ends in batches(starts, ends, recipe.batch_windows, rng):
+        order = list(batches(starts, ends, recipe.batch_windows, rng))
+        if checkpoints:
+            checkpoints.resume_rng(rng)
+        for batch_starts, batch_ends in order[at.step :]:
             length = int((batch_ends - batch_starts).max())
             windows = encode_histories(sequences.windows(batch_starts, batch_ends), vocabulary, length)
             retrieval, ranking = losses(model, windows)
@@ -149,36 +159,41 @@ def train(
             torch.autograd.backward(retrieval + recipe.ranking_weight * ranking)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            sums += (float(retrieval.detach()), float(ranking.detach()))
-            steps += 1
+            at.sums = [at.sums[0] + float(retrieval.detach()), at.sums[1] + float(ranking.detach())]
+            at.step += 1
+            at.seconds = time.monotonic() - started
+            if checkpoints:
+                checkpoints.offer(model, optimizer, rng, at)
             if progress:
-                by_epochs = (number + steps / total) / recipe.epochs
-                by_time = (time.monotonic() - started) / (deadline - started)
+                by_epochs = (number + at.step / len(order)) / recipe.epochs
+                by_time = at.seconds / (deadline - started)
                 progress(min(1.0, max(by_epochs, by_time)), f"epoch {number + 1}")
             if time.monotonic() > deadline:
                 break
         retrieval_ndcg, ranking_ndcg = judge(model)
-        mean = sums / max(1, steps)
         done.append(
             Epoch(
                 number + 1,
-                round(float(mean[0]), 4),
-                round(float(mean[1]), 4),
+                round(at.sums[0] / max(1, at.step), 4),
+                round(at.sums[1] / max(1, at.step), 4),
                 retrieval_ndcg,
                 ranking_ndcg,
                 round(time.monotonic() - started, 1),
             )
         )
-        if best < 0 or done[-1].judged > done[best].judged:
-            best, best_weights = number, copy.deepcopy(model.state_dict())
+        at.done.append(asdict(done[-1]))
+        at.end_epoch()
+        if at.best < 0 or done[-1].judged > done[at.best].judged:
+            at.best, best_weights = number, copy.deepcopy(model.state_dict())
+            at.kept["best"] = best_weights
         if time.monotonic() > deadline:
             stopped = "time"
             break
-        if number - best >= recipe.patience:
+        if number - at.best >= recipe.patience:
             stopped = "validation"
             break
     model.load_state_dict(best_weights)
-    return Trained(model.eval(), done, best + 1, stopped)
+    return Trained(model.eval(), done, at.best + 1, stopped)
 
 
 class _Judge:

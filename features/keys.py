@@ -9,6 +9,8 @@ because a user's whole sequence has 1.5 KiB to live in, key included.
     c:{category}   sorted set  the popular items of a category: item to log2 weight
     p:{all}        sorted set  the popular items of all: item to log2 weight
     a:{tier/…}     string      what a tier has used of its rate, in two windows (`inference.admission`)
+    l:{alias}      string      the token of the process that retrains the alias; ends with its lease
+    n:{alias}      string      the highest token so far; no lifetime
 
 Members of the sorted sets are item ids of 8 bytes, little-endian (shorter than digits, and exact
 past 2⁵³).
@@ -59,6 +61,16 @@ def transitions(item_id: int) -> str:
 def category(category_id: int) -> str:
     """The statistic of what is popular in a category."""
     return f"c:{{{category_id}}}"
+
+
+def retraining_lease(alias: str) -> str:
+    """Who retrains a release alias (`infra.retraining.lease`)."""
+    return f"l:{{{alias}}}"
+
+
+def retraining_token(alias: str) -> str:
+    """The highest token that a retraining of the alias was given."""
+    return f"n:{{{alias}}}"
 
 
 def bound(name: str) -> Bound:

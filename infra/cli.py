@@ -23,7 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dead-letters": ("infra.commands.dead_letters", "Clicks that could not be read: list, replay."),
     "tiers": ("infra.commands.tiers", "Service tiers: who is in which, and what each may use."),
     "synth": ("infra.commands.training", "A Taobao-format log with learnable structure."),
-    "retrain": ("infra.commands.training", "Train, evaluate, export and publish a model."),
+    "retrain": ("infra.commands.retraining", "Train and release a model, once or on a schedule."),
     "evaluate": ("infra.commands.training", "A model's accuracy on a log."),
     "models": ("infra.commands.models", "Released versions: canary, promote, roll back, verify."),
     "export": ("infra.commands.export", "A version for browsers, OpenVINO, TensorRT, phones."),

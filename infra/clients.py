@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kafka import KafkaConsumer, KafkaProducer, TopicPartition
@@ -96,8 +96,13 @@ def to_the_end(consumer: KafkaConsumer) -> dict[TopicPartition, int]:
 
 def everything(consumer: KafkaConsumer) -> Iterator[Any]:
     """Every record that is there when asked, oldest first per partition; ends when they are read."""
+    yield from everything_since(consumer, {})
+
+
+def everything_since(consumer: KafkaConsumer, offsets: Mapping[TopicPartition, int]) -> Iterator[Any]:
+    """The same from these offsets on; a partition that is not named is read whole."""
     left = consumer.end_offsets(list(consumer.assignment()))
-    begin = consumer.beginning_offsets(list(left))
+    begin = {**consumer.beginning_offsets(list(left)), **offsets}
     left = {partition: end for partition, end in left.items() if end > begin[partition]}
     for partition in left:
         consumer.seek(partition, begin[partition])

@@ -1,8 +1,9 @@
 """`make demo`: the whole path in a few minutes, on real parts, for a person to watch.
 
 A broker, a Redis and a worker start; clicks of a log go in while there is no model (what is popular
-comes out); a model is trained and released into the running worker; clicks go on, now ranked; one
-user's list is shown before and after each of three clicks. Ends with an account of every click.
+comes out); a model is trained on the clicks that the topic holds by then and released into the running
+worker; clicks go on, now ranked, and are found in the lists more often; one user's list is shown before and
+after each of three clicks. Ends with an account of every click.
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ from infra.local.kafka import LocalKafka
 from infra.local.paths import local_dir
 from infra.local.redis import LocalRedis
 from infra.local.worker import LocalWorker
+from infra.online import OnlineHits, lists_since, online_hits
 from topics.admin import ensure_topics
 from topics.catalog import CLICKS, RECOMMENDATIONS
 from topics.codec import decode_recommendation, record_key
 from topics.messages import BehaviorEvent, Recommendation
 
 MOST_EVENTS = 1_000_000
-COLD_CLICKS = 1_500
+COLD_CLICKS = 40_000
+COLD_RATE = 1_000.0
 WARM_UP_CLICKS = 400
-RANKED_CLICKS = 5_000
+MEASURED_CLICKS = 5_000
 RATE = 200.0
+K = 50
 SHOWN = 8
 SYNTHETIC = ["--events", "60000", "--users", "2000", "--items", "2000", "--categories", "40", "--seed", "7"]
 
@@ -78,16 +82,16 @@ def demo(log: Path | None, max_minutes: float) -> None:
             redis_url=redis.url,
             registry=folder / "models",
             instance_id="demo",
-            options=("--log-level", "WARNING"),
+            options=("--log-level", "WARNING", "--k", str(K)),
         ) as worker,
         Collecting(kafka.bootstrap, RECOMMENDATIONS.name, folder) as collecting,
     ):
         console.print(f"kafka {kafka.bootstrap}   redis {redis.url}   probes http://{worker.address}/readyz")
         story = _Story(kafka.bootstrap, collecting)
-        _play(story, events, log, folder / "models", max_minutes, worker)
+        _play(story, events, folder, redis.url, max_minutes, worker)
         account = Account.of(story.sent, collecting.finish())
         sent = story.intended_s()
-    _summary(account, sent, story.measured, time.monotonic() - started_s)
+    _summary(account, sent, story, time.monotonic() - started_s)
     if account.lost or account.other_ids:
         raise click.ClickException("clicks were lost: this should not happen, please report it")
 
@@ -101,6 +105,7 @@ class _Story:
         self._sent: list[Sent] = []
         self.sent = 0
         self.measured = slice(0, 0)
+        self.before = self.after = OnlineHits(0, 0)
 
     def click(self, events: Sequence[BehaviorEvent], rate: float) -> None:
         """Send, and wait until every click has its list."""
@@ -109,6 +114,16 @@ class _Story:
         self.sent += len(numbered)
         self._collecting.wait(self.sent, quiet_s=30.0)
 
+    def judged(self, events: Sequence[BehaviorEvent], rate: float) -> OnlineHits:
+        """The same, and how many of these clicks were on an item of the list that their user had."""
+        consumer = reader(self.bootstrap, RECOMMENDATIONS.name)
+        offsets = to_the_end(consumer)
+        consumer.close()
+        first = self.sent
+        self.click(events, rate)
+        lists = lists_since(self.bootstrap, RECOMMENDATIONS.name, offsets)
+        return online_hits(((str(number), event) for number, event in enumerate(events, first)), lists, K)
+
     def intended_s(self) -> np.ndarray:
         return np.concatenate([sent.intended_s for sent in self._sent])
 
@@ -116,27 +131,43 @@ class _Story:
 def _play(
     story: _Story,
     events: list[BehaviorEvent],
-    log: Path,
-    registry: Path,
+    folder: Path,
+    redis_url: str,
     max_minutes: float,
     worker: LocalWorker,
 ) -> None:
-    cold, ranked = events[:COLD_CLICKS], events[COLD_CLICKS : COLD_CLICKS + WARM_UP_CLICKS + RANKED_CLICKS]
+    cold, ranked = _parts(events)
+    cut = len(cold) - min(MEASURED_CLICKS, len(cold) // 2)
     _step(f"{len(cold):,} clicks, answered with what is popular: there is no model yet")
-    story.click(cold, 2 * RATE)
-    _step("A model is trained on the log and released into the running worker")
+    story.click(cold[:cut], COLD_RATE)
+    story.before = story.judged(cold[cut:], COLD_RATE / 2)
+    console.print(_hits("what is popular", story.before))
+    _step("A model is trained on the clicks in the topic, passes its gate, and goes into the running worker")
     _tailrace(
-        *("retrain", "--log", str(log), "--registry", str(registry)),
-        *("--max-minutes", str(max_minutes), "--bootstrap", story.bootstrap),
+        *("retrain", "--topic", CLICKS.name, "--bootstrap", story.bootstrap, "--redis-url", redis_url),
+        *("--registry", str(folder / "models"), "--runs", str(folder / "runs")),
+        *("--max-minutes", str(max_minutes)),
     )
     version = _released(worker)
     console.print(f"the worker serves [bold]{version['model']}[/] on {version['engine']}, without a restart")
     _step(f"{len(ranked):,} clicks at {RATE:g} a second, ranked by the model")
-    story.click(ranked[:WARM_UP_CLICKS], RATE)
-    story.measured = slice(story.sent, story.sent + len(ranked) - WARM_UP_CLICKS)
-    story.click(ranked[WARM_UP_CLICKS:], RATE)
+    warm_up = min(WARM_UP_CLICKS, len(ranked) // 2)
+    story.click(ranked[:warm_up], RATE)
+    story.measured = slice(story.sent, story.sent + len(ranked) - warm_up)
+    story.after = story.judged(ranked[warm_up:], RATE)
+    console.print(_hits("the model", story.after))
     _step("One user's list, before and after each click")
     _show_changes(story, events, ranked or events)
+
+
+def _parts(events: list[BehaviorEvent]) -> tuple[list[BehaviorEvent], list[BehaviorEvent]]:
+    """What goes in before there is a model, and after: of a short log, seven eighths and the rest."""
+    cut = min(COLD_CLICKS, len(events) * 7 // 8)
+    return events[:cut], events[cut : cut + WARM_UP_CLICKS + MEASURED_CLICKS]
+
+
+def _hits(who: str, found: OnlineHits) -> str:
+    return f"{found.rate:.1%} of {found.asked:,} next clicks were on one of the {K} items {who} had listed"
 
 
 def _show_changes(story: _Story, events: list[BehaviorEvent], recent: list[BehaviorEvent]) -> None:
@@ -203,8 +234,8 @@ def _released(worker: LocalWorker, timeout_s: float = 30.0) -> dict[str, object]
     return ready
 
 
-def _summary(account: Account, intended_s: np.ndarray, measured: slice, elapsed_s: float) -> None:
-    latency_s = (account.first_s - intended_s)[measured]
+def _summary(account: Account, intended_s: np.ndarray, story: _Story, elapsed_s: float) -> None:
+    latency_s = (account.first_s - intended_s)[story.measured]
     latency_ms = percentiles(latency_s[~np.isnan(latency_s)])
     table = Table(title="Summary", title_justify="left", show_header=False)
     table.add_column()
@@ -215,6 +246,8 @@ def _summary(account: Account, intended_s: np.ndarray, measured: slice, elapsed_
         ("lost", str(account.lost)),
         ("duplicated", str(account.duplicated)),
         ("answered from popularity, before the model", f"{account.degraded:,}"),
+        (f"online HR@{K} before, by popularity", f"{story.before.rate:.4f}"),
+        (f"online HR@{K} after, by the model", f"{story.after.rate:.4f}"),
         (f"click to list at {RATE:g}/s, p50", f"{latency_ms['p50']:.1f} ms"),
         (f"click to list at {RATE:g}/s, p99", f"{latency_ms['p99']:.1f} ms"),
         ("this demo took", f"{elapsed_s:.0f} s"),

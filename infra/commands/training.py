@@ -1,25 +1,19 @@
-"""`tailrace synth`, `tailrace retrain`, `tailrace evaluate`."""
+"""`tailrace synth`, `tailrace evaluate`."""
 
 from __future__ import annotations
 
-import os
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from infra.commands import options
-
-if TYPE_CHECKING:
-    from compression.pipeline import Retrained
 
 SPLITS = ("leave-one-out", "temporal")
 RECIPES = ("laptop", "tiny", "full")
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
-_FOLDER = click.Path(file_okay=False, path_type=Path)
 _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
@@ -54,86 +48,9 @@ def synth(
         raise click.ClickException(f"{out} cannot be written: {error.strerror}") from None
     seconds = time.monotonic() - started
     if as_json:
-        _print_json({"log": str(out), "events": events, "seed": seed, "seconds": round(seconds, 2)})
+        print_json({"log": str(out), "events": events, "seed": seed, "seconds": round(seconds, 2)})
     else:
         click.echo(f"{out}: {events:,} events of {users:,} users in {seconds:.1f} s")
-
-
-@click.command()
-@click.option("--log", type=_LOG, required=True, help="Taobao-format log or item lists, gzip or not.")
-@options.registry
-@click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
-@click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
-@click.option(
-    "--max-minutes", type=click.FloatRange(0, min_open=True), help="Of training; the recipe says otherwise."
-)
-@click.option("--max-events", type=click.IntRange(1), help="Keep the last rows of a longer log.")
-@click.option("--split", type=click.Choice(SPLITS), default="leave-one-out", show_default=True)
-@click.option("--seed", type=int, default=1, show_default=True)
-@click.option("--alias", default="serving", show_default=True, help="Alias that will stand for the version.")
-@click.option("--no-promote", is_flag=True, help="Publish only; the alias stays as it is.")
-@click.option("--bootstrap", help="Announce the release on this broker's model-releases topic.")
-@options.topic_suffix
-@_json
-def retrain(
-    *,
-    log: Path,
-    registry: Path,
-    recipe: str,
-    epochs: int | None,
-    max_minutes: float | None,
-    max_events: int | None,
-    split: Any,
-    seed: int,
-    alias: str,
-    no_promote: bool,
-    bootstrap: str | None,
-    topic_suffix: str,
-    as_json: bool,
-) -> None:
-    """Train on a log and release the model: read, train, evaluate, export, verify, publish, promote.
-
-    \b
-    tailrace retrain --log clicks.csv
-    tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
-    tailrace retrain --log clicks.csv --bootstrap localhost:9092 --json
-    """
-    # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    _need_training_extra()
-    from compression.dataset import MAX_EVENTS
-    from compression.export import ParityError
-    from compression.log_reader import LogInvalid
-    from compression.pipeline import RetrainSettings
-    from compression.pipeline import retrain as run
-    from compression.registry import ArtefactInvalid
-    from compression.train import RECIPES as RECIPE_NAMED
-
-    chosen = RECIPE_NAMED[recipe]
-    if epochs is not None:
-        chosen = replace(chosen, epochs=epochs)
-    if max_minutes is not None:
-        chosen = replace(chosen, max_minutes=max_minutes)
-    settings = RetrainSettings(
-        log=log,
-        registry=registry,
-        recipe=chosen,
-        split=split,
-        seed=seed,
-        max_events=max_events or MAX_EVENTS,
-        alias=None if no_promote else alias,
-    )
-    try:
-        with ProgressBar(quiet=as_json) as bar:
-            done = run(settings, bar)
-    except (LogInvalid, ArtefactInvalid, ParityError) as error:
-        raise click.ClickException(str(error)) from None
-    announced = bool(bootstrap and done.alias) and _announce(str(bootstrap), topic_suffix, done)
-    summary = _summary(done) | {"announced": announced}
-    if as_json:
-        _print_json(summary)
-    else:
-        _print_summary(summary, registry)
 
 
 @click.command()
@@ -215,25 +132,7 @@ def evaluate(
     _print_report({"version": artefact.version, "log": str(log)} | report, as_json)
 
 
-commands: list[click.Command] = [synth, retrain, evaluate]
-
-
-def _announce(bootstrap: str, topic_suffix: str, done: Retrained) -> bool:
-    """Say which version the alias now stands for. False, with a sentence on stderr, when the broker
-    cannot be reached: the version is promoted all the same."""
-    from infra.announce import announce
-    from topics.messages import ModelReleased
-
-    message = ModelReleased(
-        version=done.manifest.version,
-        uri=done.path.resolve().as_uri(),
-        sha256=done.manifest_sha256,
-        stage="serving",
-    )
-    error = announce(bootstrap, topic_suffix, str(done.alias), [message])
-    if error is not None:
-        click.echo(error, err=True)
-    return error is None
+commands: list[click.Command] = [synth, evaluate]
 
 
 class ProgressBar:
@@ -268,51 +167,14 @@ class ProgressBar:
         self._progress.update(self._tasks[step], completed=fraction, note=note)
 
 
-def _need_training_extra() -> None:
-    from importlib.util import find_spec
-
-    missing = [name for name in ("torch", "onnx", "onnxruntime", "safetensors") if not find_spec(name)]
-    if missing:
-        raise click.ClickException(
-            f"training needs {', '.join(missing)}: pip install 'tailrace[train]' brings what is missing"
-        )
-
-
-def _summary(done: Retrained) -> dict[str, Any]:
-    manifest = done.manifest
-    return {
-        "version": manifest.version,
-        "alias": done.alias,
-        "path": str(done.path),
-        "manifest_sha256": done.manifest_sha256,
-        "bytes": sum(entry.bytes for entry in manifest.files.values()),
-        "model": manifest.model.model_dump(),
-        "data": manifest.data,
-        "metrics": manifest.metrics,
-        "seconds": done.seconds,
-    }
-
-
-def _print_summary(summary: dict[str, Any], registry: Path) -> None:
-    data = summary["data"]
-    click.echo(f"{summary['version']} in {registry}: {summary['bytes'] / 1e6:.1f} MB")
-    if data["bad_rows"]:
-        click.echo(f"{data['bad_rows']} bad rows of {data['log']} were left out")
-    if data["truncated"]:
-        click.echo(f"{data['log']}: {data['truncated']}")
-    _print_metrics(summary["metrics"])
-    if summary["alias"]:
-        click.echo(f"{summary['alias']} now stands for {summary['version']}")
-
-
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(report)
+        print_json(report)
     else:
-        _print_metrics(report)
+        print_metrics(report)
 
 
-def _print_metrics(report: dict[str, Any]) -> None:
+def print_metrics(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from infra.console import console
@@ -337,7 +199,7 @@ def _print_metrics(report: dict[str, Any]) -> None:
         console().print(table)
 
 
-def _print_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
     import orjson
 
     click.echo(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode())

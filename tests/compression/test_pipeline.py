@@ -17,7 +17,7 @@ from compression.registry import ArtefactInvalid, Registry
 from compression.scoring import ArtefactScorer
 from compression.synth import SynthSettings, synthesize, write_log
 from compression.train import Recipe
-from infra.commands.training import commands
+from infra.commands import retraining, training
 from tests.compression.worlds import model
 
 RECIPE = Recipe(
@@ -36,12 +36,16 @@ def log(tmp_path_factory):
 def released(log, tmp_path_factory):
     steps = []
     settings = RetrainSettings(log, tmp_path_factory.mktemp("models"), RECIPE)
-    done = retrain(settings, lambda step, fraction, note: steps.append((step, fraction)))
+    done = retrain(
+        settings,
+        lambda step, fraction, note: steps.append((step, fraction)),
+        announce=lambda manifest, digest, path: None,
+    )
     return settings, done, steps
 
 
 def command(*arguments):
-    named = {command.name: command for command in commands}
+    named = {command.name: command for command in (*training.commands, *retraining.commands)}
     return CliRunner().invoke(named[arguments[0]], [str(a) for a in arguments[1:]])
 
 
@@ -57,6 +61,7 @@ def test_the_release_serves_and_its_manifest_says_where_it_came_from(released, l
     artefact = Registry(settings.registry).open("serving")
     assert artefact.version == done.manifest.version
     assert artefact.manifest_sha256 == done.manifest_sha256
+    assert done.announced
     assert artefact.manifest.data["events"] == 30_000
     assert artefact.manifest.data["log"] == log.name
     assert artefact.manifest.metrics["parity"] <= 1e-4

@@ -1,0 +1,384 @@
+"""`tailrace retrain`: once, from a log or from the clicks topic, or as a service on a schedule."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from infra.commands import options
+from infra.commands.training import RECIPES, SPLITS, ProgressBar, print_json, print_metrics
+
+if TYPE_CHECKING:
+    from compression.pipeline import Announce, Retrained
+    from compression.runs import Run
+    from infra.retraining.job import Job
+
+REFUSED, HELD, STOPPED = 3, 4, 75
+_LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+
+
+@click.command()
+@click.option("--log", type=_LOG, help="Taobao-format log or item lists, gzip or not.")
+@click.option("--topic", help="Learn from this topic's clicks instead: --topic clicks.")
+@click.option(
+    "--from",
+    "since",
+    default="earliest",
+    show_default=True,
+    help="Of a topic: earliest, last (where the latest published run ended) or a run (where it ended).",
+)
+@click.option(
+    "--until", default="now", show_default=True, help="Of a topic: now, or a run (where that one ended)."
+)
+@options.registry
+@click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
+@click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
+@click.option(
+    "--max-minutes", type=click.FloatRange(0, min_open=True), help="Of training; the recipe says otherwise."
+)
+@click.option("--max-events", type=click.IntRange(1), help="Keep the last rows of a longer log.")
+@click.option("--split", type=click.Choice(SPLITS), default="leave-one-out", show_default=True)
+@click.option("--seed", type=int, default=1, show_default=True)
+@click.option("--from-serving", is_flag=True, help="Start from the weights of the version that serves.")
+@click.option("--alias", default="serving", show_default=True, help="Alias that will stand for the version.")
+@click.option("--no-promote", is_flag=True, help="Publish only; the alias stays as it is.")
+@click.option("--force", metavar="NOTE", help="Publish what the gate refuses; NOTE stands in the manifest.")
+@click.option("--run", "run_name", help="Name of the run; one that was begun goes on where it stands.")
+@click.option("--repeat", metavar="RUN", help="What RUN was asked for once more, from the same records.")
+@click.option("--schedule", metavar="CRON", help="Stay, and retrain when CRON (five fields, UTC) says so.")
+@click.option(
+    "--runs",
+    type=click.Path(file_okay=False, path_type=Path),
+    envvar="TAILRACE_RUNS",
+    show_envvar=True,
+    default=lambda: _home() / "runs",
+    show_default=".tailrace/runs of the checkout",
+    help="Folder of runs: state, report.",
+)
+@click.option("--bootstrap", help="Announce the release on this broker; the topic is read from there too.")
+@options.topic_suffix
+@click.option("--redis-url", help="Hold the lease there, so that one process retrains an alias at a time.")
+@click.option(
+    "--lease-seconds",
+    "lease_s",
+    type=click.FloatRange(0.1),
+    envvar="RETRAIN_LEASE_S",
+    default=30.0,
+    show_default=True,
+    help="How long the lease outlives its holder.",
+)
+@click.option("--http-host", envvar="RETRAIN_HTTP_HOST", default="127.0.0.1", show_default=True)
+@click.option(
+    "--http-port",
+    envvar="RETRAIN_HTTP_PORT",
+    type=click.IntRange(0, 65535),
+    default=6067,
+    show_default=True,
+    help="With --schedule: /healthz, /metrics, /runs; 0 takes a free port.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def retrain(
+    *,
+    log: Path | None,
+    topic: str | None,
+    since: str,
+    until: str,
+    registry: Path,
+    recipe: str,
+    epochs: int | None,
+    max_minutes: float | None,
+    max_events: int | None,
+    split: Any,
+    seed: int,
+    from_serving: bool,
+    alias: str,
+    no_promote: bool,
+    force: str | None,
+    run_name: str | None,
+    repeat: str | None,
+    schedule: str | None,
+    runs: Path,
+    bootstrap: str | None,
+    topic_suffix: str,
+    redis_url: str | None,
+    lease_s: float,
+    http_host: str,
+    http_port: int,
+    as_json: bool,
+) -> None:
+    """Train and release a model: read, train, evaluate, export, gate, publish, promote, announce.
+
+    Each step is kept in the run's folder. A run that was killed goes on with --run. The command ends with 0
+    when a version was published, 3 when the gate refused it, 4 when another process retrains the alias, and
+    75 when it was asked to end before it was through.
+
+    \b
+    tailrace retrain --log clicks.csv
+    tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
+    tailrace retrain --topic clicks --bootstrap localhost:9092 --redis-url redis://localhost:6379/0
+    tailrace retrain --topic clicks --from last --from-serving --schedule '0 * * * *'
+    tailrace retrain --run 20171203T101500-3f9c1a
+    """
+    # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _need_training_extra()
+    from compression.dataset import MAX_EVENTS
+    from compression.export import ParityError
+    from compression.gate import GateRefused
+    from compression.log_reader import LogInvalid
+    from compression.registry import ArtefactInvalid
+    from compression.runs import Run, RunInvalid
+    from compression.train import RECIPES as RECIPE_NAMED
+    from infra.local.endpoints import endpoints
+    from infra.retraining.job import Job, job, topic_bounds
+
+    topic = topic + topic_suffix if topic else None
+    if topic or schedule:
+        bootstrap = bootstrap or endpoints().bootstrap
+        redis_url = redis_url or endpoints().redis_url
+    begun = run_name is not None and (runs / run_name / "run.json").is_file()
+    if not (begun or repeat) and (log is None) == (topic is None):
+        raise click.UsageError("one of --log and --topic says what to learn from")
+    if schedule is not None:
+        _serve(schedule, runs, str(bootstrap), str(redis_url), topic_suffix, alias, http_host, http_port)
+        return
+    chosen = RECIPE_NAMED[recipe]
+    chosen = replace(chosen, epochs=epochs) if epochs is not None else chosen
+    chosen = replace(chosen, max_minutes=max_minutes) if max_minutes is not None else chosen
+    try:
+        if begun:
+            run = Run.find(runs, str(run_name))
+            asked = Job.of(run)
+        else:
+            asked = (
+                Job.of(Run.find(runs, repeat))
+                if repeat
+                else job(
+                    log=log,
+                    bounds=topic_bounds(runs, str(bootstrap), topic, since, until) if topic else None,
+                    registry=registry,
+                    alias=None if no_promote else alias,
+                    recipe=chosen,
+                    split=split,
+                    seed=seed,
+                    max_events=max_events or MAX_EVENTS,
+                    from_serving=from_serving,
+                )
+            )
+            run = Run.begin(runs, run_name, asked.model_dump(mode="json"))
+        if asked.bounds is not None:  # whether the topic was named now or when the run was begun
+            bootstrap = bootstrap or endpoints().bootstrap
+            redis_url = redis_url or endpoints().redis_url
+        done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, quiet=as_json)
+    except GateRefused as error:
+        _report(runs, run, quiet=as_json)
+        click.echo(str(error), err=True)
+        raise SystemExit(REFUSED) from None
+    except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid) as error:
+        raise click.ClickException(str(error)) from None
+    path = _report(runs, run, quiet=as_json)
+    summary = _summary(done) | {"run": run.state.run, "report": str(path)}
+    if as_json:
+        print_json(summary)
+    else:
+        _print_summary(summary, Path(asked.registry))
+
+
+commands: list[click.Command] = [retrain]
+
+
+def _work(
+    run: Run,
+    asked: Job,
+    bootstrap: str | None,
+    redis_url: str | None,
+    topic_suffix: str,
+    force: str | None,
+    lease_s: float,
+    *,
+    quiet: bool,
+) -> Retrained:
+    """The run under its lease, until it is through or SIGTERM asks it to end."""
+    from compression.checkpoint import Stopped
+    from compression.errors import ReleaseRefused
+    from compression.pipeline import retrain as work
+    from compression.registry import SERVING
+    from infra.retraining.lease import Lease, LeaseHeld
+
+    # Taken up again: the process that was killed has left its lease behind.
+    patience_s = 1.2 * lease_s if run.state.attempts else 0.0
+
+    def lease(stopping: Callable[[], bool]) -> Any:
+        if not redis_url:
+            return nullcontext()
+        told: dict[str, Any] = {"ttl_s": lease_s, "patience_s": patience_s, "stopping": stopping}
+        return Lease(redis_url, Path(asked.registry), asked.alias or SERVING, **told)
+
+    settings = asked.settings(bootstrap or "", force)
+    announce = _announcer(bootstrap, topic_suffix, asked.alias) if bootstrap and asked.alias else None
+    try:
+        with _asked_to_end() as stopping, lease(stopping) as guard, ProgressBar(quiet=quiet) as bar:
+            return work(settings, bar, run=run, guard=guard, announce=announce, stopping=stopping)
+    except LeaseHeld as error:
+        if not run.state.attempts:
+            shutil.rmtree(run.folder)
+        click.echo(str(error), err=True)
+        raise SystemExit(HELD) from None
+    except Stopped as error:
+        click.echo(f"{error}; `tailrace retrain --run {run.state.run}` goes on", err=True)
+        raise SystemExit(STOPPED) from None
+    except ReleaseRefused as error:
+        raise click.ClickException(str(error)) from None
+
+
+@contextmanager
+def _asked_to_end() -> Iterator[Any]:
+    """Whether SIGTERM or Ctrl-C has come. The second one ends the process as it always does."""
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
+        signal.signal(number, before[number])
+
+    before: dict[int, Any] = {
+        number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
+    }
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _announcer(bootstrap: str, topic_suffix: str, alias: str) -> Announce:
+    """Says which version the alias now stands for. Where the broker cannot be reached a sentence on
+    stderr says so: the version is promoted all the same."""
+    from infra.announce import announce
+    from topics.messages import ModelReleased
+
+    def say(manifest: Any, digest: str, path: Path) -> str | None:
+        message = ModelReleased(
+            version=manifest.version, uri=path.resolve().as_uri(), sha256=digest, stage="serving"
+        )
+        error = announce(bootstrap, topic_suffix, alias, [message])
+        if error is not None:
+            click.echo(error, err=True)
+        return error
+
+    return say
+
+
+def _report(runs: Path, run: Run, *, quiet: bool) -> Path:
+    """Write the run's page, remove what is old, say where the page is."""
+    from compression.report import write
+    from compression.runs import prune
+
+    path = write(run)
+    prune(runs)
+    if not quiet:
+        click.echo(f"report: {path}")
+    return path
+
+
+def _serve(
+    schedule: str,
+    runs: Path,
+    bootstrap: str,
+    redis_url: str,
+    topic_suffix: str,
+    alias: str,
+    host: str,
+    port: int,
+) -> None:
+    """The command line once more without its schedule, whenever the schedule says so."""
+    import asyncio
+    import logging
+    import sys
+
+    from infra.retraining.schedule import Cron, ScheduleInvalid, Service
+
+    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    try:
+        cron = Cron(schedule)
+    except ScheduleInvalid as error:
+        raise click.UsageError(str(error)) from None
+    command = [sys.executable, "-m", "infra.cli", "retrain", *_without_schedule(click.get_current_context())]
+    command += ["--bootstrap", bootstrap, "--redis-url", redis_url, "--runs", str(runs), "--json"]
+    service = Service(cron, command, runs, alias)
+    raise SystemExit(asyncio.run(service.run(host, port)))
+
+
+def _without_schedule(context: click.Context) -> list[str]:
+    """The options that were given on the command line or in the environment, but those of the service."""
+    left_out = {
+        *("schedule", "runs", "bootstrap", "redis_url", "http_host", "http_port", "as_json", "run_name"),
+        *("force", "repeat"),
+    }
+    words: list[str] = []
+    for option in context.command.params:
+        name = str(option.name)
+        source = context.get_parameter_source(name)
+        if name in left_out or source in (None, click.core.ParameterSource.DEFAULT):
+            continue
+        value = context.params[name]
+        flag = isinstance(option, click.Option) and option.is_flag
+        words += [option.opts[0]] if flag and value else [] if flag else [option.opts[0], str(value)]
+    return words
+
+
+def _home() -> Path:
+    from compression.home import home
+
+    return home()
+
+
+def _need_training_extra() -> None:
+    from importlib.util import find_spec
+
+    needed = ("torch", "onnx", "onnxruntime", "safetensors", "matplotlib")
+    missing = [name for name in needed if not find_spec(name)]
+    if missing:
+        raise click.ClickException(
+            f"training needs {', '.join(missing)}: pip install 'tailrace[train]' brings what is missing"
+        )
+
+
+def _summary(done: Retrained) -> dict[str, Any]:
+    manifest = done.manifest
+    return {
+        "version": manifest.version,
+        "alias": done.alias,
+        "path": str(done.path),
+        "manifest_sha256": done.manifest_sha256,
+        "bytes": sum(entry.bytes for entry in manifest.files.values()),
+        "model": manifest.model.model_dump(),
+        "data": manifest.data,
+        "metrics": manifest.metrics,
+        "gate": done.verdict.model_dump(),
+        "seconds": done.seconds,
+        "announced": done.announced,
+    }
+
+
+def _print_summary(summary: dict[str, Any], registry: Path) -> None:
+    data = summary["data"]
+    click.echo(f"{summary['version']} in {registry}: {summary['bytes'] / 1e6:.1f} MB")
+    if data["bad_rows"]:
+        click.echo(f"{data['bad_rows']} bad rows of {data['log']} were left out")
+    if data["truncated"]:
+        click.echo(f"{data['log']}: {data['truncated']}")
+    print_metrics(summary["metrics"])
+    for check in summary["gate"]["checks"]:
+        click.echo(f"gate: {check['name']} {check['outcome']}: {check['detail']}")
+    if summary["alias"]:
+        click.echo(f"{summary['alias']} now stands for {summary['version']}")

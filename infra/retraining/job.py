@@ -1,0 +1,110 @@
+"""What a retraining was asked for, as its run keeps it: enough to take it up or repeat it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from compression.pipeline import RetrainSettings
+from compression.runs import Run, RunInvalid, runs
+from compression.train import Recipe
+from infra.retraining.topic_log import Bounds, TopicLog, bounds_now
+
+EARLIEST: Final = "earliest"
+LAST: Final = "last"
+NOW: Final = "now"
+
+
+class Job(BaseModel):
+    """A run's spec. Exactly one of `log` and `bounds` says what is learnt from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    registry: str
+    alias: str | None
+    recipe: dict[str, Any]
+    split: Literal["leave-one-out", "temporal"]
+    seed: int
+    max_events: int
+    from_serving: bool = False
+    log: str | None = None
+    bounds: Bounds | None = None
+
+    @classmethod
+    def of(cls, run: Run) -> Job:
+        """The job of a run that was begun by this command."""
+        if not run.state.spec:
+            raise RunInvalid(f"run {run.state.run} does not say what it was asked for")
+        return cls.model_validate(run.state.spec)
+
+    def settings(self, bootstrap: str, force: str | None = None) -> RetrainSettings:
+        """`bootstrap` is where the topic is now: not a part of what was asked for."""
+        return RetrainSettings(
+            log=TopicLog(bootstrap, self.bounds) if self.bounds else Path(str(self.log)),
+            registry=Path(self.registry),
+            recipe=Recipe(**self.recipe),
+            split=self.split,
+            seed=self.seed,
+            max_events=self.max_events,
+            alias=self.alias,
+            from_serving=self.from_serving,
+            force=force,
+        )
+
+
+def job(  # the command's options, as they are
+    *,
+    log: Path | None,
+    bounds: Bounds | None,
+    registry: Path,
+    alias: str | None,
+    recipe: Recipe,
+    split: Literal["leave-one-out", "temporal"],
+    seed: int,
+    max_events: int,
+    from_serving: bool,
+) -> Job:
+    """Absolute paths, so that it can be taken up from another folder."""
+    return Job(
+        registry=str(registry.resolve()),
+        alias=alias,
+        recipe=asdict(recipe),
+        split=split,
+        seed=seed,
+        max_events=max_events,
+        from_serving=from_serving,
+        log=str(log.resolve()) if log else None,
+        bounds=bounds,
+    )
+
+
+def topic_bounds(root: Path, bootstrap: str, topic: str, since: str, until: str) -> Bounds:
+    """`since`: earliest, last (where the latest published run of the topic ended; earliest where there is
+    none) or a run's name (where it ended). `until`: now, or a run's name (where it ended)."""
+    before = _bounds_of(root, topic, since)
+    found = bounds_now(bootstrap, topic, before)
+    if until != NOW:
+        last = _bounds_of(root, topic, until)
+        if last is None or last.epoch != found.epoch:
+            raise RunInvalid(f"run {until} did not read {topic} as it is now")
+        found = found.model_copy(update={"end": last.end, "clock_s": last.clock_s})
+    return found
+
+
+def _bounds_of(root: Path, topic: str, name: str) -> Bounds | None:
+    if name == EARLIEST:
+        return None
+    if name != LAST:
+        bounds = Job.of(Run.find(root, name)).bounds
+        if bounds is None or bounds.topic != topic:
+            raise RunInvalid(f"run {name} did not read the topic {topic}")
+        return bounds
+    for run in reversed(runs(root)):
+        if run.state.outcome == "published" and run.state.spec:
+            bounds = Job.of(run).bounds
+            if bounds is not None and bounds.topic == topic:
+                return bounds
+    return None
