@@ -12,8 +12,9 @@ from compression.retrieval import trainer
 from compression.retrieval.averaging import RunningMean, best_of, mean
 from compression.retrieval.judge import Judge
 from compression.retrieval.recipe import RECIPES, RecipeInvalid, change, load_recipe
+from compression.retrieval.step import without
 from compression.retrieval.table import catalogue_scores
-from compression.retrieval.trainer import refit, train, without
+from compression.retrieval.trainer import refit, train
 from features.sequence import SequenceBatch
 from tests.compression.retrieval.worlds import RECIPE, parts, write
 
