@@ -82,6 +82,7 @@ class _Writer:
         history = self.op("Expand", self.op("Unsqueeze", "items", self.ints([0])), self.ints([copies, 1]))
         asked = self.op("Reshape", "candidates", self.ints([copies, after]))
         rows = self.rows("network.items", self.op("Concat", history, asked, axis=1))
+        assert network.positions is not None  # a ranker's network has them
         back = torch.arange(self.events - 1, -1, -1)
         places = torch.cat([network.positions.weight[back], ranker.mark.expand(after, -1)])
         scale = self.weight(torch.tensor(network.config.dim**0.5))

@@ -52,7 +52,7 @@ def export(artefact: Artefact, out: Path) -> ExportManifest:
         folder = Path(name)
         (folder / WEIGHTS).write_bytes(artefact.read(WEIGHTS))
         (folder / "model.json").write_text(artefact.manifest.model.model_dump_json())
-        np.savez(folder / "inputs.npz", **asked)
+        np.savez(folder / "inputs.npz", allow_pickle=False, **asked)
         _convert(folder)
         content = (folder / FILE).read_bytes()
         scores = np.load(folder / "scores.npy", allow_pickle=False)
