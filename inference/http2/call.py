@@ -18,6 +18,7 @@ log = logging.getLogger(__name__)
 
 _LATE: Final = Failure(Status.DEADLINE_EXCEEDED, "the deadline passed")
 _FAILED: Final = Failure(Status.INTERNAL, "the server failed; its log says how")
+_CANCELLED: Final = Failure(Status.CANCELLED, "the server gave the call up")
 _ONE: Final = Failure(Status.INTERNAL, "the method takes one message")
 _UNREAD: Final = Failure(Status.RESOURCE_EXHAUSTED, "the answers are not read")
 _NOT_WHOLE: Final = Failure(Status.INTERNAL, "the last message is not whole")
@@ -158,6 +159,11 @@ class Call(Sending):
         left_s = None if self.deadline_s is None else self.deadline_s - self.line.loop.time()
         try:
             answer = await method.serve(message, left_s)
+        except asyncio.CancelledError:
+            # Not by us: then nobody waits.
+            self.task = None
+            self.fail(_CANCELLED)
+            raise
         except Exception as error:  # noqa: BLE001
             self.task = None
             self.fail(failure_of(error))

@@ -29,7 +29,7 @@ RESETS_PER_S: Final = 1_000.0
 MAX_PING_STRIKES: Final = 2
 IDLE_PING_INTERVAL_S: Final = 7_200.0
 # Answers of a streaming call that wait for their client's window.
-MAX_UNSENT_BYTES: Final = 2**20
+MAX_UNSENT_BYTES: Final = 128 * 1024
 # Streams that ended before their client was done sending: what still comes for them is dropped unread.
 GIVEN_UP_KEPT: Final = 1_024
 # Longer sentences about a failure are cut.

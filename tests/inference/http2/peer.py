@@ -35,6 +35,7 @@ class Methods:
             PATH + "Held": Deferred(self.held),
             PATH + "Refuse": Deferred(self.refuse),
             PATH + "Break": Deferred(self.broken),
+            PATH + "Cancel": Deferred(self.cancelled),
             PATH + "Now": Immediate(lambda message: message[::-1]),
             PATH + "Chat": Streaming(self.chat),
         }
@@ -57,6 +58,9 @@ class Methods:
 
     async def broken(self, message: bytes, left_s: float | None) -> bytes:
         raise ZeroDivisionError("inside")
+
+    async def cancelled(self, message: bytes, left_s: float | None) -> bytes:
+        raise asyncio.CancelledError
 
     @staticmethod
     def chat(message: bytes) -> Iterator[bytes]:

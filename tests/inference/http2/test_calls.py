@@ -133,6 +133,9 @@ async def test_what_fails_has_its_status_its_words_and_when_to_come_again(
     answer = await peer.ask(3, b"x", "Break")
     assert (answer.status, answer.words) == ("13", "the server failed; its log says how")
     assert "ZeroDivisionError: inside" in caplog.text
+    answer = await peer.ask(5, b"x", "Cancel")
+    assert (answer.status, answer.words) == ("1", "the server gave the call up")
+    assert peer.server.calls == 0
 
 
 async def test_a_deadline_is_told_and_kept() -> None:
