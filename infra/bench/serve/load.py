@@ -39,9 +39,7 @@ class Address:
 async def connect(address: Address, requests: Sequence[payload.Int32]) -> Sender:
     """A sender of requests [lists, ROW] in turn; `OSError` where nobody listens."""
     wire = payload.WIRES[address.wire]
-    bodies = [
-        wire.write(rows, payload.slots_of(rows, address.padding), address.target) for rows in requests
-    ]
+    bodies = [wire.write(rows, payload.slots_of(rows, address.padding), address.target) for rows in requests]
     if wire.content_type:
         return HttpSender(address.host, address.port, address.target, bodies, wire.content_type)
     grpc = GrpcSender(address.host, address.port, METHOD, bodies)

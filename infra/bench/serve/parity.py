@@ -28,6 +28,4 @@ def difference(answers: Sequence[payload.Float32], expected: Sequence[payload.Fl
     """The largest of any score; infinite where an answer has not as many."""
     if [answer.shape for answer in answers] != [scores.shape for scores in expected]:
         return float("inf")
-    return max(
-        float(np.abs(answer - scores).max()) for answer, scores in zip(answers, expected, strict=True)
-    )
+    return max(float(np.abs(answer - scores).max()) for answer, scores in zip(answers, expected, strict=True))
