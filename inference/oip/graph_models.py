@@ -151,9 +151,7 @@ class GraphSet:
             engine.close()
 
 
-def _warmed(
-    artefact: Artefact, buckets: Buckets, spec: LaneSpec
-) -> tuple[Engine, Mapping[Shape, float]]:
+def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> tuple[Engine, Mapping[Shape, float]]:
     """An engine, and what each of its shapes costs."""
     engine = engines.create(spec.engine, spec.options)
     engine.load(artefact, GRAPHS)
@@ -241,9 +239,14 @@ def _parts(works: Sequence[_Work]) -> list[_Part]:
 
 
 def _inputs(bucket: _Bucket, parts: Sequence[_Part], batch: int) -> Tensors:
-    return {
-        name: _filled([part.of(name) for part in parts], name, bucket, batch) for name in INPUTS[bucket.graph]
-    }
+    """In the bucket's shape; slots beyond it are of nobody's history."""
+    inputs: Tensors = {}
+    for name in INPUTS[bucket.graph]:
+        arrays = [part.of(name) for part in parts]
+        if _SLOTS_AXIS.get(name) == 1:
+            arrays = [array[:, : bucket.slots] for array in arrays]
+        inputs[name] = _filled(arrays, name, bucket, batch)
+    return inputs
 
 
 def _filled(arrays: Sequence[npt.NDArray[Any]], name: str, bucket: _Bucket, batch: int) -> npt.NDArray[Any]:
@@ -259,8 +262,6 @@ def _filled(arrays: Sequence[npt.NDArray[Any]], name: str, bucket: _Bucket, batc
     filled = np.zeros(shape, arrays[0].dtype)
     row = 0
     for array in arrays:
-        if array.shape[axis] > size:  # nobody's history is as long as that
-            array = array[:, :size]
         within = (slice(row, row + len(array)), *(slice(length) for length in array.shape[1:]))
         filled[within] = array
         row += len(array)

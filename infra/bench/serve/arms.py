@@ -126,16 +126,27 @@ class Triton(Arm):
 
 @cache
 def our_precision() -> Precision:
-    if os.environ.get("HACK"): return "f32"
-    """bf16 where the processor computes in it, which OpenVINO makes use of; else f32."""
+    """bf16 where the processor has matrix units for it, which OpenVINO makes use of; else f32. Without such
+    units ONNX Runtime serves more, although OpenVINO's batches alone take less (inference/LOG.md)."""
     from inference import engines
     from inference.errors import ModelUnavailable
 
+    if "amx_bf16" not in _processor_flags():
+        return "f32"
     try:
         engines.create("openvino", EngineOptions(precision="bf16")).close()
     except ModelUnavailable:
         return "f32"
     return "bf16"
+
+
+def _processor_flags() -> frozenset[str]:
+    """Empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
 
 
 def our_lanes(count: int) -> str:

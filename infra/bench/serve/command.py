@@ -23,7 +23,7 @@ ARM_NAMES = (
 
 @click.command()
 @click.option("--arms", default=",".join(ARM_NAMES), show_default=True, help="Which, by name.")
-@click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 20), default=2, show_default=True)
 @click.option(
     "--seconds", type=click.FloatRange(0.5), default=2.0, show_default=True, help="Per rate offered."
 )
@@ -47,13 +47,13 @@ def serve(
 
     Everybody serves the released `rank` graph with one thread a session, in batches of at most 32 lists, and
     is tried with one worker and two: the others in ONNX Runtime, ours in OpenVINO's bf16 where the processor
-    has it, else in ONNX Runtime, too. Requests are those of a log's users, a list at every click of some
-    thousand sessions, with the history as of the click (at most 100 events) and 50 candidates; all arms get
-    the same in the same order. Servers compute the whole graph for each list. In process, which is the path
-    of the stream, what is known of a user may be kept, and a click costs one appended event; the same
-    without that is a row of its own. Load is open loop and comes in bursts; rates rise until the p99,
+    has matrix units for it, else in ONNX Runtime, too. Requests are those of a log's users: a list at every
+    click of some thousand sessions, with the history as of the click (at most 100 events) and 50 candidates.
+    All arms get the same in the same order. Servers compute the whole graph for each list. In process, which
+    is the path of the stream, what is known of a user may be kept, and a click costs one appended event; the
+    same without that is a row of its own. Load is open loop and comes in bursts; rates rise until the p99,
     counted from when a request was due, passes 50 ms. Rivals are installed under .tailrace/rivals the first
-    time, which takes minutes; all arms and three rounds then take about 14.
+    time, which takes minutes; all arms and two rounds then take about 13.
 
     \b
     tailrace bench serve --quick
