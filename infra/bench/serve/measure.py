@@ -42,6 +42,8 @@ GOALS: Final = {
     "gRPC, 16 lists, over all": ("tailrace", 16, _RIVALS, 1.5),
     "in process, 1 list, over all": ("in-process", 1, _RIVALS, 2.0),
     "in process, 16 lists, over all": ("in-process", 16, _RIVALS, 2.0),
+    "in process without a cache, 1 list, over all": ("in-process-uncached", 1, _RIVALS, 2.0),
+    "in process without a cache, 16 lists, over all": ("in-process-uncached", 16, _RIVALS, 2.0),
 }
 
 # What each may use, beside one model, one number of processors, batches of 32 lists and the wait for them.
