@@ -198,7 +198,7 @@ ARMS: Final[tuple[Arm, ...]] = (
     Rival("mosec", "raw", "/inference", requirements=("mosec==0.9.8", _ONNXRUNTIME, _NUMPY)),
     Triton("triton", "triton"),
     Rival("litserve", "raw", "/predict", requirements=("litserve==0.2.19", _ONNXRUNTIME, _NUMPY)),
-    Rival("bentoml", "base64", "/rank", requirements=("bentoml==1.4.40", _ONNXRUNTIME, _NUMPY)),
+    Rival("bentoml", "base64", "/rank", "bucket", requirements=("bentoml==1.4.40", _ONNXRUNTIME, _NUMPY)),
     Rival("ray-serve", "raw", "/", requirements=("ray[serve]==2.60.0", _ONNXRUNTIME, _NUMPY)),
 )
 
