@@ -22,8 +22,8 @@ from infra.bench.serve.venvs import CannotInstall
 from infra.local.triton import PACKAGES as TRITON_PACKAGES
 
 LISTS: Final = (1, 16)
-# On two processors: as many, and one more, which has a batch ready whenever a processor is free. One alone
-# was never best.
+# For two processors: as many, and one more, which has a batch ready whenever a processor is free. One alone
+# leaves the other processor to the load.
 WORKERS: Final = (2, 3)
 _START: Final = place_of(2_000)
 # The first number of workers is looked for in strides of this, the next near what the first came to; as near
