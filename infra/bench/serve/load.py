@@ -10,6 +10,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final, cast
 
@@ -58,13 +59,18 @@ async def first_scores(
     loop = asyncio.get_running_loop()
     answers: list[asyncio.Future[bytes | None]] = [loop.create_future() for _ in requests]
     for number, answer in enumerate(answers):
-        sender.send(number, lambda body, answer=answer: None if answer.done() else answer.set_result(body))
+        sender.send(number, partial(_keep, answer))
     await asyncio.wait(answers, timeout=timeout_s)
     bodies = [answer.result() if answer.done() else None for answer in answers]
     sender.close()
     read = payload.WIRES[address.wire].read
     scores = [read(body) for body in bodies if body is not None]
     return scores if len(scores) == len(requests) else None
+
+
+def _keep(answer: asyncio.Future[bytes | None], body: bytes | None) -> None:
+    if not answer.done():
+        answer.set_result(body)
 
 
 async def main(wire: str, host: str, port: str, target: str, padding: str, sessions: str, lists: str) -> None:
