@@ -1,6 +1,8 @@
 """The graphs of a released version as models: `tailrace-encode`, `tailrace-score`, `tailrace-rank`.
 
 Requests for one graph that fit the same warmed shape go through the engine together, whoever sent them.
+For `rank`, whose answers have no slots, that is any number of slots: a batch is cut by how long its
+histories are, whatever they were padded to, where that costs least by measure.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ _CANDIDATES_AXIS: Final = dict.fromkeys(("candidates", "candidate_categories", "
 
 
 class _Bucket(NamedTuple):
-    """What goes through an engine together; `candidates` is 0 for "encode"."""
+    """What goes through an engine together; `candidates` is 0 for "encode", `slots` for "rank"."""
 
     graph: Graph
     slots: int
@@ -61,6 +63,10 @@ class _Part(NamedTuple):
     question: Question
     first: int
     users: int
+
+    def of(self, name: str) -> npt.NDArray[Any]:
+        """An input."""
+        return self.question.inputs[name][self.first : self.first + self.users]
 
 
 class _Answer(NamedTuple):
@@ -119,14 +125,17 @@ class GraphSet:
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
         buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
-        pool = {spec.name: _warmed(artefact, buckets, spec) for spec in settings.lane_specs()}
-        return cls(artefact.version, pool, buckets, settings.batcher_limits())
+        pool: dict[str, Engine] = {}
+        cost_s: Mapping[Shape, float] = {}
+        for spec in settings.lane_specs():
+            pool[spec.name], cost_s = _warmed(artefact, buckets, spec)
+        return cls(artefact.version, pool, buckets.with_costs(cost_s), settings.batcher_limits())
 
     async def run(self, graph: Graph, question: Question) -> Tensors:
         """Outputs in the shape of the question, whatever it was padded to."""
         inputs = question.inputs
         name = "keys" if graph == "score" else "items"
-        slots = fit(self.buckets.histories, inputs[name].shape[_SLOTS_AXIS[name]])
+        slots = 0 if graph == "rank" else fit(self.buckets.histories, inputs[name].shape[_SLOTS_AXIS[name]])
         candidates = 0
         if graph != "encode":
             candidates = fit(self.buckets.candidates, inputs["candidates"].shape[1])
@@ -142,11 +151,12 @@ class GraphSet:
             engine.close()
 
 
-def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> Engine:
+def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> tuple[Engine, Mapping[Shape, float]]:
+    """An engine, and what each of its shapes costs."""
     engine = engines.create(spec.engine, spec.options)
     engine.load(artefact, GRAPHS)
     try:
-        engine.warm_up(_shapes(buckets))
+        cost_s = engine.warm_up(_shapes(buckets))
         for graph in GRAPHS:
             candidates = 0 if graph == "encode" else buckets.candidates[0]
             example = engine.example(Shape(graph, buckets.batches[0], buckets.histories[0], candidates))
@@ -157,7 +167,7 @@ def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> Engine:
                     )
     except EngineFailed as error:
         raise ModelUnavailable(f"{artefact.version}: {error}") from error
-    return engine
+    return engine, cost_s
 
 
 def _shapes(buckets: Buckets) -> Iterable[Shape]:
@@ -186,21 +196,35 @@ class _Runner:
             ]
 
     def _run_together(self, bucket: _Bucket, works: Sequence[_Work]) -> list[_Answer]:
-        batch = fit(self._buckets.batches, len(works))
         parts = _parts(works)
-        inputs = {
-            name: _filled(
-                [part.question.inputs[name][part.first :][: part.users] for part in parts],
-                name,
-                bucket,
-                batch,
-            )
-            for name in INPUTS[bucket.graph]
-        }
         wanted = {name for part in parts for name in part.question.outputs}
         names = [name for name in OUTPUTS[bucket.graph] if name in wanted]
-        outputs = self._engine.run_for(bucket.graph, inputs, names)
+        if bucket.graph == "rank":
+            outputs = self._cut(bucket, parts, names)
+        else:
+            batch = fit(self._buckets.batches, len(works))
+            outputs = self._engine.run_for(bucket.graph, _inputs(bucket, parts, batch), names)
         return [_Answer(outputs, row) for row in range(len(works))]
+
+    def _cut(self, bucket: _Bucket, parts: Sequence[_Part], names: Sequence[str]) -> Tensors:
+        """The outputs of all rows, in order, each padded to little more than its own history."""
+        lengths = np.concatenate([part.of("lengths") for part in parts])
+        users, longest = len(lengths), fit(self._buckets.histories, int(lengths.max()))
+        whole = _inputs(bucket._replace(slots=longest), parts, users)
+        outputs: Tensors = {}
+        cuts = self._buckets.cuts(lengths, "rank")
+        for cut in cuts:
+            inputs = {
+                name: pad_rows(
+                    array[cut.users, : cut.history] if name in _SLOTS_AXIS else array[cut.users], cut.batch
+                )
+                for name, array in whole.items()
+            }
+            for name, answer in self._engine.run_for("rank", inputs, names).items():
+                if name not in outputs:
+                    outputs[name] = np.empty((users, *answer.shape[1:]), answer.dtype)
+                outputs[name][cut.users] = answer[: len(cut.users)]
+        return outputs
 
 
 def _parts(works: Sequence[_Work]) -> list[_Part]:
@@ -212,6 +236,17 @@ def _parts(works: Sequence[_Work]) -> list[_Part]:
         else:
             parts.append(_Part(work.question, work.row, 1))
     return parts
+
+
+def _inputs(bucket: _Bucket, parts: Sequence[_Part], batch: int) -> Tensors:
+    """In the bucket's shape; slots beyond it are of nobody's history."""
+    inputs: Tensors = {}
+    for name in INPUTS[bucket.graph]:
+        arrays = [part.of(name) for part in parts]
+        if _SLOTS_AXIS.get(name) == 1:
+            arrays = [array[:, : bucket.slots] for array in arrays]
+        inputs[name] = _filled(arrays, name, bucket, batch)
+    return inputs
 
 
 def _filled(arrays: Sequence[npt.NDArray[Any]], name: str, bucket: _Bucket, batch: int) -> npt.NDArray[Any]:

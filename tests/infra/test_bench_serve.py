@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,19 @@ from aiohttp import web
 from compression.registry import Registry
 from features.encoding import encode_histories
 from features.sequence import unpack
+from inference.buckets import HISTORIES
+from inference.engines.base import TOLERANCE
 from infra.bench.serve import payload
 from infra.bench.serve.arms import Arm, NoServer, Served, spawn_server
 from infra.bench.serve.arrivals import BURST_S, bursty
 from infra.bench.serve.driver import Done, Offer, summary
 from infra.bench.serve.grpc_client import GrpcSender
 from infra.bench.serve.http_client import HttpSender
-from infra.bench.serve.in_process import requests
-from infra.bench.serve.running import ArmFailed, expected_scores, running
+from infra.bench.serve.parity import difference, expected_scores
+from infra.bench.serve.running import ArmFailed, running
 from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
-from infra.bench.serve.shape import HISTORY
+from infra.bench.serve.sessions import Events, Sessions
+from infra.bench.serve.shape import CANDIDATES, HISTORY, ROW, row_ints
 from infra.bench.serve.venvs import CannotInstall, ensure
 from infra.local.server import HOST, free_port
 
@@ -273,22 +277,85 @@ async def test_a_grpc_call_that_fails_has_no_answer() -> None:
 # Arms --------------------------------------------------------------------------------------------
 
 
-def test_every_arm_asks_for_the_same_lists(registry: Path) -> None:
+@pytest.fixture(scope="module")
+def sessions(registry: Path) -> Sessions:
+    vocabulary = Registry(registry).open().vocabulary()
+    return Sessions.of(Events.drawn(vocabulary, seed=1), vocabulary, seed=1, active=200, clicks=5)
+
+
+@pytest.fixture(scope="module")
+def sessions_file(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sessions") / "sessions.npz"
+    sessions.save(path)
+    return path
+
+
+def test_a_click_adds_one_event_to_its_users_history(sessions: Sessions) -> None:
+    assert len(sessions) == 200 * 5
+    histories = list(sessions.sequences())
+    for user in range(200):
+        clicks = np.flatnonzero(sessions.users == user)
+        assert (np.diff(clicks) > 1).any()  # others come between
+        for before, after in pairwise(clicks):
+            old, new = (unpack([histories[at]]).items.tolist() for at in (before, after))
+            assert len(new) == min(HISTORY, len(old) + 1)
+            assert new[:-1] == old[len(old) + 1 - len(new) :]
+
+
+def test_histories_are_of_many_lengths_and_candidates_differ(sessions: Sessions) -> None:
+    assert sessions.lengths.min() < 25
+    assert sessions.lengths.max() == HISTORY
+    assert 40 < sessions.lengths.mean() < 80
+    assert all(len(set(asked)) == CANDIDATES for asked in sessions.candidates.tolist())
+
+
+def test_sessions_are_the_same_in_every_process(sessions: Sessions, sessions_file: Path) -> None:
+    again = Sessions.load(sessions_file)
+    for name in ("users", "lengths", "events", "candidates", "rows"):
+        assert np.array_equal(getattr(sessions, name), getattr(again, name)), name
+
+
+def test_users_of_a_short_log_end_their_sessions_early(registry: Path) -> None:
+    vocabulary = Registry(registry).open().vocabulary()
+    once = np.arange(30)
+    log = Events("short", once % 20, vocabulary.item_ids[once % 3], once * 0 + 7, once % 4, 1_000 + once)
+    made = Sessions.of(log, vocabulary, seed=1, active=40, clicks=5)
+    assert made.lengths.max() == 2
+    assert len(made) == 40 * 2
+    assert all(len(set(asked)) == CANDIDATES for asked in made.candidates.tolist())
+
+
+def test_every_arm_asks_for_the_same_lists(registry: Path, sessions: Sessions) -> None:
     """What the servers get as table rows, the in-process path gets as ids; both mean the same."""
     vocabulary = Registry(registry).open().vocabulary()
-    rows = payload.requests(payload.Known.of(vocabulary), 4)[0]
-    tensors = payload.tensors(rows)
-    asked = requests(rows, vocabulary)
-    histories = encode_histories(unpack([one.sequence for one in asked]), vocabulary, HISTORY)
-    for name in ("items", "categories", "behaviors", "lengths"):
+    tensors = payload.tensors(sessions.rows)
+    histories = encode_histories(unpack(list(sessions.sequences())), vocabulary, HISTORY)
+    for name in ("items", "categories", "behaviors", "gaps", "lengths"):
         assert np.array_equal(getattr(histories, name), tensors[name]), name
-    candidates = np.array([one.candidates for one in asked])
-    assert np.array_equal(vocabulary.item_rows_of(candidates), tensors["candidates"])
+    assert np.array_equal(vocabulary.item_rows_of(sessions.candidates), tensors["candidates"])
+    asked = sessions.requests(16)
+    assert len(asked) == len(sessions) // 16
+    assert np.array_equal(np.concatenate(asked), sessions.rows[: 16 * len(asked)])
 
 
-def test_the_path_without_a_server_answers_under_load(registry: Path) -> None:
-    with running(NoServer("in-process"), registry, lists=4, workers=1) as up:
+def test_a_client_that_pads_to_a_bucket_sends_what_the_histories_fill(sessions: Sessions) -> None:
+    for rows in sessions.requests(1)[:50]:
+        length, slots = int(payload.tensors(rows)["lengths"][0]), payload.slots_of(rows, "bucket")
+        assert slots in HISTORIES
+        assert slots >= length
+        assert not any(slots > size >= length for size in HISTORIES)
+        assert len(payload.WIRES["raw"].write(rows, slots, "")) == 4 * row_ints(slots)
+    assert payload.slots_of(sessions.rows, "whole") == HISTORY
+
+
+@pytest.mark.parametrize("cache_mb", [0.0, 8.0])
+def test_the_path_without_a_server_answers_under_load(
+    registry: Path, sessions_file: Path, cache_mb: float
+) -> None:
+    arm = NoServer("in-process", cache_mb=cache_mb)
+    with running(arm, registry, sessions_file, lists=4, workers=1) as up:
         found = up.step(200, seconds=1.0, seed=1)
+    assert up.difference <= TOLERANCE[arm.precision]
     assert found.requests > 20
     assert found.failed == 0
     assert found.client_cpu_us > 0
@@ -321,44 +388,51 @@ class Scripted(Arm):
         return spawn_server([sys.executable, "-c", script], served.folder, served.told())
 
 
-def test_a_server_is_measured_with_its_cpu(registry: Path) -> None:
-    with running(Scripted("scripted", "raw"), registry, lists=2, workers=1) as up:
+def test_a_server_is_measured_with_its_cpu(registry: Path, sessions_file: Path) -> None:
+    with running(Scripted("scripted", "raw"), registry, sessions_file, lists=2, workers=1) as up:
         found = up.step(100, seconds=1.0, seed=1)
     assert found.failed == 0
     assert found.server_cpu_us > 0
+    assert up.difference < 1e-4
 
 
-def test_a_server_that_answers_with_other_scores_is_not_measured(registry: Path) -> None:
+def test_a_server_that_answers_with_other_scores_is_not_measured(registry: Path, sessions_file: Path) -> None:
     arm = Scripted("scripted", "raw", spoil="[4:] + bytes(4)")
-    with pytest.raises(ArmFailed, match="other scores"), running(arm, registry, lists=2, workers=1):
+    failed = pytest.raises(ArmFailed, match="other scores")
+    with failed, running(arm, registry, sessions_file, lists=2, workers=1):
         pass
 
 
-def test_a_server_that_does_not_start_says_why(registry: Path) -> None:
+def test_a_server_that_does_not_start_says_why(registry: Path, sessions_file: Path) -> None:
     arm = Scripted("scripted", "raw", spoil="; raise SystemExit(")  # no Python
     failed = pytest.raises(ArmFailed, match=r"ended with 1(.|\n)*SyntaxError")
-    with failed, running(arm, registry, lists=1, workers=1):
+    with failed, running(arm, registry, sessions_file, lists=1, workers=1):
         pass
 
 
+@pytest.mark.parametrize("padding", ["whole", "bucket"])
 @pytest.mark.parametrize("lists", [1, 16])
-def test_rivals_compute_what_our_engine_does(registry: Path, lists: int) -> None:
+def test_rivals_compute_what_our_engine_does(
+    registry: Path, sessions: Sessions, lists: int, padding: payload.Padding
+) -> None:
+    """However a client pads, and whatever else is in the batch."""
     from infra.bench.serve.rivals.session import Ranker
 
     artefact = Registry(registry).open()
-    ranker = Ranker(str(artefact.path / artefact.manifest.graphs["rank"]))
-    first, second, *_ = payload.requests(payload.Known.of(artefact.vocabulary()), lists)
-    raw = payload.WIRES["raw"]
-    answers = ranker.rank([raw.write(first, ""), raw.write(second, "")])
-    assert len(answers) == 2
-    np.testing.assert_allclose(raw.read(answers[0]), expected_scores(artefact, lists), atol=1e-4)
+    ranker = Ranker(str(artefact.path / artefact.manifest.graphs["rank"]), lists)
+    asked, raw = sessions.requests(lists)[:6], payload.WIRES["raw"]
+    bodies = [raw.write(rows, payload.slots_of(rows, padding), "") for rows in asked]
+    if lists == 1 and padding == "bucket":
+        assert len(set(map(len, bodies))) > 1
+    answers = [raw.read(answer) for answer in ranker.rank(bodies)]
+    assert difference(answers, expected_scores(artefact, asked)) < 1e-4
 
 
 def test_base64_says_what_raw_bytes_say() -> None:
-    rows = np.arange(2 * payload.ROW, dtype=np.int32).reshape(2, -1)
-    written = payload.WIRES["base64"].write(rows, "")
+    rows = np.arange(2 * ROW, dtype=np.int32).reshape(2, -1)
+    written = payload.WIRES["base64"].write(rows, 25, "")
     assert written.startswith(b'["')
-    assert base64.b64decode(written[2:-2]) == payload.WIRES["raw"].write(rows, "")
+    assert base64.b64decode(written[2:-2]) == payload.WIRES["raw"].write(rows, 25, "")
 
 
 def test_a_rival_that_cannot_be_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

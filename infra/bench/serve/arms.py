@@ -15,17 +15,19 @@ from typing import Final
 
 from compression.registry import Artefact
 from inference.engines.base import EngineOptions, Precision
-from infra.bench.serve.shape import CANDIDATES, HISTORY, MAX_LISTS
+from infra.bench.serve.payload import Padding
+from infra.bench.serve.shape import CANDIDATES, MAX_LISTS
 from infra.bench.serve.venvs import CannotInstall, ensure
 from infra.local.paths import INFRA
 from infra.local.server import ServerFailed
 from infra.local.triton import LocalTriton, ensure_triton
 
 WAIT_MS: Final = 2
-# Shapes of our engines: all that is asked for here. The others compute batches of any size; what is warmed
-# for more sizes pads less.
+# Shapes of our engines. The others compute batches of any size; what is warmed for more sizes pads less.
 BATCHES: Final = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32)
-HISTORIES: Final = (HISTORY,)
+HISTORIES: Final = (10, 25, 50, 75, 100)
+# Room for everybody who is active at a time, about 104 KiB each: ours keep what they know of users.
+CACHE_MB: Final = 256
 WIDTHS: Final = (CANDIDATES,)
 _ONNXRUNTIME: Final = "onnxruntime==1.31.1"
 _NUMPY: Final = "numpy==2.4.6"
@@ -49,18 +51,20 @@ class Served:
             "RIVAL_PORT": str(self.port),
             "RIVAL_WORKERS": str(self.workers),
             "RIVAL_MAX_BATCH": str(max(1, MAX_LISTS // self.lists)),
+            "RIVAL_LISTS": str(self.lists),
             "RIVAL_WAIT_MS": str(WAIT_MS),
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Arm(ABC):
-    """One way to have lists ranked: its wire (`payload.WIRES`; none in process), and HTTP's path or the
-    model's name."""
+    """One way to have lists ranked: its wire (`payload.WIRES`; none in process), HTTP's path or the model's
+    name, and how its client pads histories: what it was found to be faster with (inference/LOG.md)."""
 
     name: str
     wire: str = ""
     path: str = "/"
+    padding: Padding = "whole"
 
     def install(self) -> None:
         """Fetch what is missing; minutes the first time. Raises `CannotInstall`."""
@@ -122,15 +126,27 @@ class Triton(Arm):
 
 @cache
 def our_precision() -> Precision:
-    """bf16 where the processor computes in it, which OpenVINO makes use of; else f32."""
+    """bf16 where the processor has matrix units for it, which OpenVINO makes use of; else f32. Without such
+    units ONNX Runtime serves more, although OpenVINO's batches alone take less (inference/LOG.md)."""
     from inference import engines
     from inference.errors import ModelUnavailable
 
+    if "amx_bf16" not in _processor_flags():
+        return "f32"
     try:
         engines.create("openvino", EngineOptions(precision="bf16")).close()
     except ModelUnavailable:
         return "f32"
     return "bf16"
+
+
+def _processor_flags() -> frozenset[str]:
+    """Empty where the system does not tell."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    return frozenset(word for line in lines if line.startswith("flags") for word in line.split())
 
 
 def our_lanes(count: int) -> str:
@@ -162,7 +178,10 @@ class OurServer(Arm):
 
 @dataclass(frozen=True, slots=True)
 class NoServer(Arm):
-    """The path of the stream: batcher and engines in the process that asks."""
+    """The path of the stream: batcher and engines in the process that asks, with what is known of users
+    kept or without."""
+
+    cache_mb: float = 0.0
 
     @property
     def precision(self) -> Precision:
@@ -173,13 +192,14 @@ class NoServer(Arm):
 
 
 ARMS: Final[tuple[Arm, ...]] = (
-    NoServer("in-process"),
+    NoServer("in-process", cache_mb=CACHE_MB),
+    NoServer("in-process-uncached"),
     OurServer("tailrace", "oip", "tailrace-rank"),
-    Rival("mosec", "raw", "/inference", ("mosec==0.9.8", _ONNXRUNTIME, _NUMPY)),
+    Rival("mosec", "raw", "/inference", requirements=("mosec==0.9.8", _ONNXRUNTIME, _NUMPY)),
     Triton("triton", "triton"),
-    Rival("litserve", "raw", "/predict", ("litserve==0.2.19", _ONNXRUNTIME, _NUMPY)),
-    Rival("bentoml", "base64", "/rank", ("bentoml==1.4.40", _ONNXRUNTIME, _NUMPY)),
-    Rival("ray-serve", "raw", "/", ("ray[serve]==2.60.0", _ONNXRUNTIME, _NUMPY)),
+    Rival("litserve", "raw", "/predict", requirements=("litserve==0.2.19", _ONNXRUNTIME, _NUMPY)),
+    Rival("bentoml", "base64", "/rank", "bucket", requirements=("bentoml==1.4.40", _ONNXRUNTIME, _NUMPY)),
+    Rival("ray-serve", "raw", "/", requirements=("ray[serve]==2.60.0", _ONNXRUNTIME, _NUMPY)),
 )
 
 

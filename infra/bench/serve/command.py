@@ -9,16 +9,26 @@ import click
 from infra.bench import options as bench_options
 from infra.commands import options
 
-ARM_NAMES = ("in-process", "tailrace", "mosec", "triton", "litserve", "bentoml", "ray-serve")
+ARM_NAMES = (
+    "in-process",
+    "in-process-uncached",
+    "tailrace",
+    "mosec",
+    "triton",
+    "litserve",
+    "bentoml",
+    "ray-serve",
+)
 
 
 @click.command()
 @click.option("--arms", default=",".join(ARM_NAMES), show_default=True, help="Which, by name.")
-@click.option("--rounds", type=click.IntRange(1, 20), default=3, show_default=True)
+@click.option("--rounds", type=click.IntRange(1, 20), default=2, show_default=True)
 @click.option(
-    "--seconds", type=click.FloatRange(0.5), default=2.5, show_default=True, help="Per rate offered."
+    "--seconds", type=click.FloatRange(0.5), default=2.0, show_default=True, help="Per rate offered."
 )
-@click.option("--quick", is_flag=True, help="One short round with one worker each: does it all run?")
+@click.option("--quick", is_flag=True, help="One short round with two workers each: does it all run?")
+@bench_options.log
 @options.registry
 @bench_options.seed
 @bench_options.json_path
@@ -28,6 +38,7 @@ def serve(
     rounds: int,
     seconds: float,
     quick: bool,
+    log: Path | None,
     registry: Path,
     seed: int,
     json_path: Path | None,
@@ -35,29 +46,38 @@ def serve(
     """Lists per second within 50 ms: ours against Triton, mosec, LitServe, BentoML and Ray Serve.
 
     Everybody serves the released `rank` graph with one thread a session, in batches of at most 32 lists, and
-    is tried with one worker and two: the others in ONNX Runtime, ours in OpenVINO's bf16 where the processor
-    has it, else in ONNX Runtime, too. Load is open loop and comes in bursts; rates
+    is tried with two workers and three: the others in ONNX Runtime, ours in OpenVINO's bf16 where the
+    processor has matrix units for it, else in ONNX Runtime, too. Requests are those of a log's users: a list
+    at every click of some thousand sessions, with the history as of the click (at most 100 events) and 50
+    candidates. All arms get the same in the same order. Servers compute the whole graph for each list. In
+    process, which is the path of the stream, what is known of a user may be kept, and a click costs one
+    appended event; the same without that is a row of its own. Load is open loop and comes in bursts; rates
     rise until the p99, counted from when a request was due, passes 50 ms. Rivals are installed under
-    .tailrace/rivals the first time, which takes minutes; all arms and three rounds then take about 18.
+    .tailrace/rivals the first time, which takes minutes; all arms and two rounds then take about 12.
 
     \b
     tailrace bench serve --quick
-    tailrace bench serve --arms in-process,mosec --rounds 5 --json serve.json
+    tailrace bench serve --arms in-process,mosec --rounds 5 --log users_1k.csv.gz --json serve.json
     """
+    from compression.log_reader import LogInvalid
     from compression.registry import ArtefactInvalid, Registry
     from infra.bench.serve import measure
     from infra.bench.serve.arms import ARMS
+    from infra.bench.serve.sessions import Events, Sessions
 
     wanted = [name.strip() for name in arms.split(",")]
     if unknown := sorted(set(wanted) - set(ARM_NAMES)):
         raise click.UsageError(f"no arm is called {unknown[0]!r}; there are {', '.join(ARM_NAMES)}")
     try:
-        model = Registry(registry).open().version
-    except ArtefactInvalid as error:
+        artefact = Registry(registry).open()
+        vocabulary = artefact.vocabulary()
+        events = Events.drawn(vocabulary, seed) if log is None else Events.read(log)
+    except (ArtefactInvalid, LogInvalid) as error:
         raise click.ClickException(str(error)) from None
     if quick:
-        rounds, seconds = 1, min(seconds, 1.5)
+        rounds, seconds = 1, min(seconds, 1.0)
     chosen = [arm for arm in ARMS if arm.name in wanted]
-    plan = measure.Plan(registry.resolve(), rounds, seconds, seed, quick)
+    sessions = Sessions.of(events, vocabulary, seed=seed)
+    plan = measure.Plan(registry.resolve(), sessions, events.name, rounds, seconds, seed, quick)
     outcomes = measure.run(plan, chosen, say=lambda line: click.echo(line, err=True))
-    measure.show(outcomes, plan, model=model, json_path=json_path)
+    measure.show(outcomes, plan, model=artefact.version, json_path=json_path)

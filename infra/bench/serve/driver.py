@@ -29,8 +29,8 @@ _TICK_S: Final = 1e-3
 
 
 class Sender(Protocol):
-    """Sends request `number`, of as many different ones as it likes, and calls back with the answer or
-    None."""
+    """Sends request `number`, of as many different ones as it has, over again after the last, and calls
+    back with the answer or None."""
 
     def send(self, number: int, done: Done) -> None: ...
 
@@ -43,11 +43,13 @@ class Sender(Protocol):
 async def drive(sender: Sender, lists: int) -> None:
     """Run steps until standard input ends. `lists` is how many a request asks for."""
     loop = asyncio.get_running_loop()
+    first = 0
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         told = json.loads(line)
         due_s = bursty(told["lists_per_s"] / lists, told["seconds"], told["seed"])
         cpu_s = time.process_time()
-        latency_s, behind_s = await Offer(sender, due_s).run()
+        latency_s, behind_s = await Offer(sender, due_s, first).run()
+        first += len(behind_s)  # sessions go on where they were
         cpu_s = time.process_time() - cpu_s
         answer = summary(latency_s, behind_s, told["seconds"], lists)
         answer["client_cpu_us"] = cpu_s * 1e6 / max(1, lists * int(np.isfinite(latency_s).sum()))
@@ -73,10 +75,11 @@ def summary(
 
 
 class Offer:
-    """One schedule being sent."""
+    """One schedule being sent, beginning with request `first`."""
 
-    def __init__(self, sender: Sender, due_s: npt.NDArray[np.float64]) -> None:
+    def __init__(self, sender: Sender, due_s: npt.NDArray[np.float64], first: int = 0) -> None:
         self._sender = sender
+        self._first = first
         self._loop = asyncio.get_running_loop()
         self._due_s = (due_s + self._loop.time() + 0.05).tolist()
         self._latency_s = np.full(len(due_s), np.inf)
@@ -101,7 +104,7 @@ class Offer:
         now_s, sent = self._loop.time(), len(self._behind_s)
         while sent < len(self._due_s) and self._due_s[sent] <= now_s:
             self._behind_s.append(now_s - self._due_s[sent])
-            self._sender.send(sent, self._taker(sent))
+            self._sender.send(self._first + sent, self._taker(sent))
             sent += 1
         if sent == len(self._due_s) or self._overdue(now_s, sent):
             self._over.set_result(None)

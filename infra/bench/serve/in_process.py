@@ -1,47 +1,88 @@
 """The path the stream takes, without a network: `Plane.rank` in the process that asks.
 
-python -m infra.bench.serve.in_process REGISTRY RUNNERS LISTS; steps and results as `driver` says. It
-does more than the servers do: it starts from packed histories and item ids, and ends with ordered
-lists. The cache of encoded histories is off, as none of the others has one.
+python -m infra.bench.serve.in_process REGISTRY RUNNERS SESSIONS LISTS CACHE_MB. The first line it writes
+says how far its scores lie from ONNX Runtime's; steps and results follow as `driver` says. It does more
+than the servers do: it starts from packed histories and item ids, and ends with ordered lists.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import uvloop
 
 from compression.registry import Registry
-from features.encoding import Vocabulary
 from features.memory_store import MemoryStore
-from features.sequence import NARROW, NARROW_EVENT
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference.errors import InferenceError
 from inference.plane import Plane, Version
 from inference.settings import InferenceSettings
-from inference.types import RankRequest
+from inference.types import RankedList, RankRequest
 from infra.bench.in_process import tune
 from infra.bench.serve import payload
 from infra.bench.serve.arms import BATCHES, HISTORIES, WIDTHS, our_lanes
 from infra.bench.serve.driver import Done, drive
-from infra.bench.serve.shape import CANDIDATES, HISTORY, MAX_LISTS
-
-_NOW_S = 1_700_000_000
+from infra.bench.serve.parity import COMPARED, difference, expected_scores
+from infra.bench.serve.sessions import ACTIVE, Sessions
+from infra.bench.serve.shape import CANDIDATES, MAX_LISTS
 
 
 class InProcess:
-    """Requests as groups, one a request, as the stream submits what it polled."""
+    """Lists in groups, one a request, as the stream submits what it polled.
 
-    def __init__(self, plane: Plane, version: Version, groups: list[list[RankRequest]]) -> None:
+    Asked for over again, they are those of other users: whom a cache does not know."""
+
+    def __init__(self, plane: Plane, version: Version, sessions: Sessions, lists: int) -> None:
         self._plane = plane
         self._version = version
-        self._groups = groups
+        self._lists = lists
+        self._users = sessions.users.tolist()
+        self._sequences = list(sessions.sequences())
+        self._candidates = [tuple(asked) for asked in sessions.candidates.tolist()]
+        self._sessions = 1 + max(self._users)
         self._tasks: set[asyncio.Task[None]] = set()
+
+    def requests(self, number: int) -> list[RankRequest]:
+        turn, place = divmod(number, len(self._users) // self._lists)
+        return [
+            RankRequest(
+                self._users[at] + turn * self._sessions,
+                self._sequences[at],
+                CANDIDATES,
+                self._candidates[at],
+            )
+            for at in range(place * self._lists, (place + 1) * self._lists)
+        ]
+
+    async def visit(self, users: int) -> None:
+        """Lists for users who are not seen again, so that the cache has no memory left that was never used:
+        what it then costs is what it costs for good."""
+        for place in range(0, users, MAX_LISTS):
+            asked = [
+                RankRequest(
+                    -1 - at, self._sequences[at % len(self._sequences)], candidates=self._candidates[0]
+                )
+                for at in range(place, place + MAX_LISTS)
+            ]
+            await self._plane.rank(asked, self._version)
+
+    async def scores(self, number: int) -> payload.Float32:
+        """[lists, CANDIDATES] in the order asked; without a score where there is no answer."""
+        asked = self.requests(number)
+        answers = await self._plane.rank(asked, self._version)
+        return np.array(
+            [
+                [found.get(item, np.nan) for item in one.candidates or ()]
+                for one, found in zip(asked, map(_scores_of, answers), strict=True)
+            ],
+            np.float32,
+        )
 
     def send(self, number: int, done: Done) -> None:
         task = asyncio.get_running_loop().create_task(self._ask(number, done))
@@ -57,48 +98,46 @@ class InProcess:
             task.cancel()
 
     async def _ask(self, number: int, done: Done) -> None:
-        answers = await self._plane.rank(self._groups[number % len(self._groups)], self._version)
+        answers = await self._plane.rank(self.requests(number), self._version)
         failed = any(isinstance(answer, InferenceError) for answer in answers)
         done(None if failed else b"")
 
 
-def requests(rows: npt.NDArray[np.int32], vocabulary: Vocabulary) -> list[RankRequest]:
-    """The lists of one request [lists, ROW], as the stream has them: ids for rows, in packed histories."""
-    tensors = payload.tensors(rows)
-    events = np.zeros((len(rows), HISTORY), NARROW_EVENT)
-    events["item"] = vocabulary.item_ids[tensors["items"] - 1]
-    category = vocabulary.category_ids[tensors["categories"] - 1]
-    events["category_behavior"] = category | (tensors["behaviors"].astype(np.int64) - 1) << 30
-    events["timestamp"] = _NOW_S + 60 * np.arange(HISTORY)
-    candidates = vocabulary.item_ids[tensors["candidates"] - 1]
-    return [
-        RankRequest(user, bytes((NARROW, 0)) + history.tobytes(), CANDIDATES, tuple(asked))
-        for user, (history, asked) in enumerate(zip(events, candidates.tolist(), strict=True))
-    ]
+def _scores_of(answer: RankedList | InferenceError) -> dict[int, float]:
+    return {} if isinstance(answer, InferenceError) else dict(zip(answer.items, answer.scores, strict=True))
 
 
-async def main(registry: str, runners: int, lists: int) -> None:
+async def main(registry: str, runners: str, sessions_file: str, lists: str, cache_mb: str) -> None:
     features = FeatureSettings()
-    # The load asks the same few requests again and again: with a cache it would compute nothing.
     settings = InferenceSettings(
-        lanes=our_lanes(runners),
+        lanes=our_lanes(int(runners)),
         spares=0,
         max_batch=MAX_LISTS,
-        cache_mb=0,
+        cache_mb=float(cache_mb),
         batches=BATCHES,
         histories=HISTORIES,
         candidate_sizes=WIDTHS,
     )
     plane = Plane(settings, features, ItemStatistics(MemoryStore(), settings=features))
     version = await plane.open(Path(registry), "serving")
-    vocabulary = Registry(registry).open().vocabulary()
-    groups = [requests(rows, vocabulary) for rows in payload.requests(payload.Known.of(vocabulary), lists)]
+    sessions = Sessions.load(Path(sessions_file))
+    sender = InProcess(plane, version, sessions, int(lists))
+    if settings.cache_mb:
+        await sender.visit(2 * ACTIVE)
+    await _compare(sender, registry, sessions.requests(int(lists))[:COMPARED])
     tune()
     try:
-        await drive(InProcess(plane, version, groups), lists)
+        await drive(sender, int(lists))
     finally:
         await plane.close()
 
 
+async def _compare(sender: InProcess, registry: str, requests: Sequence[payload.Int32]) -> None:
+    answers = [await sender.scores(number) for number in range(len(requests))]
+    found = difference(answers, expected_scores(Registry(registry).open(), requests))
+    sys.stdout.write(json.dumps({"difference": found}) + "\n")
+    sys.stdout.flush()
+
+
 if __name__ == "__main__":
-    uvloop.run(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    uvloop.run(main(*sys.argv[1:]))

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Final
 
+import numpy as np
+import numpy.typing as npt
+
 from infra.bench import report
-from infra.bench.serve.arms import ARMS, Arm, Rival
+from infra.bench.serve.arms import ARMS, CACHE_MB, Arm, NoServer, Rival
 from infra.bench.serve.running import ArmFailed, Running, running
 from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
+from infra.bench.serve.sessions import ACTIVE, CLICKS, Sessions
+from infra.bench.serve.shape import HISTORY
 from infra.bench.serve.venvs import CannotInstall
 from infra.local.triton import PACKAGES as TRITON_PACKAGES
 
 LISTS: Final = (1, 16)
-WORKERS: Final = (1, 2)
-_START: Final = place_of(500)
+# For two processors: as many, and one more, which has a batch ready whenever a processor is free. One alone
+# leaves the other processor to the load.
+WORKERS: Final = (2, 3)
+_START: Final = place_of(2_000)
 # The first number of workers is looked for in strides of this, the next near what the first came to; as near
 # as rounds, which begin there, make up for in two steps.
 _STRIDE: Final = 8
@@ -36,7 +44,18 @@ GOALS: Final = {
     "gRPC, 16 lists, over all": ("tailrace", 16, _RIVALS, 1.5),
     "in process, 1 list, over all": ("in-process", 1, _RIVALS, 2.0),
     "in process, 16 lists, over all": ("in-process", 16, _RIVALS, 2.0),
+    "in process without a cache, 1 list, over all": ("in-process-uncached", 1, _RIVALS, 2.0),
+    "in process without a cache, 16 lists, over all": ("in-process-uncached", 16, _RIVALS, 2.0),
 }
+
+# What each may use, beside one model, one number of processors, batches of 32 lists and the wait for them.
+MAY_USE: Final = (
+    "The others compute the whole `rank` graph for each list, as servers of any model do, in ONNX Runtime, "
+    "their histories padded by the client as suits each best. `tailrace` gets the same tensors; it may sort "
+    "lists of a batch by the lengths of their histories. `in-process` is asked as the stream asks, with who "
+    f"asks: it may keep {CACHE_MB} MiB of encoded histories, so that a click costs one appended event, where "
+    "it knows the user and the history has not lost its oldest event. `in-process-uncached` keeps nothing."
+)
 
 Say = Callable[[str], None]
 
@@ -49,6 +68,7 @@ class Outcome:
     lists: int
     workers: int = 0
     place: int = _START
+    difference: float = 0.0
     steps: list[Step | None] = field(default_factory=list)
     failure: str = ""
 
@@ -64,9 +84,12 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How everything is measured. A quick one tries one number of workers only."""
+    """How everything is measured, with the lists of these sessions. A quick one tries one number of workers
+    only."""
 
     registry: Path
+    sessions: Sessions
+    log: str
     rounds: int
     seconds: float
     seed: int
@@ -83,26 +106,29 @@ def run(plan: Plan, arms: Sequence[Arm], say: Say) -> list[Outcome]:
         except CannotInstall as error:
             for outcome in outcomes:
                 outcome.failure = str(error) if outcome.arm is arm else outcome.failure
-    for number in range(-1, plan.rounds):
-        for outcome in outcomes:
-            if outcome.failure:
-                continue
-            try:
-                if number < 0:
-                    _tune(outcome, plan, say)
-                else:
-                    _round(outcome, plan, number, say)
-            except ArmFailed as error:
-                outcome.failure = str(error)
-                say(f"{outcome.name}: {error}")
+    with tempfile.TemporaryDirectory(prefix="tailrace-serve-") as folder:
+        sessions = Path(folder) / "sessions.npz"
+        plan.sessions.save(sessions)
+        for number in range(-1, plan.rounds):
+            for outcome in outcomes:
+                if outcome.failure:
+                    continue
+                try:
+                    if number < 0:
+                        _tune(outcome, plan, sessions, say)
+                    else:
+                        _round(outcome, plan, sessions, number, say)
+                except ArmFailed as error:
+                    outcome.failure = str(error)
+                    say(f"{outcome.name}: {error}")
     return outcomes
 
 
-def _tune(outcome: Outcome, plan: Plan, say: Say) -> None:
+def _tune(outcome: Outcome, plan: Plan, sessions: Path, say: Say) -> None:
     """Keep the number of workers with the higher goodput, and where it was found."""
     best, stride = -1.0, _STRIDE
     for workers in WORKERS[:1] if plan.quick else WORKERS:
-        with running(outcome.arm, plan.registry, lists=outcome.lists, workers=workers) as up:
+        with running(outcome.arm, plan.registry, sessions, lists=outcome.lists, workers=workers) as up:
             found = _highest(
                 up, plan.seconds * _TUNING, plan.seed, start=outcome.place, stride=stride, within=_NEAR
             )
@@ -115,9 +141,11 @@ def _tune(outcome: Outcome, plan: Plan, say: Say) -> None:
             outcome.place = found[0] if found else 0
 
 
-def _round(outcome: Outcome, plan: Plan, number: int, say: Say) -> None:
-    with running(outcome.arm, plan.registry, lists=outcome.lists, workers=outcome.workers) as up:
+def _round(outcome: Outcome, plan: Plan, sessions: Path, number: int, say: Say) -> None:
+    arm, lists, workers = outcome.arm, outcome.lists, outcome.workers
+    with running(arm, plan.registry, sessions, lists=lists, workers=workers) as up:
         found = _highest(up, plan.seconds, plan.seed + number, start=outcome.place, stride=1)
+        outcome.difference = max(outcome.difference, up.difference)
     step = found[1] if found else None
     outcome.steps.append(step)
     outcome.place = found[0] if found else outcome.place
@@ -160,6 +188,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
                 "p99 ms",
                 "workers",
                 "computes in",
+                "apart",
                 "server µs",
                 "load µs",
             ],
@@ -175,10 +204,17 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             ["", "ratio", "goal"],
             [[name, f"{ratio:.2f}", f"{goal:g}"] for name, (ratio, goal) in ratios.items()],
         )
+    lengths = plan.sessions.lengths
     report.note(
         f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
         "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
-        "machine with their load. bf16 is OpenVINO's, f32 ONNX Runtime's."
+        "machine with their load. bf16 is OpenVINO's, f32 ONNX Runtime's. Apart is how far the scores of the "
+        "first requests lie from ONNX Runtime's."
+    )
+    report.note(
+        f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, then "
+        f"as many others; histories of {lengths.mean():.0f} events on average, {_full(lengths):.0%} of "
+        f"{HISTORY}. {MAY_USE}"
     )
     report.write(
         json_path,
@@ -189,6 +225,13 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             "rounds": plan.rounds,
             "seconds_per_step": plan.seconds,
             "seed": plan.seed,
+            "log": plan.log,
+            "lists": len(lengths),
+            "users_active": ACTIVE,
+            "clicks_of_a_session": CLICKS,
+            "history_mean": round(float(lengths.mean()), 1),
+            "history_full_share": round(_full(lengths), 3),
+            "may_use": MAY_USE,
             "rivals": {
                 "triton": list(TRITON_PACKAGES),
                 **{arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
@@ -200,6 +243,9 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
                     "lists_per_request": one.lists,
                     "workers": one.workers,
                     "precision": one.arm.precision,
+                    "score_difference": one.difference,
+                    "padding": one.arm.padding,
+                    "cache_mb": one.arm.cache_mb if isinstance(one.arm, NoServer) else 0.0,
                     "goodput": one.goodput,
                     "failure": one.failure,
                     "rounds": [asdict(step) if step else None for step in one.steps],
@@ -210,10 +256,15 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     )
 
 
+def _full(lengths: npt.NDArray[np.int64]) -> float:
+    """The share of histories that have lost their oldest events, or are about to."""
+    return float((lengths == HISTORY).mean())
+
+
 def _row(one: Outcome) -> list[str]:
     kept = [step for step in one.steps if step]
     if not kept:
-        return [one.arm.name, "0", *["-"] * 8]
+        return [one.arm.name, "0", *["-"] * 9]
     goodputs = [step.goodput if step else 0.0 for step in one.steps]
     return [
         one.arm.name,
@@ -222,6 +273,7 @@ def _row(one: Outcome) -> list[str]:
         f"{median(step.p99_ms for step in kept):.1f}",
         str(one.workers),
         one.arm.precision,
+        f"{one.difference:.1g}",
         f"{median(step.server_cpu_us for step in kept):,.0f}",
         f"{median(step.client_cpu_us for step in kept):,.0f}",
     ]

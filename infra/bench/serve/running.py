@@ -13,15 +13,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-import numpy as np
 import psutil
 
 from compression.registry import Artefact, Registry
 from inference.engines.base import TOLERANCE
-from infra.bench.serve import payload
-from infra.bench.serve.arms import Arm, Served
+from infra.bench.serve.arms import Arm, NoServer, Served
 from infra.bench.serve.load import Address, first_scores
+from infra.bench.serve.parity import COMPARED, difference, expected_scores
 from infra.bench.serve.search import Step
+from infra.bench.serve.sessions import Sessions
 from infra.local.server import HOST, ServerFailed, free_port
 from infra.local.worker import spawn
 
@@ -33,9 +33,13 @@ class ArmFailed(RuntimeError):
 
 
 class Running:
-    """Takes one step at a time. `server` is None for the arm that has none."""
+    """Takes one step at a time. `server` is None for an arm that has none; `difference` is how far the first
+    answers' scores lay from the model's at most."""
 
-    def __init__(self, load: subprocess.Popen[str], server: psutil.Process | None, lists: int) -> None:
+    def __init__(
+        self, load: subprocess.Popen[str], server: psutil.Process | None, lists: int, difference: float
+    ) -> None:
+        self.difference = difference
         self._load = load
         self._server = server
         self._lists = lists
@@ -61,8 +65,9 @@ class Running:
 
 
 @contextmanager
-def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[Running]:
-    """Start, compare the first answer, hand over, stop everything. Raises `ArmFailed`."""
+def running(arm: Arm, registry: Path, sessions: Path, *, lists: int, workers: int) -> Iterator[Running]:
+    """Start, compare the first answers, hand over, stop everything. Raises `ArmFailed`. `sessions` is a file
+    (`Sessions.save`)."""
     folder = Path(tempfile.mkdtemp(prefix=f"tailrace-serve-{arm.name}-"))
     artefact = Registry(registry).open()
     served = Served(
@@ -77,20 +82,26 @@ def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[R
         server = arm.start(served)
     except ServerFailed as error:
         raise ArmFailed(str(error)) from error
-    load = None
+    load, found = None, 0.0
     try:
         if server is None:
-            arguments = ["infra.bench.serve.in_process", str(registry), str(workers), str(lists)]
+            assert isinstance(arm, NoServer)
+            numbers = map(str, (workers, sessions, lists, arm.cache_mb))
+            arguments = ["infra.bench.serve.in_process", str(registry), *numbers]
         else:
-            address = Address(arm.wire, HOST, served.port, arm.target(served))
-            _wait(server, address, artefact, lists, folder, TOLERANCE[arm.precision])
+            address = Address(arm.wire, HOST, served.port, arm.target(served), arm.padding)
+            found = _wait(server, address, artefact, sessions, lists, folder)
             arguments = [
                 "infra.bench.serve.load",
-                *(address.wire, address.host, str(address.port), address.target),
-                *map(str, (lists, *payload.Known.of(artefact.vocabulary()))),
+                *(address.wire, address.host, str(address.port), address.target, address.padding),
+                *(str(sessions), str(lists)),
             ]
         load = spawn(*arguments, folder=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        yield Running(load, psutil.Process(server.pid) if server else None, lists)
+        if server is None:
+            found = _said(load, folder)
+        if not found <= TOLERANCE[arm.precision]:
+            raise ArmFailed(f"answers with other scores than the model's: {found:.2g} apart")
+        yield Running(load, psutil.Process(server.pid) if server else None, lists, found)
     finally:
         if load is not None:
             _stop(load)
@@ -99,41 +110,34 @@ def running(arm: Arm, registry: Path, *, lists: int, workers: int) -> Iterator[R
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def expected_scores(artefact: Artefact, lists: int) -> payload.Float32:
-    """What the first request's answer should be, from ONNX Runtime itself."""
-    from inference import engines
-
-    engine = engines.create("onnx")
-    engine.load(artefact, ("rank",))
-    rows = payload.requests(payload.Known.of(artefact.vocabulary()), lists)[0]
-    scores: payload.Float32 = engine.run("rank", payload.tensors(rows))["scores"]
-    engine.close()
-    return scores
+def _said(load: subprocess.Popen[str], folder: Path) -> float:
+    """What a load process that is the arm itself says of its scores."""
+    assert load.stdout is not None
+    line = load.stdout.readline()
+    if not line:
+        raise ArmFailed(f"ended{_tail(folder)}")
+    return float(json.loads(line)["difference"])
 
 
 def _wait(
     server: subprocess.Popen[bytes],
     address: Address,
     artefact: Artefact,
+    sessions: Path,
     lists: int,
     folder: Path,
-    tolerance: float,
-) -> None:
-    """Until the first request is answered, rightly."""
-    expected = expected_scores(artefact, lists)
-    known = payload.Known.of(artefact.vocabulary())
+) -> float:
+    """Until the first requests are answered; how far from rightly."""
+    requests = Sessions.load(sessions).requests(lists)[:COMPARED]
+    expected = expected_scores(artefact, requests)
     deadline_s = time.monotonic() + START_S
-    while True:
-        scores = asyncio.run(first_scores(address, known, lists))
-        if scores is not None:
-            break
+    while (answers := asyncio.run(first_scores(address, requests))) is None:
         if server.poll() is not None:
             raise ArmFailed(f"ended with {server.returncode}{_tail(folder)}")
         if time.monotonic() > deadline_s:
             raise ArmFailed(f"no answer in {START_S:.0f} s{_tail(folder)}")
         time.sleep(0.2)
-    if scores.shape != expected.shape or np.abs(scores - expected).max() > tolerance:
-        raise ArmFailed("answers with other scores than the model's")
+    return difference(answers, expected)
 
 
 def _tail(folder: Path, lines: int = 8) -> str:

@@ -1,4 +1,4 @@
-"""What one list is, in every arm: a full history, and so many candidates."""
+"""What one list is, in every arm: a history of at most a hundred events, and so many candidates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,14 @@ from typing import Final
 HISTORY: Final = 100
 CANDIDATES: Final = 50
 COLUMNS: Final = ("items", "categories", "behaviors", "gaps")
-ROW: Final = len(COLUMNS) * HISTORY + 1 + 2 * CANDIDATES
-"""int32 in one row of a body: the columns, the length, the candidates, their categories."""
 MAX_LISTS: Final = 32
 """In one batch, of every arm."""
+
+
+def row_ints(slots: int) -> int:
+    """int32 in one list of a body: the columns, padded to so many slots, the length, the candidates, their
+    categories."""
+    return len(COLUMNS) * slots + 1 + 2 * CANDIDATES
+
+
+ROW: Final = row_ints(HISTORY)

@@ -78,6 +78,24 @@ async def test_many_clients_at_once_get_their_own_answers_from_shared_batches(
         np.testing.assert_allclose(answer["scores"], engine.run("rank", inputs)["scores"], atol=1e-4)
 
 
+async def test_histories_of_any_length_share_batches_however_they_are_padded(
+    running: Running, engine: Engine
+) -> None:
+    """What lies beyond a history, and how much of it, changes nothing."""
+    longest = engine.model.max_history
+    questions = []
+    for number, slots in enumerate((longest, 1, longest, 7, longest // 2)):
+        asked = rank_inputs(5, slots, 5, seed=number)
+        asked["lengths"] = np.random.default_rng(number).integers(0, slots + 1, 5).astype(np.int32)
+        asked["lengths"][0] = slots
+        questions.append(asked)
+    async with Client(running.grpc) as client:
+        answers = await asyncio.gather(*(client.infer("tailrace-rank", asked) for asked in questions))
+    for asked, answer in zip(questions, answers, strict=True):
+        for name, array in engine.run("rank", asked).items():
+            np.testing.assert_allclose(answer[name], array, atol=1e-4)
+
+
 def test_lists_are_those_of_the_ranker(running: Running, registry: Registry, statistics: Any) -> None:
     histories = [ITEMS[[3, 50, 7]], ITEMS[[9, 11, 200]]]
     candidates = np.array([[*ITEMS[20:26]], [*ITEMS[30:34], -1, -1]])

@@ -1,0 +1,165 @@
+"""What users of a site ask for, the same for every arm: a list at every click, with the history as of it.
+
+Sessions begin at clicks drawn from a log, so a history is as long as that of somebody who clicks is, and
+go on for a few clicks: each adds one event. All users of a time are active together, in a new order at
+each turn, so that as many others as there are sessions come between two clicks of one user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from compression.log_reader import LogReader
+from compression.synth import SynthSettings, synthesize
+from features.encoding import Vocabulary, encode_histories
+from features.sequence import SequenceBatch, pack
+from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
+
+ACTIVE: Final = 2_048
+CLICKS: Final = 8  # of a session
+# A log of so many users with about a hundred events each, as the real one has, drawn where none is given.
+_USERS: Final = 1_000
+_EVENTS: Final = 100_000
+_CATEGORIES: Final = 100
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Events:
+    """Columns of a log, in its order; behaviours are codes."""
+
+    name: str
+    users: Int64
+    items: Int64
+    categories: Int64
+    behaviors: Int64
+    timestamps: Int64
+
+    @classmethod
+    def read(cls, path: Path) -> Events:
+        chunks = list(LogReader(path).chunks())
+        names = ("users", "items", "categories", "behaviors", "timestamps")
+        columns = [np.concatenate([getattr(chunk, name) for chunk in chunks]) for name in names]
+        return cls(path.name, *columns)
+
+    @classmethod
+    def drawn(cls, vocabulary: Vocabulary, seed: int) -> Events:
+        """Users as `tailrace synth` draws them, of items that the vocabulary knows."""
+        known = len(vocabulary.item_ids)
+        made = synthesize(
+            SynthSettings(
+                events=_EVENTS,
+                users=_USERS,
+                items=max(2, known),
+                categories=min(_CATEGORIES, max(2, known)),
+                seed=seed,
+            )
+        )
+        place = np.unique(made.items, return_inverse=True)[1] % known
+        category = np.minimum(vocabulary.item_categories[place], len(vocabulary.category_ids)) - 1
+        return cls(
+            f"synthetic, seed {seed}",
+            made.users,
+            vocabulary.item_ids[place],
+            vocabulary.category_ids[category],
+            made.behaviors,
+            made.timestamps,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sessions:
+    """Lists in the order in which they are asked for.
+
+    users [n] are numbers of sessions, lengths [n] events in a history; events [n, HISTORY, 4] the columns
+    item, category, behaviour and timestamp, oldest first; candidates [n, CANDIDATES] item ids, each once;
+    rows [n, ROW] the same as rows of the model's tables.
+    """
+
+    users: Int64
+    lengths: Int64
+    events: Int64
+    candidates: Int64
+    rows: Int32
+
+    def __len__(self) -> int:
+        return len(self.users)
+
+    def requests(self, lists: int) -> list[Int32]:
+        """As servers get them: [lists, ROW] each."""
+        return [self.rows[start : start + lists] for start in range(0, len(self) - lists + 1, lists)]
+
+    def sequences(self) -> Iterator[bytes]:
+        """Histories as the stream has them."""
+        for events, length in zip(self.events, self.lengths.tolist(), strict=True):
+            yield pack(*events[:length].T)
+
+    def save(self, path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez(file, **{name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def load(cls, path: Path) -> Sessions:
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(*(arrays[name] for name in cls.__slots__))
+
+    @classmethod
+    def of(
+        cls, log: Events, vocabulary: Vocabulary, *, seed: int, active: int = ACTIVE, clicks: int = CLICKS
+    ) -> Sessions:
+        """`active` users, of `clicks` clicks each where the log goes on for so long."""
+        rng = np.random.default_rng(seed)
+        by_user = np.argsort(log.users, kind="stable")
+        users = log.users[by_user]
+        starts = np.searchsorted(users, users)  # where the user of each event begins
+        left = np.searchsorted(users, users, side="right") - np.arange(len(users))
+        able = np.flatnonzero(left >= min(clicks, int(left.max())))
+        first = rng.choice(able, active, replace=len(able) < active)
+        session, click = [], []
+        for turn in range(clicks):
+            going = rng.permutation(np.flatnonzero(left[first] > turn))
+            session.append(going)
+            click.append(first[going] + turn)
+        last = np.concatenate(click)
+        lengths = np.minimum(last - starts[last] + 1, HISTORY)
+        back = np.arange(HISTORY) - lengths[:, None] + 1
+        at = by_user[np.where(back <= 0, last[:, None] + back, last[:, None])]
+        columns = (log.items, log.categories, log.behaviors, log.timestamps)
+        events = np.where((back <= 0)[..., None], np.stack([column[at] for column in columns], axis=2), 0)
+        candidates = _candidates(log.items, len(last), rng)
+        rows = _rows(events, lengths, candidates, vocabulary)
+        return cls(np.concatenate(session), lengths, events, candidates, rows)
+
+
+def _candidates(items: Int64, lists: int, rng: np.random.Generator) -> Int64:
+    """Different items for each list, drawn as often as they were clicked; ids that nobody clicked where the
+    log has not so many."""
+    more = items.max() + 1 + np.arange(CANDIDATES)
+    drawn = items[rng.integers(0, len(items), (lists, 2 * CANDIDATES))]
+    chosen = np.empty((lists, CANDIDATES), np.int64)
+    for row, some in zip(chosen, drawn.tolist(), strict=True):
+        row[:] = list(dict.fromkeys([*some, *more.tolist()]))[:CANDIDATES]
+    return chosen
+
+
+def _rows(events: Int64, lengths: Int64, candidates: Int64, vocabulary: Vocabulary) -> Int32:
+    """[n, ROW], as `features.encoding` has it for the network."""
+    flat = events[np.arange(HISTORY) < lengths[:, None]].T
+    arrays = encode_histories(SequenceBatch(lengths, *flat), vocabulary, HISTORY).tensors()
+    columns: list[npt.NDArray[Any]] = [arrays[name] for name in COLUMNS]
+    columns += [
+        lengths[:, None],
+        vocabulary.item_rows_of(candidates),
+        vocabulary.category_rows_of_items(candidates),
+    ]
+    rows = np.concatenate(columns, axis=1).astype(np.int32)
+    assert rows.shape[1] == ROW
+    return rows
