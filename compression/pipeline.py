@@ -125,7 +125,7 @@ def describe(
 ) -> Manifest:
     """The manifest of what is about to be published; the registry adds the checksums."""
     created = datetime.now(UTC)
-    digest = _sha256(settings.log)
+    digest = sha256_of(settings.log)
     mark = hashlib.sha256(f"{created.isoformat()}{digest}{settings.seed}".encode()).hexdigest()[:4]
     try:
         parent = Registry(settings.registry).resolve(SERVING)
@@ -156,7 +156,7 @@ def describe(
                 "best_epoch": trained.best,
                 "stopped": trained.stopped,
             },
-            "git_revision": _git_revision(),
+            "git_revision": git_revision(),
             "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
     )
@@ -194,12 +194,14 @@ class _Step:
         self(fraction, "")
 
 
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _git_revision() -> str | None:
+def git_revision() -> str | None:
+    """Of the code that runs, where it is a checkout."""
     try:
         answer = subprocess.run(
             ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"],

@@ -48,6 +48,9 @@ VOCABULARY: Final = "vocabulary.npz"
 ITEM_TABLE: Final = "item_table.npy"
 
 
+Kind = Literal["ranking", "retrieval"]
+
+
 class FileEntry(BaseModel):
     """What a file of a version must be."""
 
@@ -80,9 +83,11 @@ class Manifest(BaseModel):
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     created_at: str
     parent: str | None = None
+    # What ranks candidates is served; what scores the whole catalogue is evaluated only, and has no graphs.
+    kind: Kind = "ranking"
     model: ModelShape
     # append is optional: without it a click is encoded with its whole history.
-    graphs: dict[Literal["encode", "score", "rank", "append"], str]
+    graphs: dict[Literal["encode", "score", "rank", "append"], str] = {}
     files: dict[str, FileEntry] = {}
     metrics: dict[str, Any] = {}
     data: dict[str, Any] = {}
@@ -243,11 +248,16 @@ class Registry:
         return self._release(version).manifest_sha256
 
     def open(
-        self, alias_or_version: str = SERVING, *, sha256: str | None = None, check_files: bool = True
+        self,
+        alias_or_version: str = SERVING,
+        *,
+        sha256: str | None = None,
+        check_files: bool = True,
+        kind: Kind | None = "ranking",
     ) -> Artefact:
         """A version whose signature and every file have been verified, or `ArtefactInvalid` with the
         reason. `sha256` is the manifest's, where somebody promised one. Without `check_files` a file is
-        verified when it is read, and not before."""
+        verified when it is read, and not before. A version of another `kind` is refused; None: any."""
         version, promoted = self._resolve(alias_or_version)
         data = self._manifest_bytes(version)
         digest = _sha256(data)
@@ -257,6 +267,8 @@ class Registry:
             raise ArtefactInvalid(f"{version}: announced with checksum {sha256[:12]}…, found {digest[:12]}…")
         self._check_signature(version, data)
         artefact = Artefact(self._version_path(version), _parse(data, version), digest)
+        if kind is not None:
+            _check_kind(artefact.manifest, kind)
         if check_files:
             artefact.read_all()
         return artefact
@@ -307,7 +319,7 @@ class Registry:
 
     def _release(self, version: str) -> Release:
         data = self._manifest_bytes(version)
-        _parse(data, version)
+        _check_kind(_parse(data, version), "ranking")
         return Release(version=version, manifest_sha256=_sha256(data))
 
     def _manifest_bytes(self, version: str) -> bytes:
@@ -353,15 +365,21 @@ def _check_file_name(name: str, version: str) -> None:
         raise ArtefactInvalid(f"{version}: {name!r} is not a plain file name")
 
 
+def _check_kind(manifest: Manifest, kind: Kind) -> None:
+    if manifest.kind != kind:
+        raise ArtefactInvalid(f"{manifest.version} is a {manifest.kind} model, not a {kind} model")
+
+
 def _check_complete(manifest: Manifest) -> None:
     if len(manifest.files) > MAX_FILES:
         raise ArtefactInvalid(f"{manifest.version}: more than {MAX_FILES} files")
     for name in manifest.files:
         _check_file_name(name, manifest.version)
-    for name in (*manifest.graphs.values(), VOCABULARY, ITEM_TABLE):
+    ranks = manifest.kind == "ranking"
+    for name in (*manifest.graphs.values(), VOCABULARY, *((ITEM_TABLE,) if ranks else ())):
         if name not in manifest.files:
             raise ArtefactInvalid(f"{manifest.version}: {name} is missing")
-    missing = {"encode", "score", "rank"} - set(manifest.graphs)
+    missing = {"encode", "score", "rank"} - set(manifest.graphs) if ranks else ()
     if missing:
         raise ArtefactInvalid(f"{manifest.version}: no graph named {', '.join(sorted(missing))}")
 

@@ -40,10 +40,10 @@ def user_vectors(network: RetrievalNetwork, histories: HistoryArrays) -> Float32
     """[B, d] after histories, each of at least one event, in as many slots as the longest needs."""
     slots = int(histories.lengths.max())
     cut = HistoryArrays(
-        *(
-            column[:, :slots]
-            for column in (histories.items, histories.categories, histories.behaviors, histories.gaps)
-        ),
+        items=histories.items[:, :slots],
+        categories=histories.categories[:, :slots],
+        behaviors=histories.behaviors[:, :slots],
+        gaps=histories.gaps[:, :slots],
         lengths=histories.lengths,
     )
     with torch.inference_mode():

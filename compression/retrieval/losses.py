@@ -22,7 +22,7 @@ _ROWS: Final = 512
 def full_softmax(states: Tensor, table: Tensor, targets: Tensor, *, low: torch.dtype) -> Tensor:
     """Mean cross-entropy of targets [N] by the logits states [N, d] · table [V, d], which are never all
     held: they are made, and their gradients with them, some rows at a time, products in `low`."""
-    loss: Tensor = _FullSoftmax.apply(states, table, targets, low)
+    loss: Tensor = _FullSoftmax.apply(states, table, targets, low)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -50,7 +50,7 @@ class _FullSoftmax(torch.autograd.Function):
         return loss / count
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_states, of_table = ctx.saved_tensors
         return of_states * outer[0], of_table * outer[0], None, None

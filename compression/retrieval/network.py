@@ -36,6 +36,7 @@ class NetworkConfig(BaseModel):
     ffn: Annotated[int, Field(ge=1, le=65536)] = 256
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     max_history: Annotated[int, Field(ge=1, le=4096)] = 200
+    positions: bool = True
     reach: bool = True
     behaviors: bool = False
     gaps: bool = False
@@ -105,7 +106,7 @@ class RetrievalNetwork(nn.Module):
         super().__init__()
         self.config = config
         self.items = nn.Embedding(config.item_rows, config.dim, padding_idx=0)
-        self.positions = nn.Embedding(config.max_history, config.dim)
+        self.positions = nn.Embedding(config.max_history, config.dim) if config.positions else None
         self.behaviors = nn.Embedding(BEHAVIOR_ROWS, config.dim) if config.behaviors else None
         self.gaps = nn.Embedding(GAP_ROWS, config.dim) if config.gaps else None
         self.layers = nn.ModuleList(Layer(config, attention(config)) for _ in range(config.layers))
@@ -132,12 +133,14 @@ class RetrievalNetwork(nn.Module):
     def user_vectors(self, history: History) -> Tensor:
         """[B, d] after the newest event of each history, which holds at least one."""
         newest = (history.lengths.long() - 1)[:, None, None]
-        return self(history).gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
+        states: Tensor = self(history)
+        return states.gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
 
     def tokens(self, history: History) -> Tensor:
-        slots = torch.arange(history.items.shape[1], device=history.items.device)
-        back = (history.lengths.long()[:, None] - 1 - slots).clamp(min=0)
-        x = self.items(history.items) * self.config.dim**0.5 + self.positions(back)
+        x = self.items(history.items) * self.config.dim**0.5
+        if self.positions is not None:
+            slots = torch.arange(history.items.shape[1], device=history.items.device)
+            x = x + self.positions((history.lengths.long()[:, None] - 1 - slots).clamp(min=0))
         if self.behaviors is not None:
             x = x + self.behaviors(history.behaviors)
         if self.gaps is not None:

@@ -6,6 +6,7 @@ the recipe the rest is taken from.
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -34,6 +35,7 @@ class RetrievalRecipe(BaseModel):
     ffn: int = 256
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     max_history: int = 200
+    positions: bool = True
     reach: bool = True
     behaviors: bool = False
     gaps: bool = False
@@ -42,6 +44,8 @@ class RetrievalRecipe(BaseModel):
     max_items: Annotated[int, Field(ge=1)] = 500_000
     full_softmax_items: Annotated[int, Field(ge=0)] = 20_000
     negatives: Annotated[int, Field(ge=2)] = 3_000
+    event_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """So much of every window is left out, other events each time: the next but one is foretold, too."""
     batch_windows: Annotated[int, Field(ge=1)] = 64
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
@@ -64,6 +68,10 @@ class RetrievalRecipe(BaseModel):
     """Settings of the transition counts that the model is fused with; None: the model alone."""
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
 
+    def digest(self) -> str:
+        """Eight letters that another recipe does not share, for names of folders."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+
     def network(self, item_rows: int) -> NetworkConfig:
         sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name != "item_rows"}
         return NetworkConfig(**sizes, item_rows=item_rows)
@@ -75,9 +83,14 @@ RECIPES: Final = {
         layers=1,
         max_history=50,
         dropout=0.4,
+        event_dropout=0.2,
         batch_windows=128,
-        epochs=60,
+        epochs=24,
+        patience=4,
+        judge_every=2,
+        judge_limit=6_000,
         counts="sparse",
+        fusion_weights=(2.0, 3.0, 4.0, 5.0, 7.0),
         ema=0.99,
     ),
     "full": RetrievalRecipe(),

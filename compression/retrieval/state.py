@@ -67,9 +67,10 @@ class TrainingState:
         from safetensors.torch import load
 
         try:
-            return load(read_plain(self._path(name), MAX_WEIGHT_BYTES, str(self._folder)))
+            tensors: Weights = load(read_plain(self._path(name), MAX_WEIGHT_BYTES, str(self._folder)))
         except SafetensorError as error:
             raise ArtefactInvalid(f"{self._path(name)}: {error}") from None
+        return tensors
 
     def _write(self, name: str, tensors: Weights) -> None:
         from safetensors.torch import save

@@ -14,18 +14,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from compression.dataset import Sequences, Split, batches, training_windows
 from compression.predictors import Statistics
 from compression.retrieval.averaging import RunningMean, Weights, best_of, mean, weights_of
 from compression.retrieval.judge import Judge, Verdict
-from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.state import TrainingState
-from compression.scoring import to_history
-from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from compression.retrieval.step import Step, without
+from features.encoding import Vocabulary, encode_histories
 
 Progress = Callable[[float, str], None]  # fraction of the training, what it is doing
 
@@ -130,7 +128,7 @@ class _Run:
         self._sequences, self._split, self._vocabulary = sequences, split, vocabulary
         self._recipe, self._seed, self._keep = recipe, seed, keep
         self.network = RetrievalNetwork(recipe.network(vocabulary.item_rows))
-        self._step = _Step(self.network, recipe, statistics)
+        self._step = Step(self.network, recipe, statistics)
         self._mean = RunningMean(self.network, recipe.ema) if recipe.ema else None
         self.epochs: list[Epoch] = []
         self.kept: dict[int, Weights] = {}
@@ -157,25 +155,33 @@ class _Run:
 
     def until(self, last: int, judge: Judge | None, progress: Progress | None) -> str:
         """Epochs up to and with `last`; why there are no more. A refit has no limit but that."""
-        recipe = self._recipe
-        while len(self.epochs) < last:
-            if judge and self.core_seconds > 60 * recipe.max_core_minutes:
-                return "time"
+        while (stopped := self._why_stop(last, judge is not None)) is None:
             number = len(self.epochs) + 1
             best = max((e.verdict.fused for e in self.epochs if e.verdict), default=0.0)
             note = f"epoch {number}" + (f", best {best:.4f}" if best else "")
-            loss = self._epoch(number, lambda part, note=note: self._tell(progress, part, last, judge, note))
+            loss = self._epoch(number, self._teller(progress, last, judge is not None, note))
             verdict = None
-            if judge and (number % recipe.judge_every == 0 or number == last):
+            if judge and (number % self._recipe.judge_every == 0 or number == last or self._late()):
                 verdict = judge(self._judged_network())
             self.epochs.append(
                 Epoch(number, round(loss, 4), verdict, round(self.core_seconds, 1), round(self.seconds, 1))
             )
             self._keep_weights(number)
             self._save(number)
-            if judge and number - self._best() >= recipe.patience:
-                return "validation"
-        return "epochs"
+        return stopped
+
+    def _why_stop(self, last: int, judged: bool) -> str | None:
+        """By what the epochs so far say and nothing else, so that a finished training stays finished."""
+        if len(self.epochs) >= last:
+            return "epochs"
+        if not judged or not self.epochs:
+            return None
+        if self.epochs[-1].core_seconds > 60 * self._recipe.max_core_minutes:
+            return "time"
+        return "validation" if len(self.epochs) - self._best() >= self._recipe.patience else None
+
+    def _late(self) -> bool:
+        return self.core_seconds > 60 * self._recipe.max_core_minutes
 
     def result(self, selection: Selection, stopped: str) -> TrainedRetrieval:
         return TrainedRetrieval(
@@ -191,18 +197,25 @@ class _Run:
         losses: list[float] = []
         steps = -(-len(starts) // recipe.batch_windows)
         for batch_starts, batch_ends in batches(starts, ends, recipe.batch_windows, rng):
-            length = int((batch_ends - batch_starts).max())
-            events = self._sequences.windows(batch_starts, batch_ends)
+            events = without(self._sequences.windows(batch_starts, batch_ends), recipe.event_dropout, rng)
+            length = int(events.lengths.max())
             losses.append(self._step(encode_histories(events, self._vocabulary, length), rng))
             if self._mean:
                 self._mean.update()
-            tell((number - 1 + len(losses) / steps))
+            tell(number - 1 + len(losses) / steps)
         return float(np.mean(losses)) if losses else 0.0
 
-    def _tell(self, progress: Progress | None, done: float, last: int, judge: Judge | None, note: str) -> None:
-        if progress:
-            by_time = self.core_seconds / (60 * self._recipe.max_core_minutes) if judge else 0.0
-            progress(min(1.0, max(done / last, by_time)), note)
+    def _teller(
+        self, progress: Progress | None, last: int, limited: bool, note: str
+    ) -> Callable[[float], None]:
+        """Takes the epochs done and tells the share of the training that is, by epochs or by time."""
+
+        def tell(done: float) -> None:
+            if progress:
+                by_time = self.core_seconds / (60 * self._recipe.max_core_minutes) if limited else 0.0
+                progress(min(1.0, max(done / last, by_time)), note)
+
+        return tell
 
     def _current(self) -> Weights:
         return weights_of(self.network) | (
@@ -259,77 +272,6 @@ class _Run:
         self._step.load_optimizer(parts["optimizer"])
         if self._mean:
             self._mean.load(parts["mean"], int(record["steps"]))
-
-
-class _Step:
-    """One batch of windows: loss, gradients, optimizer."""
-
-    def __init__(self, network: RetrievalNetwork, recipe: RetrievalRecipe, statistics: Statistics) -> None:
-        self._network, self._recipe = network, recipe
-        self._known = statistics.known_items
-        self._low = torch.bfloat16 if recipe.bf16 and multiplies_bf16() else torch.float32
-        self._negatives = None
-        if self._known > recipe.full_softmax_items:
-            self._negatives = Negatives(statistics.counts[1:], recipe.negatives)
-        matrices = [p for name, p in network.named_parameters() if name.startswith("layers") and p.ndim == 2]
-        chosen = {id(p) for p in matrices}
-        rest = [p for p in network.parameters() if id(p) not in chosen]
-        self._optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=recipe.learning_rate,
-            fused=True,
-        )
-
-    def __call__(self, windows: HistoryArrays, rng: np.random.Generator) -> float:
-        """Each window's last event is a target only."""
-        events = np.maximum(windows.lengths - 1, 0).astype(np.int32)
-        history = to_history(
-            HistoryArrays(
-                items=windows.items[:, :-1],
-                categories=windows.categories[:, :-1],
-                behaviors=windows.behaviors[:, :-1],
-                gaps=windows.gaps[:, :-1],
-                lengths=events,
-            )
-        )
-        targets = windows.items[:, 1:].astype(np.int64)
-        inside = np.arange(targets.shape[1]) < events[:, None]
-        learnable = torch.from_numpy(np.flatnonzero(inside & (targets <= self._known)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._low == torch.bfloat16):
-            states = self._network(history)
-        asked = states.flatten(0, 1)[learnable].float()
-        places = torch.from_numpy(targets.reshape(-1))[learnable] - 1
-        loss = self._loss(asked, places, rng)
-        self._optimizer.zero_grad(set_to_none=True)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(self._network.parameters(), 1.0)
-        self._optimizer.step()
-        return float(loss.detach())
-
-    def _loss(self, states: Tensor, places: Tensor, rng: np.random.Generator) -> Tensor:
-        table = self._network.items.weight[1 : self._known + 1]
-        if self._negatives is None:
-            return full_softmax(states, table, places, low=self._low)
-        drawn = self._negatives.draw(rng)
-        return shared_negatives(states, table, places, drawn, self._negatives.log_expected)
-
-    def optimizer_tensors(self) -> Weights:
-        """By the parameter's number and the name of what is kept about it."""
-        state: dict[int, dict[str, Tensor]] = self._optimizer.state_dict()["state"]
-        return {f"{number}.{name}": one for number, kept in state.items() for name, one in kept.items()}
-
-    def load_optimizer(self, tensors: Weights) -> None:
-        state: dict[int, dict[str, Any]] = {}
-        for name, tensor in tensors.items():
-            number, key = name.split(".", 1)
-            state.setdefault(int(number), {})[key] = tensor
-        self._optimizer.load_state_dict(self._optimizer.state_dict() | {"state": state})
-
-
-def multiplies_bf16() -> bool:
-    """Whether the processor has instructions for products of bfloat16; without, autocast only costs."""
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") or capabilities.get("bf16"))
 
 
 def _epoch_from(record: dict[str, Any]) -> Epoch:

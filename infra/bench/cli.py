@@ -23,6 +23,7 @@ BENCHES = {
     "dispatch": ("infra.bench.dispatch", "What batcher and dispatcher cost per request."),
     "engine-faults": ("infra.bench.engine_faults", "An engine that hangs, crashes, answers NaN, slows down."),
     "serve": ("infra.bench.serve.command", "Lists per second within 50 ms, against five other servers."),
+    "accuracy": ("infra.bench.accuracy", "A retrieval model and its fusion with counts, over seeds."),
     "table1": (
         "infra.bench.table1.command",
         "The paper's Table I: pruned, quantized, distilled, shared history.",

@@ -447,9 +447,10 @@ def _verified(registry: Registry, version: str) -> dict[str, Any]:
     from compression.errors import ArtefactInvalid
 
     try:
-        artefact = registry.open(version)
+        artefact = registry.open(version, kind=None)
         artefact.vocabulary()
-        artefact.item_table()
+        if artefact.manifest.kind == "ranking":
+            artefact.item_table()
     except ArtefactInvalid as error:
         return {"version": version, "valid": False, "error": str(error), "signature": None}
     return {

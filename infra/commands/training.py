@@ -124,7 +124,7 @@ def retrain(
         alias=None if no_promote else alias,
     )
     try:
-        with _ProgressBar(quiet=as_json) as bar:
+        with ProgressBar(quiet=as_json) as bar:
             done = run(settings, bar)
     except (LogInvalid, ArtefactInvalid, ParityError) as error:
         raise click.ClickException(str(error)) from None
@@ -141,7 +141,9 @@ def retrain(
 @options.registry
 @click.option("--version", default="serving", show_default=True, help="Version or alias.")
 @click.option("--split", type=click.Choice(SPLITS), default="leave-one-out", show_default=True)
-@click.option("--limit", type=click.IntRange(1), default=5_000, show_default=True, help="Targets at most.")
+@click.option(
+    "--limit", type=click.IntRange(1), help="Targets at most: 5,000 for a ranking, all for a retrieval model."
+)
 @click.option(
     "--filter-seen",
     is_flag=True,
@@ -155,13 +157,13 @@ def evaluate(
     registry: Path,
     version: str,
     split: Any,
-    limit: int,
+    limit: int | None,
     filter_seen: bool,
     seed: int,
     as_json: bool,
 ) -> None:
     """Judge a released model on a log, beside popularity, item-to-item, recent items and transition
-    counts, and fused with the counts.
+    counts, and fused with the counts. A retrieval model is judged over the full catalogue only.
 
     LOG is Taobao-format, or lines of `user item` or `user item item …` (MovieLens-1M and Amazon as
     published).
@@ -169,6 +171,7 @@ def evaluate(
     \b
     tailrace evaluate --log clicks.csv
     tailrace evaluate --log ml-1m.txt.gz --filter-seen --limit 100000
+    tailrace evaluate --log Beauty.txt.gz --filter-seen --version 20171203T101500-3f9c
     tailrace evaluate --log clicks.csv --version 20171203T101500-3f9c --split temporal --json
     """
     from compression.dataset import read_log
@@ -179,8 +182,23 @@ def evaluate(
     from compression.scoring import ArtefactScorer
 
     try:
-        artefact = Registry(registry).open(version)
+        artefact = Registry(registry).open(version, kind=None)
         sequences = read_log(log).sequences
+        if artefact.manifest.kind == "retrieval":
+            from compression.retrieval import release, table
+
+            report = table.evaluate(
+                release.load_network(artefact),
+                release.load_config(artefact),
+                sequences,
+                artefact.vocabulary(),
+                split_name=split,
+                limit=limit or table.ALL,
+                seed=seed,
+                filter_seen=filter_seen,
+            )
+            _print_report({"version": artefact.version, "log": str(log)} | report, as_json)
+            return
     except (ArtefactInvalid, LogInvalid) as error:
         raise click.ClickException(str(error)) from None
     shape = artefact.manifest.model
@@ -190,15 +208,11 @@ def evaluate(
         split_sequences(sequences, split),
         artefact.vocabulary(),
         max_history=shape.max_history,
-        limit=limit,
+        limit=limit or 5_000,
         seed=seed,
         filter_seen=filter_seen,
     )
-    report = {"version": artefact.version, "log": str(log)} | report
-    if as_json:
-        _print_json(report)
-    else:
-        _print_metrics(report)
+    _print_report({"version": artefact.version, "log": str(log)} | report, as_json)
 
 
 commands: list[click.Command] = [synth, retrain, evaluate]
@@ -222,7 +236,7 @@ def _announce(bootstrap: str, topic_suffix: str, done: Retrained) -> bool:
     return error is None
 
 
-class _ProgressBar:
+class ProgressBar:
     """One line per step, with the time it will still take."""
 
     def __init__(self, *, quiet: bool) -> None:
@@ -241,7 +255,7 @@ class _ProgressBar:
         )
         self._tasks: dict[str, Any] = {}
 
-    def __enter__(self) -> _ProgressBar:
+    def __enter__(self) -> ProgressBar:
         self._progress.start()
         return self
 
@@ -291,6 +305,13 @@ def _print_summary(summary: dict[str, Any], registry: Path) -> None:
         click.echo(f"{summary['alias']} now stands for {summary['version']}")
 
 
+def _print_report(report: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(report)
+    else:
+        _print_metrics(report)
+
+
 def _print_metrics(report: dict[str, Any]) -> None:
     from rich.table import Table
 
@@ -306,6 +327,8 @@ def _print_metrics(report: dict[str, Any]) -> None:
     ):
         table = Table(title=f"{title}: {report['targets']:,} targets, {report['split']}")
         table.add_column("predictor")
+        if names[0] + suffix not in report:
+            continue
         figures = [report[name + suffix] for name in names]
         for figure in figures[0]:
             table.add_column(figure.upper(), justify="right")

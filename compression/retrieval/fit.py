@@ -1,0 +1,99 @@
+"""From a log to released retrieval models: trained, judged and published, under one or both protocols.
+
+(a) `train`: fitted without a user's last two items, the last but one being what validation selects by.
+(b) `train+validation`: after selection fitted anew, model and counts, with the last but one too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from compression.dataset import Log, build_vocabulary, leave_one_out
+from compression.registry import Manifest, Registry
+from compression.retrieval.recipe import RetrievalRecipe
+from compression.retrieval.release import Fitted, config_of, publish
+from compression.retrieval.table import evaluate
+from compression.retrieval.trainer import TrainedRetrieval, refit, train
+from features.encoding import Vocabulary
+
+PROTOCOLS: Final[tuple[Fitted, ...]] = ("train", "train+validation")
+
+Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
+
+
+@dataclass(frozen=True, slots=True)
+class FitSettings:
+    """`state` is a folder for what a killed training goes on from; one for each log, recipe and seed is
+    made in it. `log_sha256` and `log_name` are for the manifest."""
+
+    recipe: RetrievalRecipe
+    seed: int
+    registry: Path
+    state: Path
+    log_name: str
+    log_sha256: str
+    protocols: Sequence[Fitted] = PROTOCOLS
+
+
+def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> list[Manifest]:
+    """A published version for each protocol. Metrics in its manifest are those of the test items."""
+    registry = Registry(settings.registry)
+    registry.check_publishing()
+    recipe, sequences = settings.recipe, log.sequences
+    split = leave_one_out(sequences)
+    vocabulary = build_vocabulary(sequences, max_items=recipe.max_items, item_buckets=1, category_buckets=2)
+    folder = settings.state / f"{settings.log_sha256[:12]}-{recipe.digest()}-seed-{settings.seed}"
+
+    def tell(step: str) -> Callable[[float, str], None]:
+        return lambda fraction, note: progress(step, fraction, note) if progress else None
+
+    trained = train(
+        sequences,
+        split,
+        vocabulary,
+        recipe,
+        seed=settings.seed,
+        folder=folder / "train",
+        progress=tell("train"),
+    )
+    released = []
+    if "train" in settings.protocols:
+        released.append(_release(registry, trained, "train", log, vocabulary, settings))
+    if "train+validation" in settings.protocols:
+        again = refit(
+            sequences,
+            split,
+            vocabulary,
+            recipe,
+            trained.selection,
+            seed=settings.seed,
+            folder=folder / "refit",
+            progress=tell("refit"),
+        )
+        released.append(_release(registry, again, "train+validation", log, vocabulary, settings))
+    return released
+
+
+def _release(
+    registry: Registry,
+    trained: TrainedRetrieval,
+    fitted: Fitted,
+    log: Log,
+    vocabulary: Vocabulary,
+    settings: FitSettings,
+) -> Manifest:
+    config = config_of(trained, settings.recipe, fitted)
+    metrics = evaluate(trained.network, config, log.sequences, vocabulary)
+    data: dict[str, Any] = {
+        "log": settings.log_name,
+        "sha256": settings.log_sha256,
+        "events": len(log.sequences),
+        "users": len(log.sequences.users),
+        "bad_rows": log.report.bad_rows,
+        "split": "leave-one-out",
+        "seed": settings.seed,
+    }
+    return publish(registry, trained, config, vocabulary, recipe=settings.recipe, metrics=metrics, data=data)

@@ -1,0 +1,84 @@
+"""Model, counts and both over the full catalogue, beside predictors that learned nothing."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from compression.dataset import Sequences, SplitName
+from compression.dataset import split as split_sequences
+from compression.evaluate import Targets, catalogue_ranks, histories_before, metrics
+from compression.predictors import Scores, Statistics, Transitions, fused
+from compression.retrieval.judge import user_vectors
+from compression.retrieval.network import RetrievalNetwork
+from compression.retrieval.release import RetrievalConfig
+from features.encoding import Vocabulary
+
+CUTS: Final = (10, 50)
+ALL: Final = 2**31
+
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+def catalogue_scores(
+    network: RetrievalNetwork, sequences: Sequences, vocabulary: Vocabulary, known: int
+) -> Scores:
+    """Dot products of user vectors and the rows of all known items. Nobody without a history is asked for."""
+    histories = histories_before(sequences, vocabulary, network.config.max_history)
+    table = network.items.weight.detach()[1 : known + 1].numpy().T
+
+    def scores(positions: Int64) -> Float32:
+        return np.asarray(user_vectors(network, histories(positions)) @ table, np.float32)
+
+    return scores
+
+
+def evaluate(
+    network: RetrievalNetwork,
+    config: RetrievalConfig,
+    sequences: Sequences,
+    vocabulary: Vocabulary,
+    *,
+    split_name: SplitName = "leave-one-out",
+    limit: int = ALL,
+    seed: int = 7,
+    filter_seen: bool = True,
+) -> dict[str, Any]:
+    """HR@k, NDCG@k and MRR on the test items by every predictor. What a version was not fitted on is not
+    counted for the counts and the simple predictors either."""
+    split = split_sequences(sequences, split_name)
+    if config.fitted == "train+validation":
+        split = split.with_validation(sequences)
+    statistics = Statistics(sequences, split, vocabulary)
+    targets = Targets.draw(sequences, split.test, vocabulary, limit=limit, seed=seed)
+    if not len(targets.positions):
+        return {"split": split.name, "part": "test", "targets": 0}
+    known = statistics.known_items
+    model = catalogue_scores(network, sequences, vocabulary, known)
+    predictors: dict[str, Scores] = {
+        "popularity": statistics.popularity_scores,
+        "item_to_item": statistics.item_to_item_scores,
+        "recent": statistics.recent_scores,
+    }
+    if config.counts is not None:
+        counts = Transitions(statistics, config.counts).scores
+        predictors["transitions"] = counts
+        predictors["fusion"] = fused(model, counts, config.fusion_weight)
+    predictors["retrieval"] = model
+    seen = statistics.seen if filter_seen else None
+    return {
+        "split": split.name,
+        "part": "test",
+        "targets": len(targets.positions),
+        "catalogue": known,
+        "seen": "filtered" if filter_seen else "ranked",
+        "fitted": config.fitted,
+        "fusion_weight": config.fusion_weight if config.counts else None,
+        **{
+            name: metrics(catalogue_ranks(one, targets, known, seen), CUTS)
+            for name, one in predictors.items()
+        },
+    }

@@ -1,0 +1,113 @@
+"""What is released is what was trained: evaluated from the registry it gives the same figures."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from compression.errors import ArtefactInvalid
+from compression.registry import Registry
+from compression.retrieval.recipe import RetrievalRecipe
+from compression.retrieval.release import load_config, load_network
+from infra.bench.accuracy import command as accuracy
+from infra.commands.training import evaluate
+from tests.compression.retrieval.worlds import RECIPE, write
+
+
+@pytest.fixture(scope="module")
+def benched(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    log, recipe, out = write(folder), folder / "recipe.json", folder / "out.json"
+    fields = RECIPE.model_dump(mode="json") | {"epochs": 3}
+    recipe.write_text(json.dumps(fields))
+    options = ["--log", log, "--registry", folder / "models", "--recipe", recipe, "--seeds", "1,2"]
+    answer = CliRunner().invoke(accuracy, [str(one) for one in (*options, "--json", out)])
+    assert answer.exit_code == 0, answer.output
+    return log, folder / "models", json.loads(out.read_text()), answer.output, options
+
+
+def evaluated(log, registry, version, *more):
+    options = ["--log", log, "--registry", registry, "--version", version, *more]
+    return CliRunner().invoke(evaluate, [str(one) for one in options])
+
+
+def test_every_seed_is_released_under_both_protocols(benched):
+    _, registry, kept, output, _ = benched
+    assert [(run["seed"], run["fitted"]) for run in kept["runs"]] == [
+        (seed, fitted) for seed in (1, 2) for fitted in ("train", "train+validation")
+    ]
+    assert sorted(run["version"] for run in kept["runs"]) == Registry(registry).versions()
+    assert RetrievalRecipe(**kept["recipe"]).epochs == 3
+    assert "±" in output and "fusion" in output and "item-to-item" in output
+
+
+def test_evaluate_gives_the_figures_of_the_training(benched):
+    log, registry, kept, _, _ = benched
+    for run in kept["runs"][:2]:
+        answer = evaluated(log, registry, run["version"], "--filter-seen", "--json")
+        assert answer.exit_code == 0, answer.output
+        report = json.loads(answer.stdout)
+        trained = Registry(registry).manifest(run["version"]).metrics
+        for name in ("popularity", "item_to_item", "recent", "transitions", "retrieval", "fusion"):
+            assert report[name] == trained[name] == run[name]
+        assert set(report["fusion"]) == {"hr@10", "ndcg@10", "hr@50", "ndcg@50", "mrr"}
+        assert report["fusion"]["ndcg@10"] > report["popularity"]["ndcg@10"]
+
+
+def test_counts_know_the_validation_items_where_the_model_does(benched):
+    runs = benched[2]["runs"]
+    assert runs[0]["transitions"] != runs[1]["transitions"]
+    assert runs[0]["popularity"] != runs[1]["popularity"]
+    assert runs[0]["fusion_weight"] == runs[1]["fusion_weight"]
+
+
+def test_evaluate_shows_one_table_to_a_person(benched):
+    log, registry, kept, _, _ = benched
+    answer = evaluated(log, registry, kept["runs"][0]["version"], "--filter-seen")
+    assert answer.exit_code == 0
+    assert "Full catalogue" in answer.output and "Among 50" not in answer.output
+
+
+def test_a_second_bench_trains_nothing(benched, monkeypatch):
+    from compression.retrieval import trainer
+
+    monkeypatch.setattr(trainer._Run, "_epoch", lambda *_: pytest.fail("trained"))
+    _, _, kept, _, options = benched
+    again = [str(one) for one in (*options[:-1], "1", "--protocol", "a")]
+    answer = CliRunner().invoke(accuracy, again)
+    assert answer.exit_code == 0, answer.output
+    assert f"{kept['runs'][0]['fusion']['ndcg@10']:.4f}" in answer.output
+
+
+def test_a_retrieval_model_is_never_served(benched):
+    _, registry, kept, _, _ = benched
+    version = kept["runs"][0]["version"]
+    for attempt in (Registry(registry).open, Registry(registry).promote):
+        with pytest.raises(ArtefactInvalid, match="retrieval model"):
+            attempt(version)
+    assert Registry(registry).state() is None
+
+
+def test_an_altered_release_is_refused(benched, tmp_path):
+    import shutil
+
+    _, registry, kept, _, _ = benched
+    shutil.copytree(registry, tmp_path / "models")
+    version = kept["runs"][0]["version"]
+    path = tmp_path / "models" / "versions" / version / "network.json"
+    path.write_text(path.read_text().replace('"fusion_weight"', '"fusion_wait"'))
+    with pytest.raises(ArtefactInvalid, match=r"network\.json"):
+        Registry(tmp_path / "models").open(version, kind="retrieval")
+    artefact = Registry(registry).open(version, kind="retrieval")
+    assert load_config(artefact).fitted == "train"
+    assert load_network(artefact).config == load_config(artefact).network
+
+
+def test_the_bench_says_what_is_wrong(benched):
+    log = str(benched[0])
+    for options, sentence in (
+        (["--recipe", "huge"], "huge"),
+        (["--seeds", "one"], "whole numbers"),
+    ):
+        answer = CliRunner().invoke(accuracy, ["--log", log, *options])
+        assert answer.exit_code != 0 and sentence in answer.output and "Traceback" not in answer.output
