@@ -95,4 +95,4 @@ def from_table(table: Tensor, splits: int) -> ProductTable:
 
 def _nearest(values: npt.NDArray[np.float32], pieces: npt.NDArray[np.float32]) -> Codes:
     distances = (pieces**2).sum(1) - 2 * values @ pieces.T
-    return distances.argmin(1).astype(np.uint8)
+    return np.asarray(distances.argmin(1), np.uint8)
