@@ -67,8 +67,9 @@ class CandidateRanker(nn.Module):
         return users, learned + self.fit * fit, maps
 
     def candidate_tokens(self, candidates: Tensor) -> Tensor:
-        scaled: Tensor = self.network.items(candidates) * self.network.config.dim**0.5
-        return scaled + self.mark
+        rows: Tensor = self.network.items(candidates)
+        scale: float = self.network.config.dim**0.5
+        return rows * scale + self.mark
 
 
 def packed_bias(length: int, reach: Tensor | None, seen: Tensor) -> Tensor:

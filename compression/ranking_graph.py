@@ -40,9 +40,9 @@ def graph(
     grids: Mapping[str, Grid] | None = None,
 ) -> onnx.ModelProto:
     """Inputs `items` int32 [events] and `candidates` int32 [candidates], output `scores` f32 [candidates].
-    `grids` by module name; the network has ReLU."""
-    if ranker.network.config.activation != "relu":
-        raise ValueError("only ReLU is written")
+    `grids` by module name; the network has ReLU and positions."""
+    if ranker.network.config.activation != "relu" or ranker.network.positions is None:
+        raise ValueError("only networks with ReLU and positions are written")
     writer = _Writer(ranker, form, events, candidates, dict(grids or {}))
     writer.write()
     made = helper.make_model(
@@ -84,6 +84,7 @@ class _Writer:
         rows = self.rows("network.items", self.op("Concat", history, asked, axis=1))
         assert network.positions is not None  # a ranker's network has them
         back = torch.arange(self.events - 1, -1, -1)
+        assert network.positions is not None
         places = torch.cat([network.positions.weight[back], ranker.mark.expand(after, -1)])
         scale = self.weight(torch.tensor(network.config.dim**0.5))
         x = self.op("Add", self.op("Mul", rows, scale), self.weight(places))

@@ -151,11 +151,8 @@ class Steps:
             write_whole(said, json.dumps(figures, indent=1).encode())
         figures = json.loads(said.read_bytes())
         ranker = load(weights, config)
-        whole = (
-            count(CandidateRanker(RetrievalNetwork(self._shape.config(self._rows))))
-            if method != "Baseline"
-            else count(ranker)
-        )
+        with torch.device("meta"):
+            whole = count(CandidateRanker(RetrievalNetwork(self._shape.config(self._rows))))
         gone = whole - count(ranker) + sum(int((p == 0).sum()) for p in pruning.prunable(ranker).values())
         return Made(
             method,
