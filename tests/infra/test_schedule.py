@@ -133,8 +133,9 @@ def test_a_run_that_was_left_goes_on_survives_a_kill_and_is_kept_at_sigterm(left
         eventually(lambda: training(1), 60, what="the run that was left")
         assert service.health()["running"]["run"] == "left"
         first = service.child()
-        (left.folder / "progress.json").unlink()
         first.kill()
+        first.wait(30)
+        (left.folder / "progress.json").unlink()
         eventually(lambda: training(2), 60, what="the run that was killed")
         second = service.child()
         assert second.pid != first.pid
