@@ -13,7 +13,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -47,7 +47,7 @@ def export(artefact: Artefact, out: Path) -> ExportManifest:
     check_free(out)
     published = reference(read_graph(artefact, "rank"))
     longest = artefact.manifest.model.max_history
-    asked = _asked(artefact, longest)
+    asked: dict[str, Any] = _asked(artefact, longest)
     with tempfile.TemporaryDirectory(prefix="tailrace-litert-") as name:
         folder = Path(name)
         (folder / WEIGHTS).write_bytes(artefact.read(WEIGHTS))
