@@ -23,6 +23,7 @@ from infra.local.triton import PACKAGES as TRITON_PACKAGES
 
 LISTS: Final = (1, 16)
 WORKERS: Final = (2, 1)
+_START: Final = place_of(2_000)
 # The first number of workers is looked for in strides of this, the next near what the first came to; as near
 # as rounds, which begin there, make up for in two steps.
 _STRIDE: Final = 8
