@@ -22,9 +22,7 @@ from infra.bench.serve.venvs import CannotInstall
 from infra.local.triton import PACKAGES as TRITON_PACKAGES
 
 LISTS: Final = (1, 16)
-# For two processors: as many, and one more, which has a batch ready whenever a processor is free. One alone
-# leaves the other processor to the load.
-WORKERS: Final = (2, 3)
+WORKERS: Final = (2, 1)
 _START: Final = place_of(2_000)
 # The first number of workers is looked for in strides of this, the next near what the first came to; as near
 # as rounds, which begin there, make up for in two steps.
