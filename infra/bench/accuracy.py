@@ -150,8 +150,8 @@ def _show(runs: list[dict[str, Any]], log: str, fitted: Fitted) -> None:
     ]
     letter = "a" if fitted == "train" else "b"
     minutes = _spread([run["core_minutes"] for run in runs], digits=1)
-    title = f"{log} ({letter}) fitted on {fitted}: {runs[0]['targets']:,} targets, seeds {_named(runs)}, "
-    table(f"{title}{minutes} core minutes each", ["predictor", *(one.upper() for one in FIGURES)], rows)
+    title = f"({letter}) {fitted}: {log}, seed {_named(runs)}, {minutes} core minutes each"
+    table(title, ["predictor", *(one.upper() for one in FIGURES)], rows)
 
 
 def _named(runs: list[dict[str, Any]]) -> str:
