@@ -95,3 +95,14 @@ def test_a_codes_graph_is_smaller_by_its_table():
 def test_int8_attention_ranks_too():
     made, given = ranker(attention=eight_bits().build), history([30], 30)
     assert bool(torch.isfinite(scores(made, given, CANDIDATES[:1])).all())
+
+
+def test_a_map_whose_rows_have_one_sign_is_written_all_the_same():
+    made, given = ranker(), history([30], 30)
+    with torch.no_grad():
+        made.layers[0].ffn.widen.weight.abs_().add_(1.0)
+    chosen = {"network.layers.0.ffn.widen": Grid(8, per_row=True)}
+    model = ranking_graph.graph(made, "shared history", events=30, candidates=12, grids=chosen)
+    with aware(made, chosen):
+        pass
+    assert torch.allclose(run(model, given, CANDIDATES[0]), scores(made, given, CANDIDATES[:1])[0], atol=1e-3)

@@ -31,7 +31,7 @@ from infra.console import console
     type=click.FloatRange(0.01),
     default=4.0,
     show_default=True,
-    help="Processor time of the Baseline's training; the rest takes 3.3 times as long.",
+    help="Processor time of the Baseline's training; the rest takes 3.7 times as long.",
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=4, show_default=True)
 @click.option(

@@ -113,7 +113,7 @@ class Steps:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
         student = untrained(self._shape.student(self._rows), self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, 1.0, teacher=baseline.ranker)
+        self._fit(student, 1.5, teacher=baseline.ranker)
         return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
 
     def _rounded(
@@ -181,7 +181,7 @@ class Steps:
     ) -> None:
         if not self._minutes:
             return
-        rate = 1e-3 if part == 1.0 else 5e-4
+        rate = 1e-3 if part >= 1.0 else 5e-4
         effort = Effort(minutes=self._minutes * part, learning_rate=rate)
         steps = fit(ranker, self._of_log(), effort, teacher=teacher, after_step=after_step, seed=self._seed)
         self._say(f"  {steps} steps")
