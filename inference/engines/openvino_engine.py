@@ -18,6 +18,7 @@ import openvino.properties.hint as hints
 from compression.registry import Artefact
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
 from inference.engines.model_file import read_graph
+from inference.engines.openvino_core import core
 from inference.engines.quantise import weights_in_int8
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
@@ -29,7 +30,7 @@ _COMBINED: Final = ("AUTO", "HETERO", "MULTI")
 
 def devices() -> list[str]:
     """Names of the devices here, as `device` takes them."""
-    return [str(name) for name in ov.Core().available_devices]
+    return [str(name) for name in core().available_devices]
 
 
 class OpenVinoEngine(Engine):
@@ -39,7 +40,7 @@ class OpenVinoEngine(Engine):
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
         self._requests: dict[Graph, Any] = {}
-        self._core = ov.Core()
+        self._core = core()
         self._device = options.device.upper()
         self._check_device()
 

@@ -17,6 +17,7 @@ from compression.registry import Artefact
 from inference.engines.base import OUTPUTS, TOLERANCE
 from inference.engines.calibration import samples
 from inference.engines.model_file import read_graph
+from inference.engines.openvino_core import core
 from inference.engines.quantise import weights_in_int8
 from inference.types import Graph, Tensors
 from infra.export.folder import (
@@ -70,14 +71,14 @@ def export(artefact: Artefact, out: Path, *, numbers: Weights = "f32") -> Export
 
 def _save(published: bytes, path: Path, numbers: Weights) -> None:
     content = weights_in_int8(published) if numbers == "int8" else published
-    model = ov.Core().read_model(io.BytesIO(content))
+    model = core().read_model(io.BytesIO(content))
     ov.save_model(model, path, compress_to_fp16=numbers == "f16")
 
 
 def _compiled(path: Path, graph: Graph) -> Run:
     """What was written, on this machine's processor in f32."""
     request = (
-        ov.Core().compile_model(path, "CPU", {hints.inference_precision: ov.Type.f32}).create_infer_request()
+        core().compile_model(path, "CPU", {hints.inference_precision: ov.Type.f32}).create_infer_request()
     )
 
     def run(inputs: Tensors) -> Tensors:

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import onnx
-import openvino as ov
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto
 
 from compression.registry import Artefact, Registry
 from inference.engines.base import TOLERANCE
+from inference.engines.openvino_core import core
 from inference.engines.quantise import INTEGER_TOLERANCE
 from infra.commands.export import export as command
 from infra.export import litert, openvino_ir
@@ -55,7 +55,7 @@ def test_openvino_reads_what_was_written_and_answers_alike(
     assert manifest.graphs.keys() == artefact.manifest.graphs.keys()
     tolerance = TOLERANCE[numbers]
     assert all(graph.max_difference <= tolerance for graph in manifest.graphs.values())
-    model = ov.Core().compile_model(tmp_path / "ir" / "rank.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    model = core().compile_model(tmp_path / "ir" / "rank.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     published = reference(artefact.read("rank.onnx"))
     for inputs in asked:
         scores = model(inputs)["scores"]

@@ -91,9 +91,9 @@ def _onnxruntime(arm: Arm) -> list[Run]:
 
 
 def _openvino(arm: Arm) -> list[Run]:
-    import openvino
+    from inference.engines.openvino_core import core
 
-    compiled = openvino.Core().compile_model(
+    compiled = core().compile_model(
         str(arm.path),
         "CPU",
         {
