@@ -158,6 +158,10 @@ class Connection(asyncio.Protocol):
         self.outbox.flush()
         self._close()
 
+    def abort(self) -> None:
+        """Whatever was not sent."""
+        self._transport.abort()
+
     # What its calls call --------------------------------------------------------------------------
 
     def hold(self, more: int) -> bool:

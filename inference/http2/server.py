@@ -14,6 +14,8 @@ from inference.http2.heads import Head, Method, head_of
 from inference.http2.limits import Limits
 
 _BACKLOG: Final = 512
+# For what a connection says at its end to leave: a peer that does not read, or does not end TLS, is cut off.
+_LAST_S: Final = 0.5
 
 
 class Server:
@@ -53,13 +55,21 @@ class Server:
         self._listener.close()
         for connection in list(self._connections):
             connection.leave()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(grace_s):
-                await self._alone.wait()
+        await self._closed(grace_s)
         for connection in list(self._connections):
             connection.end()
+        await self._closed(_LAST_S)
+        for connection in list(self._connections):
+            connection.abort()
+        await self._closed(_LAST_S)
         if self._sweep is not None:
             self._sweep.cancel()
+
+    async def _closed(self, most_s: float) -> None:
+        """Until no connection is left, or so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(most_s):
+                await self._alone.wait()
 
     def parse(self, fields: Fields) -> Head:
         return head_of(self._methods, fields)
