@@ -24,7 +24,7 @@ from typing import Final, Generic, TypeVar
 from inference import metrics
 from inference.attempts import answers_of
 from inference.deadlines import Alarm
-from inference.dispatcher import Dispatcher, Lane
+from inference.dispatcher import Dispatcher, Lane, leave_room
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
 from inference.lane_health import LaneHealth
 from inference.metrics import BatcherCounts
@@ -34,8 +34,6 @@ from inference.waiting import Gather, Queue, Waiting
 
 # A batch held back for a busy lane is looked at again after so long, should that lane be late.
 _HOLD_STEP_S: Final = 0.001
-# While some go before others, a batch holds this fraction of what it may hold otherwise.
-_SHORT: Final = 2
 
 T = TypeVar("T", bound=Work)
 R = TypeVar("R")
@@ -65,6 +63,8 @@ class _Batch(Generic[T, R]):
     key: Hashable
     entries: list[Entry[T, R]]
     tried: tuple[Lane, ...] = ()
+    level: int = 0
+    aside: bool = False
     started_s: float = 0.0
     watch: asyncio.TimerHandle | None = None
 
@@ -149,7 +149,8 @@ class Batcher(Generic[T, R]):
         self._alarm.cancel()
         self._health.close()
         for lane in self.dispatcher.lanes:
-            lane.executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
+            for executor in lane.executors:
+                executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
         return not left
 
     # Entering ----------------------------------------------------------------------------------
@@ -254,14 +255,16 @@ class Batcher(Generic[T, R]):
 
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
+        most = self.limits.max_batch
         level, head = self._queues.first
-        top = self._first_among_many(head.key, level, now_s)
-        if top is not None and not self._has_room(head.key, level, top, now_s):
+        top = self._reserved_for(head.key, level, now_s)
+        below = top is not None and level > top
+        if top is not None and below and not self._room_below(head.key, top):
             return False
-        most = self.limits.max_batch if top is None else max(1, self.limits.max_batch // _SHORT)
-        upto = URGENT - 1 if self._queues.urgent else LAST
+        alone = level if top is not None and not below else LAST
+        upto = URGENT - 1 if self._queues.urgent else alone
         waiting = self._queues.upto(upto)
-        lanes = self.dispatcher.lanes if top is None else self.dispatcher.lanes[:1]
+        lanes = self.dispatcher.lanes
         sizes = [min(most, waiting - most * place) for place in range(min(len(lanes), -(-waiting // most)))]
         choice = self.dispatcher.choose(head.key, sizes, now_s)
         if choice is None:
@@ -278,34 +281,23 @@ class Batcher(Generic[T, R]):
         self._tell_queued()
         entries = [entry for entry in entries if not self._expire_late(entry, now_s)]
         if entries:
-            self._start(_Batch(head.key, entries), choice.lane, now_s)
+            self._start(_Batch(head.key, entries, level=level, aside=below), choice.lane, now_s)
         return True
 
-    def _first_among_many(self, key: Hashable, level: int, now_s: float) -> int | None:
-        """The highest level seen of late, while others wait behind it and all are more than one batch can
-        hold; None otherwise, and where that level alone is as many.
+    def _reserved_for(self, key: Hashable, level: int, now_s: float) -> int | None:
+        """The highest level seen of late, while more waits than one batch can hold; else None.
 
-        Batches are then short, one lane stays idle, and what is below goes along where there is room: who
-        is first waits for one short batch at most, and shares neither the processor nor the interpreter's
-        lock with another lane.
+        One lane is then left to it, it goes without company, and what is below runs at a low priority: who
+        is first waits for no full batch of those who are not, and shares the processor with it in his
+        favour.
         """
-        most = self.limits.max_batch
-        if self.queued < most or len(self.dispatcher.able(key)) < 2:
+        if self.queued < self.limits.max_batch or len(self.dispatcher.able(key)) < 2:
             return None
-        top = self._precedence.top(now_s, level)
-        return top if self._queues.upto(top) < most and top < self._queues.last else None
+        return self._precedence.top(now_s, level)
 
-    def _has_room(self, key: Hashable, level: int, top: int, now_s: float) -> bool:
-        """Whether a short batch may start now. One that nobody of the top level is in does not start just
-        before the next of them are due."""
-        if len(self._running) >= len(self.dispatcher.able(key)) - 1:
-            return False
-        due_s = self._precedence.next_s(top)
-        done_s = now_s + self.dispatcher.fastest_s(self.limits.max_batch // _SHORT)
-        if level <= top or not now_s < due_s < done_s:
-            return True
-        self._wake_soon(due_s)
-        return False
+    def _room_below(self, key: Hashable, top: int) -> bool:
+        below = sum(batch.level > top for batch in self._running.values())
+        return below < len(self.dispatcher.able(key)) - 1
 
     def _refuse_key(self, key: Hashable) -> None:
         """No lane is well: nobody waits for one that may never be."""
@@ -347,7 +339,10 @@ class Batcher(Generic[T, R]):
         # The last lane there is looks for the item that poisons the batch; before that another lane may do.
         alone = len(self.dispatcher.able(batch.key, batch.tried)) == 1
         work = partial(answers_of, partial(lane.run, batch.key), items, in_parts=alone)
-        future = loop.run_in_executor(lane.executor, work)
+        if batch.aside:
+            future = loop.run_in_executor(lane.aside, _aside, work)
+        else:
+            future = loop.run_in_executor(lane.executor, work)
         future.add_done_callback(partial(self._finish, lane, batch))
         hangs_s = now_s + lane.hangs_after_s(len(items), self.limits.hang_ms / 1e3)
         batch.watch = loop.call_at(hangs_s, self._hung, lane, batch)
@@ -488,3 +483,9 @@ class Batcher(Generic[T, R]):
 
     def _tell_queued(self) -> None:
         metrics.QUEUE_ITEMS.set(len(self._queues))
+
+
+def _aside(work: Callable[[], Any]) -> Any:
+    """For a thread that only ever does what may wait."""
+    leave_room()
+    return work()

@@ -100,11 +100,6 @@ class Queues(Generic[T, R]):
         return level, self._by_level[level][0][0]
 
     @property
-    def last(self) -> int:
-        """The level of what goes last; something must wait."""
-        return next(level for level, queue in reversed(self._by_level.items()) if queue)
-
-    @property
     def oldest_s(self) -> float:
         """When the item that has waited longest came; something must wait."""
         return min(queue[0][0].entered_s for queue in self._by_level.values() if queue)

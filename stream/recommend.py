@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from features.statistics import ItemStatistics
 from features.store import Append, Appended, FeatureStore, StoreUnavailable, User
@@ -38,11 +38,6 @@ M = TypeVar("M", bound=Message)
 P = TypeVar("P")
 
 UNFORESEEN = "unforeseen"
-# So many lists are written in one turn of the loop: what comes back from an engine meanwhile goes first.
-WRITTEN_AT_ONCE: Final = 16
-# A list is given up so long before its deadline, and at most a tenth of its time: the degraded one in its
-# place has to be written.
-WRITING_S: Final = 0.003
 BEHAVIOR_CODES = {name: code for code, name in enumerate(BEHAVIORS)}
 
 
@@ -270,7 +265,7 @@ class RequestPath:
         answered = _by_user(clicks) if self._settings.trigger == "user" else [[c] for c in range(len(clicks))]
         # What waited for the store has its full time once the store is back.
         from_s = max(unit.received_s, self._store_back_s)
-        deadline_s = _deadline_s(from_s, self._settings.click_deadline_ms)
+        deadline_s = from_s + self._settings.click_deadline_ms / 1000
         answers = [self._click_answer(unit, [clicks[c] for c in group]) for group in answered]
         asked = [
             RankRequest(
@@ -307,7 +302,7 @@ class RequestPath:
                 candidates=None if ask.request.candidates is None else tuple(ask.request.candidates),
                 exclude=tuple(ask.request.exclude),
                 priority=ask.request.priority,
-                deadline_s=_deadline_s(unit.received_s, ask.request.deadline_ms or default_ms),
+                deadline_s=unit.received_s + (ask.request.deadline_ms or default_ms) / 1000,
                 tier=self._tier_code(user.tier),
             )
             for ask, user in zip(asks, users, strict=True)
@@ -321,31 +316,20 @@ class RequestPath:
         now_s = _now()
         wait_ms = (now_s - unit.received_s) * 1000
         ticket = self._admission.admit(asked, now_s)
-        top_first = sorted(ticket.groups, key=lambda group: not group.is_top)
-        ranking = [self._rank_group(group, answers, wait_ms) for group in top_first]
+        ranking = [self._rank_group(group, answers, wait_ms) for group in ticket.groups]
         try:
             if not (ticket.refused or refused) and len(ranking) == 1:
                 await ranking[0]
                 return
+            self._count_refused(asked, ticket)
+            shed = [self._fallback.answer(answers[at]) for at in ticket.refused]
             async with asyncio.TaskGroup() as together:
-                for part in (*ranking, self._shed(asked, answers, ticket, refused)):
+                for part in (*ranking, self._deliver(shed, refused)):
                     together.create_task(part)
         finally:
             # Also those whose task was cancelled before it began.
             for group in ticket.groups:
                 self._admission.finish(group, _now())
-
-    async def _shed(
-        self,
-        asked: Sequence[RankRequest],
-        answers: Sequence[Answer],
-        ticket: Ticket,
-        refused: Sequence[Record],
-    ) -> None:
-        """Degraded lists for those who are not admitted, once the others are on their way to an engine."""
-        await asyncio.sleep(0)
-        self._count_refused(asked, ticket)
-        await self._deliver([self._fallback.answer(answers[at]) for at in ticket.refused], refused)
 
     async def _rank_group(self, group: Group, answers: Sequence[Answer], wait_ms: float) -> None:
         outcomes = await self._rank(group.requests)
@@ -385,7 +369,8 @@ class RequestPath:
         """Lists and dead letters into Kafka; returns when the broker has them."""
         sends: list[Awaitable[None]] = []
         if answers:
-            sends.append(self._results.send(self._topics.recommendations, await self._written(answers)))
+            now_s = self._clock()
+            sends.append(self._results.send(self._topics.recommendations, [reply(a, now_s) for a in answers]))
         if refused:
             sends.append(self._bury(refused))
         await asyncio.gather(*sends)
@@ -394,15 +379,6 @@ class RequestPath:
             self._metrics.lists.labels(degraded=degraded).inc(count)
         for answer in answers:
             self._metrics.click_to_result_s.observe(max(0.0, now_s - answer.asked_at_s))
-
-    async def _written(self, answers: Sequence[Answer]) -> list[Record]:
-        """Their records; other work of the loop goes in between where they are many."""
-        now_s = self._clock()
-        records = [reply(answer, now_s) for answer in answers[:WRITTEN_AT_ONCE]]
-        for first in range(WRITTEN_AT_ONCE, len(answers), WRITTEN_AT_ONCE):
-            await asyncio.sleep(0)
-            records += [reply(answer, now_s) for answer in answers[first : first + WRITTEN_AT_ONCE]]
-        return records
 
     async def _bury(self, refused: Sequence[Record]) -> None:
         """Dead letters into Kafka, untouched where the broker takes them. One that is too large loses
@@ -483,11 +459,6 @@ def _by_user(clicks: Sequence[Click]) -> list[list[int]]:
     for position, click in enumerate(clicks):
         groups.setdefault(click.event.user_id, []).append(position)
     return list(groups.values())
-
-
-def _deadline_s(from_s: float, deadline_ms: float) -> float:
-    """Until when a list must be ranked, to be in time."""
-    return from_s + deadline_ms / 1000 - min(WRITING_S, deadline_ms / 10_000)
 
 
 def _now() -> float:

@@ -63,10 +63,9 @@ def _tune() -> None:
 
     A full collection of a worker's heap (a model's vocabulary, torch-free libraries, cached lists)
     stops both threads for tens of milliseconds and finds nothing: what lives long is frozen once the
-    model is loaded (`stream.resources`), and the rest is looked at less often. The youngest are
-    looked at often and a few at a time: with lists in hand, 20,000 of them take 20 ms, 700 half a
-    millisecond. The ranking thread calls many short numpy functions; it gets the interpreter back
-    within half a millisecond of asking, not five.
+    model is loaded (`stream.resources`), and the rest is looked at less often. The ranking thread
+    calls many short numpy functions; it gets the interpreter back within half a millisecond of
+    asking, not five.
     """
-    gc.set_threshold(700, 10, 100)
+    gc.set_threshold(20_000, 50, 100)
     sys.setswitchinterval(0.0005)

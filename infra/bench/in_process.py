@@ -65,7 +65,7 @@ def tune() -> None:
     """As a worker is tuned (`stream.worker`): long-lived objects frozen, the interpreter handed over soon."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(700, 10, 100)
+    gc.set_threshold(20_000, 50, 100)
     sys.setswitchinterval(0.0005)
 
 
