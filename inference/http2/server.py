@@ -53,6 +53,7 @@ class Server:
         if self._listener is None:
             return
         self._listener.close()
+        await asyncio.sleep(0)  # who was accepted in this turn of the loop is made in the next
         for connection in list(self._connections):
             connection.leave()
         await self._closed(grace_s)
