@@ -312,5 +312,7 @@ class Connection(asyncio.Protocol):
             self._ends.append(self.loop.call_later(LINGER_S, self._close))
 
     def _close(self) -> None:
-        self._transport.close()
-        self._ends.append(self.loop.call_later(self.limits.stall_s, self._transport.abort))
+        # Once: closed again, asyncio's transport of TLS forgets what `abort` would end.
+        if not self._transport.is_closing():
+            self._transport.close()
+            self._ends.append(self.loop.call_later(self.limits.stall_s, self._transport.abort))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 import ssl
 from collections.abc import Coroutine
 from pathlib import Path
@@ -15,7 +17,7 @@ import uvloop
 from inference.http2 import frames as f
 from inference.http2.limits import Limits
 from inference.http2.server import Server
-from tests.inference.http2.peer import PATH, Methods
+from tests.inference.http2.peer import PATH, Methods, Peer
 from tests.inference.oip.test_tls import Authority
 from tests.support import eventually_async
 
@@ -88,6 +90,44 @@ def test_over_tls_only_http2_is_spoken(loop: str, tmp_path: Path) -> None:
             assert (first[3:4] == bytes([f.SETTINGS])) == spoken
             writer.transport.abort()
         await server.stop(0)
+
+    run(loop, story())
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_client_that_never_ends_tls_is_cut_off_when_the_server_stops(loop: str, tmp_path: Path) -> None:
+    context, authority = contexts(tmp_path)
+    trusted = ssl.create_default_context(cafile=str(authority.file))
+    trusted.set_alpn_protocols(["h2"])
+
+    def connect(port: int, asked: bytes) -> tuple[ssl.SSLSocket, socket.socket]:
+        """A client that speaks TLS, and its bare connection."""
+        secured = trusted.wrap_socket(
+            socket.create_connection(("127.0.0.1", port), timeout=10), server_hostname="127.0.0.1"
+        )
+        secured.sendall(f.PREFACE + f.settings({}) + asked)
+        return secured, socket.socket(fileno=os.dup(secured.fileno()))
+
+    def drained(bare: socket.socket) -> bool:
+        """Reads without ever answering; True when the connection has ended."""
+        bare.settimeout(10)
+        try:
+            while bare.recv(65536):
+                pass
+        except ConnectionError:
+            pass
+        return True
+
+    async def story() -> None:
+        methods = Methods()
+        server = Server(methods.table(), Limits())
+        port = await server.start("127.0.0.1", 0, tls=context)
+        secured, bare = await asyncio.to_thread(connect, port, Peer().request(1, method="Held"))
+        await eventually_async(lambda: methods.begun == 1)
+        await server.stop(0)
+        assert await asyncio.to_thread(drained, bare)
+        bare.close()
+        secured.close()
 
     run(loop, story())
 
