@@ -355,19 +355,7 @@ class _Work:
         if version is None:
             raise ArtefactInvalid("no version serves yet to start from: train without --from-serving first")
         artefact = self.registry.open(version)
-        recipe, vocabulary = self.settings.recipe, artefact.vocabulary()
-        check_shape(
-            artefact.manifest.model,
-            ModelShape(
-                dim=recipe.dim,
-                layers=recipe.layers,
-                heads=recipe.heads,
-                ffn=recipe.ffn,
-                max_history=recipe.max_history,
-                item_rows=vocabulary.item_rows,
-                category_rows=vocabulary.category_rows,
-            ),
-        )
+        check_shape(artefact.manifest.model, self.settings.recipe.shape(artefact.vocabulary()))
         return artefact
 
     def describe(

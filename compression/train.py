@@ -66,6 +66,18 @@ class Recipe:
     ranking_weight: float = 0.5
     judge_limit: int = 2_000
 
+    def shape(self, vocabulary: Vocabulary) -> ModelShape:
+        """Of the network that is trained for these items."""
+        return ModelShape(
+            dim=self.dim,
+            layers=self.layers,
+            heads=self.heads,
+            ffn=self.ffn,
+            max_history=self.max_history,
+            item_rows=vocabulary.item_rows,
+            category_rows=vocabulary.category_rows,
+        )
+
 
 LAPTOP: Final = Recipe(
     epochs=20,
@@ -123,16 +135,7 @@ def train(
     `weights` where they are given; goes on where `checkpoints` left off."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    shape = ModelShape(
-        dim=recipe.dim,
-        layers=recipe.layers,
-        heads=recipe.heads,
-        ffn=recipe.ffn,
-        max_history=recipe.max_history,
-        item_rows=vocabulary.item_rows,
-        category_rows=vocabulary.category_rows,
-    )
-    model = Recommender(shape, recipe.dropout)
+    model = Recommender(recipe.shape(vocabulary), recipe.dropout)
     if weights is not None:
         model.load_state_dict(weights)
     statistics = Statistics(sequences, split, vocabulary)

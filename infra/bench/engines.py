@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -24,6 +23,7 @@ from inference.engines.calibration import draw
 from inference.types import Tensors
 from infra.bench import options as bench_options
 from infra.bench import report
+from infra.bench.child import started
 from infra.bench.engine_arm import CANDIDATES, Arm, serve, width
 from infra.commands import options
 
@@ -111,23 +111,6 @@ def _sequences(log: Path, seed: int) -> tuple[list[bytes], str]:
     return [request.sequence for request in requests if request.sequence is not None], name
 
 
-@contextmanager
-def _started(arm: Arm, registry: Path, given: Mapping[int, list[Tensors]]) -> Iterator[Connection]:
-    spawning = multiprocessing.get_context("spawn")
-    ours, theirs = spawning.Pipe()
-    process = spawning.Process(target=serve, args=(arm, registry, given, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours
-    finally:
-        ours.close()
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-            process.join()
-
-
 def run(
     registry: Path,
     given: Mapping[int, list[Tensors]],
@@ -143,7 +126,7 @@ def run(
     with ExitStack() as stack:
         pipes: dict[int, Connection] = {}
         for number, (arm, row) in enumerate(zip(found, rows, strict=True)):
-            pipe = stack.enter_context(_started(arm, registry, given))
+            pipe = stack.enter_context(started(serve, arm, registry, given))
             said = _said(pipe)
             if "refused" in said:
                 row.not_measured = said["refused"]

@@ -10,10 +10,11 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compression.registry import FileEntry
+from compression.registry import Artefact, FileEntry
 from inference.types import Graph
 
 MANIFEST: Final = "manifest.json"
+Kind = Literal["openvino", "tensorrt", "litert"]
 
 
 class ExportFailed(ValueError):
@@ -36,7 +37,7 @@ class ExportManifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["openvino", "tensorrt", "litert"]
+    kind: Kind
     version: str
     released_manifest_sha256: str
     numbers: str
@@ -63,6 +64,27 @@ def write_folder(out: Path, contents: Mapping[str, bytes]) -> None:
         for file, content in contents.items():
             (work / file).write_bytes(content)
         work.replace(out)
+
+
+def write_export(
+    kind: Kind,
+    artefact: Artefact,
+    numbers: str,
+    graphs: dict[Graph, GraphEntry],
+    contents: Mapping[str, bytes],
+    out: Path,
+) -> ExportManifest:
+    """The folder of an exported version, with its manifest."""
+    manifest = ExportManifest(
+        kind=kind,
+        version=artefact.version,
+        released_manifest_sha256=artefact.manifest_sha256,
+        numbers=numbers,
+        graphs=graphs,
+        files=entries(contents),
+    )
+    write_folder(out, {**contents, MANIFEST: manifest.to_bytes()})
+    return manifest
 
 
 def entries(contents: Mapping[str, bytes]) -> dict[str, FileEntry]:

@@ -23,13 +23,11 @@ from inference.engines.base import TOLERANCE, WEIGHTS
 from inference.engines.model_file import read_graph
 from inference.types import Tensors
 from infra.export.folder import (
-    MANIFEST,
     ExportFailed,
     ExportManifest,
     GraphEntry,
     check_free,
-    entries,
-    write_folder,
+    write_export,
 )
 from infra.export.parity import rank_inputs, reference
 
@@ -60,16 +58,14 @@ def export(artefact: Artefact, out: Path) -> ExportManifest:
     if not difference <= TOLERANCE["f32"]:
         raise ExportFailed(f"LiteRT's answers differ by {difference:.1e} from the published graph's")
     contents = {FILE: content}
-    manifest = ExportManifest(
-        kind="litert",
-        version=artefact.version,
-        released_manifest_sha256=artefact.manifest_sha256,
-        numbers="f32",
-        graphs={"rank": GraphEntry(files=(FILE,), max_difference=difference)},
-        files=entries(contents),
+    return write_export(
+        "litert",
+        artefact,
+        "f32",
+        {"rank": GraphEntry(files=(FILE,), max_difference=difference)},
+        contents,
+        out,
     )
-    write_folder(out, {**contents, MANIFEST: manifest.to_bytes()})
-    return manifest
 
 
 def venv_dir() -> Path:

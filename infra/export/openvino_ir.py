@@ -21,13 +21,11 @@ from inference.engines.openvino_core import core
 from inference.engines.quantise import weights_in_int8
 from inference.types import Graph, Tensors
 from infra.export.folder import (
-    MANIFEST,
     ExportFailed,
     ExportManifest,
     GraphEntry,
     check_free,
-    entries,
-    write_folder,
+    write_export,
 )
 from infra.export.parity import Run, largest_difference, reference
 
@@ -57,16 +55,7 @@ def export(artefact: Artefact, out: Path, *, numbers: Weights = "f32") -> Export
             files = (path.name, f"{graph}.bin")
             contents |= {file: path.with_name(file).read_bytes() for file in files}
             graphs[graph] = GraphEntry(files=files, max_difference=difference)
-    manifest = ExportManifest(
-        kind="openvino",
-        version=artefact.version,
-        released_manifest_sha256=artefact.manifest_sha256,
-        numbers=numbers,
-        graphs=graphs,
-        files=entries(contents),
-    )
-    write_folder(out, {**contents, MANIFEST: manifest.to_bytes()})
-    return manifest
+    return write_export("openvino", artefact, numbers, graphs, contents, out)
 
 
 def _save(published: bytes, path: Path, numbers: Weights) -> None:

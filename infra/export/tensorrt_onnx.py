@@ -21,13 +21,11 @@ from inference.engines.model_file import read_graph
 from inference.engines.quantise import INTEGER_TOLERANCE, activations_in_int8
 from inference.types import Graph
 from infra.export.folder import (
-    MANIFEST,
     ExportFailed,
     ExportManifest,
     GraphEntry,
     check_free,
-    entries,
-    write_folder,
+    write_export,
 )
 from infra.export.parity import largest_difference, reference
 
@@ -61,16 +59,7 @@ def export(artefact: Artefact, out: Path, *, numbers: Types = "f16") -> ExportMa
         contents[file] = content
         command = build_command(content, graph, artefact.manifest.model.max_history)
         graphs[graph] = GraphEntry(files=(file,), max_difference=difference, build=command)
-    manifest = ExportManifest(
-        kind="tensorrt",
-        version=artefact.version,
-        released_manifest_sha256=artefact.manifest_sha256,
-        numbers=numbers,
-        graphs=graphs,
-        files=entries(contents),
-    )
-    write_folder(out, {**contents, MANIFEST: manifest.to_bytes()})
-    return manifest
+    return write_export("tensorrt", artefact, numbers, graphs, contents, out)
 
 
 def in_f16(content: bytes) -> bytes:

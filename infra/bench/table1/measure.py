@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 
 from compression.ranking_graph import FORMS, graph
+from infra.bench.child import started
 from infra.bench.table1.arm import Arm, Feed, Runtime, serve
 from infra.bench.table1.shapes import Shape
 from infra.bench.table1.steps import Made
@@ -120,7 +120,7 @@ def run(found: Sequence[Arm], *, rounds: int, seconds: float) -> tuple[list[Row]
     with ExitStack() as stack:
         pipes = []
         for arm, row in zip(found, rows, strict=True):
-            pipe = stack.enter_context(_started(arm))
+            pipe = stack.enter_context(started(serve, arm))
             said = _said(pipe, arm)
             row.memory_mib, row.peak_mib = round(said["memory_mib"], 1), round(said["peak_mib"], 1)
             scores[f"{arm.method}, {arm.form}"] = said["scores"]
@@ -160,23 +160,6 @@ def _in_torch(ranker: Any, feed: Feed) -> Any:
     with torch.inference_mode():
         history = History(items, nothing, nothing, nothing, length)
         return ranker(history, asked, length[:, None].expand_as(asked))[1][0].numpy()
-
-
-@contextmanager
-def _started(arm: Arm) -> Iterator[Connection]:
-    spawning = multiprocessing.get_context("spawn")
-    ours, theirs = spawning.Pipe()
-    process = spawning.Process(target=serve, args=(arm, theirs), daemon=True)
-    process.start()
-    theirs.close()
-    try:
-        yield ours
-    finally:
-        ours.close()
-        process.join(10)
-        if process.is_alive():
-            process.kill()
-            process.join()
 
 
 def _said(pipe: Connection, arm: Arm) -> Any:
