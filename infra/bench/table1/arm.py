@@ -11,27 +11,25 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from infra.bench.engine_arm import memory
 
-Runtime = Literal["onnxruntime", "openvino"]
 Feed = dict[str, npt.NDArray[Any]]
 Run = Callable[[Feed], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A graph in a file, what runs it, and inputs for it. `workers` answer at the same time when throughput
-    is taken; each request has `threads`."""
+    """A graph in a file, which ONNX Runtime runs, and inputs for it. `workers` answer at the same time when
+    throughput is taken; each request has `threads`."""
 
     method: str
     form: str
     path: Path
-    runtime: Runtime
     feeds: tuple[Feed, ...]
     threads: int = 1
     workers: int = 1
@@ -39,11 +37,11 @@ class Arm:
 
 def serve(arm: Arm, pipe: Connection) -> None:
     """Say what the first inputs give and what memory that took; then take times until the pipe says None."""
-    make = {"onnxruntime": _onnxruntime, "openvino": _openvino}[arm.runtime]
-    _import(arm.runtime)
+    import onnxruntime  # noqa: F401 - before memory is looked at: what the library takes is not the model's
+
     before = memory()["memory_mib"]
-    runs = make(arm)
-    scores = [runs[0](feed) for feed in arm.feeds]
+    run = _loaded(arm)
+    scores = [run(feed) for feed in arm.feeds]
     taken = memory()
     pipe.send(
         {"scores": scores, "memory_mib": taken["memory_mib"] - before, "peak_mib": taken["peak_mib"] - before}
@@ -52,9 +50,10 @@ def serve(arm: Arm, pipe: Connection) -> None:
         while (asked := pipe.recv()) is not None:
             what, seconds = asked
             if what == "latency":
-                pipe.send(_latencies(runs[0], arm.feeds, seconds))
+                pipe.send(_latencies(run, arm.feeds, seconds))
             else:
-                took = pool.map(_latencies, runs, [arm.feeds] * len(runs), [seconds] * len(runs))
+                all_at_once = [pool.submit(_latencies, run, arm.feeds, seconds) for _ in range(arm.workers)]
+                took = [one.result() for one in all_at_once]
                 pipe.send(sum(len(one) / sum(one) for one in took))
 
 
@@ -70,12 +69,7 @@ def _latencies(run: Run, feeds: tuple[Feed, ...], seconds: float) -> list[float]
     return took
 
 
-def _import(runtime: Runtime) -> None:
-    """Before memory is looked at: what the library takes is not the model's."""
-    __import__(runtime)
-
-
-def _onnxruntime(arm: Arm) -> list[Run]:
+def _loaded(arm: Arm) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -87,28 +81,4 @@ def _onnxruntime(arm: Arm) -> list[Run]:
     def run(feed: Feed) -> npt.NDArray[np.float32]:
         return np.asarray(session.run(["scores"], feed)[0], np.float32)
 
-    return [run] * arm.workers
-
-
-def _openvino(arm: Arm) -> list[Run]:
-    from inference.engines.openvino_core import core
-
-    compiled = core().compile_model(
-        str(arm.path),
-        "CPU",
-        {
-            "INFERENCE_NUM_THREADS": arm.threads * arm.workers,
-            "NUM_STREAMS": arm.workers,
-            "INFERENCE_PRECISION_HINT": "f32",
-        },
-    )
-
-    def runs() -> Run:
-        request = compiled.create_infer_request()
-
-        def run(feed: Feed) -> npt.NDArray[np.float32]:
-            return np.array(request.infer(feed)["scores"], np.float32)
-
-        return run
-
-    return [runs() for _ in range(arm.workers)]
+    return run

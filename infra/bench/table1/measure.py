@@ -15,7 +15,7 @@ import torch
 
 from compression.ranking_graph import FORMS, graph
 from infra.bench.child import started
-from infra.bench.table1.arm import Arm, Feed, Runtime, serve
+from infra.bench.table1.arm import Arm, Feed, serve
 from infra.bench.table1.shapes import Shape
 from infra.bench.table1.steps import Made
 
@@ -30,7 +30,6 @@ class Row:
 
     method: str
     form: str
-    runtime: str
     latencies_s: list[float] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
     memory_mib: float = 0.0
@@ -70,8 +69,7 @@ def arms(
                 one.ranker, form, events=shape.history, candidates=shape.candidates, grids=one.grids
             )
             path.write_bytes(model.SerializeToString())
-            runtime: Runtime = "onnxruntime"
-            found.append(Arm(one.method, form, path, runtime, feeds, threads, workers))
+            found.append(Arm(one.method, form, path, feeds, threads, workers))
     return [*found, served(shape, folder, feeds, threads=threads, workers=workers)]
 
 
@@ -109,13 +107,13 @@ def served(shape: Shape, folder: Path, feeds: Sequence[Feed], *, threads: int, w
         for feed in feeds
     )
     path = folder / GRAPHS["rank"]
-    return Arm(SERVED, "shared history", path, "onnxruntime", given, threads, workers)
+    return Arm(SERVED, "shared history", path, given, threads, workers)
 
 
 def run(found: Sequence[Arm], *, rounds: int, seconds: float) -> tuple[list[Row], dict[str, Any]]:
     """All loaded, then in turn, round by round: each takes its times while the others wait. Rows, and the
     scores that each arm gave."""
-    rows = [Row(arm.method, arm.form, arm.runtime) for arm in found]
+    rows = [Row(arm.method, arm.form) for arm in found]
     scores: dict[str, Any] = {}
     with ExitStack() as stack:
         pipes = []

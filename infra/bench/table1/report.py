@@ -33,7 +33,7 @@ def rows_of(rows: Sequence[Row], made: Sequence[Made]) -> list[dict[str, Any]]:
         figures: dict[str, Any] = {
             "method": row.method,
             "form": row.form,
-            "runtime": row.runtime,
+            "runtime": "onnxruntime",
             "requests": len(row.latencies_s),
             "p50_ms": round(row.p50_ms, 3),
             "p99_ms": round(row.p99_ms, 3),
