@@ -70,7 +70,7 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
             recipe,
             trained.selection,
             seed=settings.seed,
-            folder=folder / "refit",
+            folder=folder / "-".join(["refit", *map(str, trained.selection.epochs)]),
             progress=tell("refit"),
         )
         released.append(_release(registry, again, "train+validation", log, vocabulary, settings))

@@ -17,6 +17,7 @@ from compression.files import read_plain
 from compression.retrieval.network import NetworkConfig
 
 MAX_RECIPE_BYTES: Final = 2**16
+LIMITS: Final = {"epochs", "max_core_minutes", "patience"}
 Weight = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -68,9 +69,13 @@ class RetrievalRecipe(BaseModel):
     """Settings of the transition counts that the model is fused with; None: the model alone."""
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
 
+    def trains(self) -> dict[str, Any]:
+        """All of it but how long: trainings that agree in this go the same way, one further than the other."""
+        return self.model_dump(mode="json", exclude=LIMITS)
+
     def digest(self) -> str:
-        """Eight letters that another recipe does not share, for names of folders."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
+        """Eight letters that a recipe which trains otherwise does not share, for names of folders."""
+        return hashlib.sha256(orjson.dumps(self.trains())).hexdigest()[:8]
 
     def network(self, item_rows: int) -> NetworkConfig:
         sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name != "item_rows"}

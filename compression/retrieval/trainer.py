@@ -71,7 +71,8 @@ def train(
     progress: Progress | None = None,
 ) -> TrainedRetrieval:
     """Train until the epochs or the minutes are spent, or validation no longer rises, and select.
-    `folder` keeps the state after every epoch: the same call goes on where it was stopped."""
+    `folder` keeps the state after every epoch: the same call goes on where it was stopped, and one with
+    other limits where that one ended; what is trained already is never cut back."""
     statistics = Statistics(sequences, split, vocabulary)
     judge = Judge(sequences, split, vocabulary, statistics, recipe)
     run = _Run(sequences, split, vocabulary, recipe, statistics, seed, folder)
@@ -134,7 +135,7 @@ class _Run:
         self.kept: dict[int, Weights] = {}
         self._spent_core_s = self._spent_s = 0.0
         of = {
-            "recipe": recipe.model_dump(mode="json"),
+            "recipe": recipe.trains(),
             "seed": seed,
             "keep": keep,
             "events": len(sequences),

@@ -99,6 +99,15 @@ def test_a_finished_training_is_not_trained_again(world, tmp_path, monkeypatch):
     assert again.selection == first.selection and again.epochs == first.epochs
 
 
+def test_a_training_of_more_epochs_goes_on_where_fewer_ended(world, tmp_path):
+    longer, shorter = (change(RECIPE, {"epochs": epochs}, "test") for epochs in (3, 2))
+    train(*world, shorter, seed=1, folder=tmp_path)
+    on = train(*world, longer, seed=1, folder=tmp_path)
+    anew = train(*world, longer, seed=1)
+    assert [(e.number, e.loss) for e in on.epochs] == [(e.number, e.loss) for e in anew.epochs]
+    assert on.selection == anew.selection
+
+
 def test_the_state_of_another_training_is_refused(world, tmp_path):
     recipe = change(RECIPE, {"epochs": 1}, "test")
     train(*world, recipe, seed=1, folder=tmp_path)
