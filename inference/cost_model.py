@@ -20,7 +20,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import ModelShape
+from compression.releases.registry import ModelShape
 from inference.engines.base import Shape
 from inference.types import Graph
 
@@ -77,7 +77,7 @@ _CACHES: Final = tuple(int(2 ** (exponent / 2)) for exponent in range(38, 50))
 
 
 def amounts(model: ModelShape, shape: Shape, cache_bytes: int) -> tuple[float, ...]:
-    """How much of each of `TERMS` one call has; the network is `compression.model`.
+    """How much of each of `TERMS` one call has; the network is `compression.training.model`.
 
     encode: every event becomes keys and values in each of L layers, and goes through attention and the
     feed-forward part in all but the last, where only the newest event asks: B·H·(2·L·d² + 2·(L−1)·d·f).

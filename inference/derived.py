@@ -1,7 +1,7 @@
 """What follows from a history beside its states, and from nothing else: known once, known again.
 
 The items retrieved depend on the user vector alone, and the score of a candidate on the history and
-the candidate alone, whatever stands beside it (`compression.model`).
+the candidate alone, whatever stands beside it (`compression.training.model`).
 """
 
 from __future__ import annotations

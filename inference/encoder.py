@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import ModelShape
+from compression.releases.registry import ModelShape
 from features.encoding import HistoryArrays, encode_events, encode_histories
 from features.encoding import Rows as RowLookup
 from features.sequence import SequenceBatch, newest_events

@@ -25,7 +25,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from compression.registry import ITEM_TABLE, VOCABULARY, Artefact, ArtefactInvalid, Manifest, Registry
+from compression.releases.registry import (
+    ITEM_TABLE,
+    VOCABULARY,
+    Artefact,
+    ArtefactInvalid,
+    Manifest,
+    Registry,
+)
 from inference import engines
 from inference.engines.base import EngineOptions, graphs_of
 from inference.errors import ModelUnavailable

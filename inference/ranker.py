@@ -20,7 +20,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import Artefact, ArtefactInvalid, ModelShape, Registry
+from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape, Registry
 from features.candidates import SOURCES, Candidates, find_candidates
 from features.encoding import Vocabulary
 from features.sequence import SequenceBatch, unpack

@@ -2,7 +2,7 @@
 
 A history whose events are all known costs no encoding, no retrieval, and no scoring of the candidates it
 was scored with last; one that has grown by a few events costs those events alone (`append` in
-`compression.export`). What is kept is compared byte for byte with what is asked, so an answer never
+`compression.training.export`). What is kept is compared byte for byte with what is asked, so an answer never
 rests on a history that was trimmed, corrected or has aged since.
 
 One cache belongs to one ranker, which is one released version: versions cannot mix. Slots are
@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 
 import numpy as np
 
-from compression.registry import ModelShape
+from compression.releases.registry import ModelShape
 from features.sequence import count_events
 from inference import memory
 from inference.derived import Derived

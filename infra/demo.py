@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from compression.log_reader import LogInvalid, iter_events
+from compression.logs.log_reader import LogInvalid, iter_events
 from infra.bench.load import Account, Collecting, Sent, poisson, records, send
 from infra.bench.stream import percentiles
 from infra.clients import partition_of, reader, to_the_end

@@ -10,7 +10,7 @@ SYNTH = {"events": 6_000, "users": 300, "items": 300, "categories": 10, "seed": 
 
 def small_log(path: Path) -> Path:
     """A synthetic log of 6,000 events."""
-    from compression.synth import SynthSettings, synthesize, write_log
+    from compression.logs.synth import SynthSettings, synthesize, write_log
 
     write_log(path, synthesize(SynthSettings(**SYNTH)))
     return path
@@ -18,8 +18,8 @@ def small_log(path: Path) -> Path:
 
 def small_registry(folder: Path) -> Path:
     """A registry whose `serving` alias is a one-epoch model of the small log."""
-    from compression.pipeline import RetrainSettings, retrain
-    from compression.train import TINY
+    from compression.retraining.pipeline import RetrainSettings, retrain
+    from compression.training.train import TINY
 
     log = small_log(folder / "clicks.csv")
     retrain(RetrainSettings(log=log, registry=folder / "models", recipe=replace(TINY, epochs=1)))

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from compression.dataset import Log, build_vocabulary, leave_one_out
-from compression.registry import Manifest, Registry
+from compression.logs.dataset import Log, build_vocabulary, leave_one_out
+from compression.releases.registry import Manifest, Registry
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import Fitted, config_of, publish
 from compression.retrieval.table import evaluate

@@ -9,13 +9,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compression.dataset import Sequences, Split
-from compression.evaluate import Targets, metrics
-from compression.predictors import MOST_COUNTED, Statistics, Transitions, log_chances
+from compression.evaluation.evaluate import Targets, metrics
+from compression.evaluation.predictors import MOST_COUNTED, Statistics, Transitions, log_chances
+from compression.evaluation.scoring import to_history
+from compression.evaluation.transitions import PUBLISHED
+from compression.logs.dataset import Sequences, Split
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
-from compression.scoring import to_history
-from compression.transitions import PUBLISHED
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
 
 _CELLS: Final = 150_000_000

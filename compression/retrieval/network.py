@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from compression.attention.base import Attention
 from compression.attention.dropout import ByteDropout
 from compression.attention.full import FullAttention
-from compression.model import History
+from compression.training.model import History
 from features.encoding import BEHAVIOR_ROWS, GAP_ROWS
 
 INIT_STD: Final = 0.02

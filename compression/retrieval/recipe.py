@@ -70,7 +70,7 @@ class RetrievalRecipe(BaseModel):
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
 
     def trains(self) -> dict[str, Any]:
-        """All of it but how long: trainings that agree in this go the same way, one further than the other."""
+        """All of it but how long: trainings that agree in this go the same way, one further."""
         return self.model_dump(mode="json", exclude=LIMITS)
 
     def digest(self) -> str:

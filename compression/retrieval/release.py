@@ -17,12 +17,12 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import ArtefactInvalid
-from compression.pipeline import git_revision
-from compression.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
+from compression.evaluation.transitions import PUBLISHED, TransitionSettings
+from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
+from compression.retraining.pipeline import git_revision
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.trainer import TrainedRetrieval
-from compression.transitions import PUBLISHED, TransitionSettings
 from features.encoding import Vocabulary
 
 NETWORK: Final = "network.json"

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compression.predictors import Statistics
+from compression.evaluation.predictors import Statistics
+from compression.evaluation.scoring import to_history
 from compression.retrieval.averaging import Weights
 from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
-from compression.scoring import to_history
 from features.encoding import HistoryArrays
 from features.sequence import SequenceBatch
 

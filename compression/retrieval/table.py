@@ -7,10 +7,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.dataset import Sequences, SplitName
-from compression.dataset import split as split_sequences
-from compression.evaluate import Targets, catalogue_ranks, histories_before, metrics
-from compression.predictors import Scores, Statistics, Transitions, fused
+from compression.evaluation.evaluate import Targets, catalogue_ranks, histories_before, metrics
+from compression.evaluation.predictors import Scores, Statistics, Transitions, fused
+from compression.logs.dataset import Sequences, SplitName
+from compression.logs.dataset import split as split_sequences
 from compression.retrieval.judge import user_vectors
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.release import RetrievalConfig

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from compression.dataset import Sequences, Split, batches, training_windows
-from compression.predictors import Statistics
+from compression.evaluation.predictors import Statistics
+from compression.logs.dataset import Sequences, Split, batches, training_windows
 from compression.retrieval.averaging import RunningMean, Weights, best_of, mean, weights_of
 from compression.retrieval.judge import Judge, Verdict
 from compression.retrieval.network import RetrievalNetwork

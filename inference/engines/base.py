@@ -15,7 +15,7 @@ from typing import ClassVar, Final, Literal, NamedTuple, Self
 
 import numpy as np
 
-from compression.registry import Artefact, ModelShape
+from compression.releases.registry import Artefact, ModelShape
 from inference.errors import ModelUnavailable
 from inference.types import Graph, Tensors
 

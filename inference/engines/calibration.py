@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from features.encoding import GAP_ROWS, Vocabulary
 from inference.engines.base import INPUTS, EngineOptions
 from inference.types import Graph, Tensors

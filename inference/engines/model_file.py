@@ -16,7 +16,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from compression.registry import Artefact, ArtefactInvalid, ModelShape
+from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape
 from inference.engines.base import INPUTS, OUTPUTS
 from inference.errors import ModelUnavailable
 from inference.types import Graph

@@ -14,7 +14,7 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions
 from inference.engines.model_file import read_graph
 from inference.errors import EngineFailed, ModelUnavailable

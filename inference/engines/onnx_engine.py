@@ -9,7 +9,7 @@ from typing import Any, Final
 import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
-from compression.registry import Artefact, ModelShape
+from compression.releases.registry import Artefact, ModelShape
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
 from inference.engines.model_file import read_graph
 from inference.errors import EngineFailed, ModelUnavailable

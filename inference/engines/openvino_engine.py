@@ -15,7 +15,7 @@ import openvino.properties as props
 import openvino.properties.device as device_props
 import openvino.properties.hint as hints
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
 from inference.engines.model_file import read_graph
 from inference.engines.openvino_core import core

@@ -12,7 +12,7 @@ from typing import Any, Final
 import grpc
 import numpy as np
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, EngineOptions
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.oip import open_inference_pb2 as pb

@@ -19,7 +19,7 @@ import numpy as np
 import tensorrt as trt
 from cuda.bindings import runtime as cuda
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, EngineOptions, Shape
 from inference.engines.calibration import samples
 from inference.engines.model_file import read_graph

@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from torch.nn import functional as F
 
-from compression.model import Block, Encoded, History, Recommender
-from compression.registry import Artefact, ArtefactInvalid
+from compression.releases.registry import Artefact, ArtefactInvalid
+from compression.training.model import Block, Encoded, History, Recommender
 from inference.engines.base import GRAPHS, OUTPUTS, WEIGHTS, Engine, EngineOptions, Shape
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors

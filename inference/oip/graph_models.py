@@ -17,7 +17,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import Artefact, ArtefactInvalid, Registry
+from compression.releases.registry import Artefact, ArtefactInvalid, Registry
 from inference import engines
 from inference.batcher import Batcher, BatcherLimits
 from inference.buckets import Buckets, fit, pad_rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compression.registry import ModelShape
+from compression.releases.registry import ModelShape
 from features.encoding import BEHAVIOR_ROWS, GAP_ROWS
 from inference.engines.base import INPUTS, OUTPUTS
 from inference.oip.models import TensorSpec

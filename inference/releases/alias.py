@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from compression.aliases import AliasState
 from compression.errors import ArtefactInvalid
-from compression.registry import Registry
+from compression.releases.aliases import AliasState
+from compression.releases.registry import Registry
 from inference.errors import ModelUnavailable
 
 

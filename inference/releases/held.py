@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from compression.aliases import Release
+from compression.releases.aliases import Release
 from inference.errors import InferenceError
 from inference.releases.routing import Split
 from inference.releases.shadow import Shadow

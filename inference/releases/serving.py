@@ -18,8 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Final
 
-from compression.aliases import AliasState, Release, Trial
 from compression.errors import ArtefactInvalid
+from compression.releases.aliases import AliasState, Release, Trial
 from inference.errors import (
     InferenceError,
     InvalidRequest,

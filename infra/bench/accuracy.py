@@ -18,7 +18,7 @@ from infra.bench.report import table, write
 from infra.commands import options
 
 if TYPE_CHECKING:
-    from compression.registry import Manifest, Registry
+    from compression.releases.registry import Manifest, Registry
     from compression.retrieval.release import Fitted
 
 PREDICTORS: Final = {
@@ -80,11 +80,11 @@ def command(
     tailrace bench accuracy --log Beauty.txt.gz --recipe beauty --seeds 1 --protocol a
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from compression.dataset import read_log
     from compression.errors import ArtefactInvalid
-    from compression.log_reader import LogInvalid
-    from compression.pipeline import sha256_of
-    from compression.registry import Registry
+    from compression.logs.dataset import read_log
+    from compression.logs.log_reader import LogInvalid
+    from compression.releases.registry import Registry
+    from compression.retraining.pipeline import sha256_of
     from compression.retrieval.fit import FitSettings, fit
     from compression.retrieval.recipe import RecipeInvalid, change, load_recipe
     from infra.commands.training import ProgressBar
@@ -119,7 +119,7 @@ def command(
 
 def _judged(registry: Registry, manifest: Manifest, log: Path) -> dict[str, Any]:
     """The figures of a version as it lies in the registry, which must be those of the training."""
-    from compression.dataset import read_log
+    from compression.logs.dataset import read_log
     from compression.retrieval.release import load_config, load_network
     from compression.retrieval.table import evaluate
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.encoding import Vocabulary
 from features.memory_store import MemoryStore
 from features.sequence import MAX_EVENTS, NARROW, NARROW_EVENT, pack_fence

@@ -13,7 +13,7 @@ from infra.bench import options as bench_options
 from infra.commands import options
 
 if TYPE_CHECKING:
-    from compression.registry import ModelShape
+    from compression.releases.registry import ModelShape
     from inference.cost_model import CostModel, PaperCost, Residuals
     from inference.engines.base import Shape
 
@@ -85,7 +85,7 @@ def cost_model(
 
 def fit(registry: Path, engine: str, *, rounds: int, repeats: int) -> Report:
     """Measure on the released model, fit, predict."""
-    from compression.registry import Registry
+    from compression.releases.registry import Registry
     from inference import engines
     from inference.buckets import Buckets
     from inference.cost_model import CostModel, left_out

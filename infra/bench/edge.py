@@ -18,7 +18,7 @@ import click
 import numpy as np
 import numpy.typing as npt
 
-from compression.registry import Artefact, ArtefactInvalid, Registry
+from compression.releases.registry import Artefact, ArtefactInvalid, Registry
 from features.encoding import Vocabulary
 from features.memory_store import MemoryStore
 from features.sequence import pack

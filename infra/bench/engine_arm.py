@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 import psutil
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference import engines
 from inference.engines.base import INPUTS, Engine, EngineOptions, Shape
 from inference.errors import InferenceError

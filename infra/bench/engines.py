@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from compression.registry import Artefact, ArtefactInvalid, Registry
+from compression.releases.registry import Artefact, ArtefactInvalid, Registry
 from features.encoding import encode_histories
 from features.sequence import unpack
 from inference.buckets import HISTORIES

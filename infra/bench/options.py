@@ -49,11 +49,11 @@ def ranking(clicks: int) -> Callable[[Command], Command]:
 
 def events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
     """Events to send, and what to call them."""
-    from compression.log_reader import iter_events
+    from compression.logs.log_reader import iter_events
 
     if log is not None:
         return list(islice(iter_events(log), limit)), log.name
-    from compression.synth import SynthSettings, synthesize, write_log
+    from compression.logs.synth import SynthSettings, synthesize, write_log
 
     with tempfile.TemporaryDirectory(prefix="tailrace-synth-") as folder:
         path = Path(folder) / "synthetic.csv"

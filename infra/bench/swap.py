@@ -19,7 +19,7 @@ import click
 import numpy as np
 import psutil
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.settings import FeatureSettings
 from inference.plane import Plane
 from inference.releases.serving import ServingModel

@@ -196,8 +196,8 @@ def popular_items(items: str, log: Path | None) -> npt.NDArray[np.int64] | None:
         raise click.UsageError("--items N needs --log FILE, which says what is popular")
     import numpy as np
 
-    from compression.dataset import read_log
-    from compression.log_reader import LogInvalid
+    from compression.logs.dataset import read_log
+    from compression.logs.log_reader import LogInvalid
 
     try:
         met = read_log(log).sequences.items
@@ -210,7 +210,7 @@ def popular_items(items: str, log: Path | None) -> npt.NDArray[np.int64] | None:
 @contextmanager
 def _sentences() -> Iterator[None]:
     """What cannot be exported is a sentence, not a traceback."""
-    from compression.registry import ArtefactInvalid
+    from compression.releases.registry import ArtefactInvalid
     from inference.errors import InferenceError
     from infra.export.folder import ExportFailed
     from infra.export.onnxruntime_web import RuntimeMissing
@@ -234,7 +234,7 @@ def _needs(library: str, extra: str) -> Iterator[None]:
 
 
 def _open(registry: Path, version: str) -> Any:
-    from compression.registry import Registry
+    from compression.releases.registry import Registry
 
     return Registry(registry).open(version)
 

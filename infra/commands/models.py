@@ -12,8 +12,8 @@ import click
 from infra.commands import options
 
 if TYPE_CHECKING:
-    from compression.aliases import AliasState
-    from compression.registry import Registry
+    from compression.releases.aliases import AliasState
+    from compression.releases.registry import Registry
     from topics.messages import Stage
 
 Command = Callable[..., Any]
@@ -296,7 +296,7 @@ def keygen(*, private: Path | None, trusted: Path | None, as_json: bool) -> None
     export TAILRACE_SIGNING_KEY=.tailrace/signing-key.pem
     tailrace models sign serving
     """
-    from compression.signing import generate
+    from compression.releases.signing import generate
 
     with _sentences():
         try:
@@ -394,7 +394,7 @@ def _message(registry: Path, version: str, sha256: str, stage: Stage, percent: f
 
 
 def _registry(root: Path) -> Registry:
-    from compression.registry import Registry
+    from compression.releases.registry import Registry
 
     return Registry(root)
 

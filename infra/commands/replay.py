@@ -66,7 +66,7 @@ def replay(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from compression.log_reader import LogInvalid, LogReader, iter_events
+    from compression.logs.log_reader import LogInvalid, LogReader, iter_events
     from infra.clients import Outgoing, producer
     from topics.catalog import CLICKS
     from topics.codec import encode, record_key

@@ -18,8 +18,8 @@ from infra.commands import options
 from infra.commands.training import RECIPES, SPLITS, ProgressBar, print_json, print_metrics
 
 if TYPE_CHECKING:
-    from compression.pipeline import Announce, Retrained
-    from compression.runs import Run
+    from compression.retraining.pipeline import Announce, Retrained
+    from compression.retraining.runs import Run
     from infra.retraining.job import Job
 
 REFUSED, HELD, STOPPED = 3, 4, 75
@@ -131,13 +131,13 @@ def retrain(
     # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _need_training_extra()
-    from compression.dataset import MAX_EVENTS
-    from compression.export import ParityError
-    from compression.gate import GateRefused
-    from compression.log_reader import LogInvalid
-    from compression.registry import ArtefactInvalid
-    from compression.runs import Run, RunInvalid
-    from compression.train import RECIPES as RECIPE_NAMED
+    from compression.evaluation.gate import GateRefused
+    from compression.logs.dataset import MAX_EVENTS
+    from compression.logs.log_reader import LogInvalid
+    from compression.releases.registry import ArtefactInvalid
+    from compression.retraining.runs import Run, RunInvalid
+    from compression.training.export import ParityError
+    from compression.training.train import RECIPES as RECIPE_NAMED
     from infra.local.endpoints import endpoints
     from infra.retraining.job import Job, job, topic_bounds
 
@@ -208,10 +208,10 @@ def _work(
     quiet: bool,
 ) -> Retrained:
     """The run under its lease, until it is through or SIGTERM asks it to end."""
-    from compression.checkpoint import Stopped
     from compression.errors import ReleaseRefused
-    from compression.pipeline import retrain as work
-    from compression.registry import SERVING
+    from compression.releases.registry import SERVING
+    from compression.retraining.pipeline import retrain as work
+    from compression.training.checkpoint import Stopped
     from infra.retraining.lease import Lease, LeaseHeld
 
     # Taken up again: the process that was killed has left its lease behind.
@@ -280,8 +280,8 @@ def _announcer(bootstrap: str, topic_suffix: str, alias: str) -> Announce:
 
 def _report(runs: Path, run: Run, *, quiet: bool) -> Path:
     """Write the run's page, remove what is old, say where the page is."""
-    from compression.report import write
-    from compression.runs import prune
+    from compression.retraining.report import write
+    from compression.retraining.runs import prune
 
     path = write(run)
     prune(runs)

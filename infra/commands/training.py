@@ -36,7 +36,7 @@ def synth(
     """
     import time
 
-    from compression.synth import SynthSettings, synthesize, write_log
+    from compression.logs.synth import SynthSettings, synthesize, write_log
 
     started = time.monotonic()
     try:
@@ -91,12 +91,12 @@ def evaluate(
     tailrace evaluate --log Beauty.txt.gz --filter-seen --version 20171203T101500-3f9c
     tailrace evaluate --log clicks.csv --version 20171203T101500-3f9c --split temporal --json
     """
-    from compression.dataset import read_log
-    from compression.dataset import split as split_sequences
-    from compression.evaluate import evaluate as run
-    from compression.log_reader import LogInvalid
-    from compression.registry import ArtefactInvalid, Registry
-    from compression.scoring import ArtefactScorer
+    from compression.evaluation.evaluate import evaluate as run
+    from compression.evaluation.scoring import ArtefactScorer
+    from compression.logs.dataset import read_log
+    from compression.logs.dataset import split as split_sequences
+    from compression.logs.log_reader import LogInvalid
+    from compression.releases.registry import ArtefactInvalid, Registry
 
     try:
         artefact = Registry(registry).open(version, kind=None)

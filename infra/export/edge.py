@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
-from compression.registry import Artefact, FileEntry
+from compression.releases.registry import Artefact, FileEntry
 from features.encoding import Vocabulary
 from inference.engines.model_file import check_graph, read_graph
 from infra.export import onnxruntime_web, vocabulary_file

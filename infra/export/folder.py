@@ -10,7 +10,7 @@ from typing import Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compression.registry import Artefact, FileEntry
+from compression.releases.registry import Artefact, FileEntry
 from inference.types import Graph
 
 MANIFEST: Final = "manifest.json"

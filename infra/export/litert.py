@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 
 from compression.home import CHECKOUT, home
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import TOLERANCE, WEIGHTS
 from inference.engines.model_file import read_graph
 from inference.types import Tensors

@@ -16,8 +16,8 @@ from ai_edge_litert.interpreter import Interpreter
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from compression.model import History, Recommender
-from compression.registry import ModelShape
+from compression.releases.registry import ModelShape
+from compression.training.model import History, Recommender
 
 
 class Rank(nn.Module):

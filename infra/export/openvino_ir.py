@@ -13,7 +13,7 @@ from typing import Final, Literal
 import openvino as ov
 import openvino.properties.hint as hints
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import OUTPUTS, TOLERANCE
 from inference.engines.calibration import samples
 from inference.engines.model_file import read_graph

@@ -13,7 +13,7 @@ from typing import Final, Literal
 
 import onnx
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.buckets import BATCHES, CANDIDATES, HISTORIES
 from inference.engines.base import TOLERANCE
 from inference.engines.calibration import samples

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from compression.home import home
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import GRAPHS
 from inference.oip.graph_specs import specs
 from inference.oip.models import TensorSpec

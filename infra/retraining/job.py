@@ -8,9 +8,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compression.pipeline import RetrainSettings
-from compression.runs import Run, RunInvalid, runs
-from compression.train import Recipe
+from compression.retraining.pipeline import RetrainSettings
+from compression.retraining.runs import Run, RunInvalid, runs
+from compression.training.train import Recipe
 from infra.retraining.topic_log import Bounds, TopicLog, bounds_now
 
 EARLIEST: Final = "earliest"

@@ -1,7 +1,7 @@
 """One retraining of an alias at a time: a lease in Redis whose token fences the registry.
 
-Redis says who may begin; the fence in the registry (`compression.fence`) says who may promote, so that a
-holder that was paused past its lease, or cut off from Redis, cannot undo what a later one has done.
+Redis says who may begin; the fence in the registry (`compression.releases.fence`) says who may promote, so
+that a holder that was paused past its lease, or cut off from Redis, cannot undo what a later one has done.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
-from compression.fence import Fence, Superseded
+from compression.releases.fence import Fence, Superseded
 from features import keys
 
 TTL_S: Final = 30.0

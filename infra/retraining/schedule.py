@@ -22,7 +22,7 @@ import prometheus_client as prometheus
 from aiohttp import web
 from croniter import croniter
 
-from compression.runs import PROGRESS, Run, RunInvalid, new_name, runs
+from compression.retraining.runs import PROGRESS, Run, RunInvalid, new_name, runs
 
 REFUSED, HELD, STOPPED = 3, 4, 75
 ATTEMPTS: Final = 3

@@ -16,8 +16,8 @@ from typing import Any, Final
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from compression.dataset import Log, to_sequences
-from compression.log_reader import EventChunk, LogInvalid, ReadReport
+from compression.logs.dataset import Log, to_sequences
+from compression.logs.log_reader import EventChunk, LogInvalid, ReadReport
 from infra.clients import BrokerUnavailable, reader
 from topics.admin import topic_epoch
 from topics.codec import DecodeError, decode_click
@@ -76,7 +76,7 @@ def bounds_now(bootstrap: str, topic: str, since: Bounds | None = None) -> Bound
 
 
 class TopicLog:
-    """A `compression.sources.Source` over the records within `bounds`."""
+    """A `compression.logs.sources.Source` over the records within `bounds`."""
 
     def __init__(self, bootstrap: str, bounds: Bounds) -> None:
         self._bootstrap = bootstrap

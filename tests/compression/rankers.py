@@ -2,9 +2,9 @@
 
 import torch
 
-from compression.model import History
-from compression.ranking import CandidateRanker
+from compression.ranking.network import CandidateRanker
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork, full_attention
+from compression.training.model import History
 
 
 def config(**changes):

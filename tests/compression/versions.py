@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from compression.registry import Manifest, Registry
+from compression.releases.registry import Manifest, Registry
 from features.encoding import Vocabulary
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from compression.model import Recommender
-from compression.registry import ModelShape
-from compression.scoring import to_history
+from compression.evaluation.scoring import to_history
+from compression.releases.registry import ModelShape
+from compression.training.model import Recommender
 from features.encoding import HistoryArrays
 
 

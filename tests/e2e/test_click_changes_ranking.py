@@ -117,7 +117,7 @@ def test_requests_are_answered_with_their_k_candidates_and_excludes(parts, start
 
 
 def test_a_release_reaches_the_running_worker(parts, registry, start_worker, tmp_path):
-    from compression.registry import Registry
+    from compression.releases.registry import Registry
 
     version = Registry(registry).resolve("serving")
     empty = tmp_path / "models"
@@ -220,7 +220,7 @@ def test_sigterm_drains_what_is_in_hand_and_commits_it(parts, start_worker, tmp_
 def _some_events(folder, count: int) -> list[BehaviorEvent]:
     from itertools import islice
 
-    from compression.log_reader import iter_events
+    from compression.logs.log_reader import iter_events
 
     path = folder / "clicks.csv"
     if not path.exists():

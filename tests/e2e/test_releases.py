@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 from kafka import KafkaConsumer, KafkaProducer
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from infra.commands.models import models
 from tests.support import eventually
 from topics.codec import decode_recommendation, encode, record_key

@@ -8,11 +8,11 @@ import json
 from click.testing import CliRunner
 from kafka import KafkaProducer
 
-from compression.log_reader import iter_events
+from compression.logs.log_reader import iter_events
 from infra.clients import reader, to_the_end
 from infra.commands.retraining import retrain
 from infra.online import lists_since, online_hits
-from tests.compression.retraining import short_log
+from tests.compression.small_retraining import short_log
 from tests.support import eventually
 from topics.codec import encode, record_key
 

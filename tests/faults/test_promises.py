@@ -9,7 +9,7 @@ from itertools import islice
 
 import pytest
 
-from compression.log_reader import iter_events
+from compression.logs.log_reader import iter_events
 from infra.bench import faults
 from tests.models import small_log
 

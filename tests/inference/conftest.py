@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compression.registry import ITEM_TABLE, VOCABULARY, Artefact, Manifest, ModelShape, Registry
+from compression.releases.registry import ITEM_TABLE, VOCABULARY, Artefact, Manifest, ModelShape, Registry
 from features.encoding import Vocabulary
 from features.memory_store import MemoryStore
 from features.statistics import ItemStatistics
@@ -34,8 +34,8 @@ def publish(root: Path, version: str, *, seed: int = 5) -> None:
     torch = pytest.importorskip("torch", reason="the artefact of these tests is exported from torch")
     from safetensors.torch import save_file
 
-    from compression.export import export
-    from compression.model import Recommender
+    from compression.training.export import export
+    from compression.training.model import Recommender
 
     words = vocabulary()
     shape = ModelShape(

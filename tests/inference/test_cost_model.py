@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compression.registry import ModelShape
+from compression.releases.registry import ModelShape
 from inference.buckets import Buckets
 from inference.cost_model import (
     CostModel,

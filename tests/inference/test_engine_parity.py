@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference import engines
 from inference.engines.base import OUTPUTS, TOLERANCE, Engine, EngineOptions, Precision, Shape
 from inference.errors import EngineFailed, ModelUnavailable

@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, numpy_helper
 
-from compression.registry import Artefact, Registry
+from compression.releases.registry import Artefact, Registry
 from inference import engines
 from inference.engines import quantise
 from inference.engines.base import INPUTS, OUTPUTS, TOLERANCE, EngineOptions, Shape

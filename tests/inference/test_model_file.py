@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference import engines
 from inference.engines.base import WEIGHTS
 from inference.engines.model_file import check_graph

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 
 pytest.importorskip("openvino")
 
@@ -17,7 +17,7 @@ pytest.importorskip("openvino")
 COMES_AND_GOES = """
 import gc, os, signal, sys, threading
 from pathlib import Path
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference import engines
 from inference.engines.base import EngineOptions
 

@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.settings import FeatureSettings
 from inference.engines.base import Engine
 from inference.errors import EngineFailed, ModelUnavailable

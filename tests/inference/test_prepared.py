@@ -12,7 +12,7 @@ import numpy as np
 import psutil
 import pytest
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.settings import FeatureSettings
 from inference import engines, plane
 from inference.engines.base import INPUTS, EngineOptions, graphs_of

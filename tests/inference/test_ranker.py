@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference import engines
 from inference.engines.base import OUTPUTS, Engine, EngineOptions, Shape
 from inference.engines.calibration import samples

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compression.registry import ModelShape, Registry
+from compression.releases.registry import ModelShape, Registry
 from features.sequence import NARROW, NARROW_EVENT, WIDE, count_events, newest_events, pack_event, pack_fence
 from features.statistics import ItemStatistics
 from inference import metrics

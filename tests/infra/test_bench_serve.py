@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.encoding import encode_histories
 from features.sequence import unpack
 from inference.buckets import HISTORIES

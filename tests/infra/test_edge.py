@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from compression.registry import Artefact, Registry
+from compression.releases.registry import Artefact, Registry
 from features.encoding import Vocabulary
 from infra.bench.edge import ask_browser, ask_server, draw_asks, largest_difference
 from infra.commands.export import export as command

@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from onnx import TensorProto
 
-from compression.registry import Artefact, Registry
+from compression.releases.registry import Artefact, Registry
 from inference.engines.base import TOLERANCE
 from inference.engines.openvino_core import core
 from inference.engines.quantise import INTEGER_TOLERANCE

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import redis
 
-from compression.fence import Fence, Superseded
-from compression.registry import Registry
+from compression.releases.fence import Fence, Superseded
+from compression.releases.registry import Registry
 from features import keys
 from infra.retraining.lease import Lease, LeaseHeld, LeaseUnavailable
 from tests.compression.versions import registry_of
@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 HOLDER = """
 import sys
 from pathlib import Path
-from compression.fence import Superseded
-from compression.registry import Registry
+from compression.releases.fence import Superseded
+from compression.releases.registry import Registry
 from infra.retraining.lease import Lease, LeaseHeld
 
 url, root, version, ttl_s = sys.argv[1:]

@@ -15,12 +15,12 @@ import psutil
 import pytest
 import redis
 
-from compression.runs import Run
+from compression.retraining.runs import Run
 from features import keys
 from infra.local.server import LocalServer
 from infra.retraining.job import job
 from infra.retraining.schedule import Cron, ScheduleInvalid, Service
-from tests.compression.retraining import RECIPE, short_log
+from tests.compression.small_retraining import RECIPE, short_log
 from tests.support import eventually, eventually_async
 
 ROOT = Path(__file__).resolve().parents[2]

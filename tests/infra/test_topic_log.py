@@ -10,11 +10,11 @@ from click.testing import CliRunner
 from kafka import KafkaProducer
 from kafka.admin import KafkaAdminClient
 
-from compression.log_reader import LogInvalid, iter_events
-from compression.registry import Registry
+from compression.logs.log_reader import LogInvalid, iter_events
+from compression.releases.registry import Registry
 from infra.commands.retraining import retrain
 from infra.retraining.topic_log import TopicLog, bounds_now
-from tests.compression.retraining import short_log
+from tests.compression.small_retraining import short_log
 from tests.support import eventually
 from topics.admin import ensure_topics
 from topics.codec import encode, record_key
@@ -44,7 +44,7 @@ def clicks(bootstrap, make_topics, tmp_path):
 
 
 def test_the_topic_gives_the_sequences_that_the_file_gives(clicks, bootstrap):
-    from compression.dataset import read_log
+    from compression.logs.dataset import read_log
 
     clicks(0, 3_000, b"not json", b"[]", b'{"user_id": 1}')
     source = TopicLog(bootstrap, bounds_now(bootstrap, clicks.topic.name))

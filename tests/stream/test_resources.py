@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from compression.aliases import AliasState
-from compression.registry import Registry
+from compression.releases.aliases import AliasState
+from compression.releases.registry import Registry
 from features.settings import FeatureSettings
 from inference.plane import Plane
 from inference.ranker import Ranker

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from inference.engines.base import EngineOptions, Precision
 from infra.bench.serve.payload import Padding
 from infra.bench.serve.shape import CANDIDATES, MAX_LISTS

@@ -59,8 +59,8 @@ def serve(
     tailrace bench serve --quick
     tailrace bench serve --arms in-process,mosec --rounds 5 --log users_1k.csv.gz --json serve.json
     """
-    from compression.log_reader import LogInvalid
-    from compression.registry import ArtefactInvalid, Registry
+    from compression.logs.log_reader import LogInvalid
+    from compression.releases.registry import ArtefactInvalid, Registry
     from infra.bench.serve import measure
     from infra.bench.serve.arms import ARMS
     from infra.bench.serve.sessions import Events, Sessions

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import uvloop
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.memory_store import MemoryStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics

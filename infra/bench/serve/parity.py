@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from compression.registry import Artefact
+from compression.releases.registry import Artefact
 from infra.bench.serve import payload
 
 COMPARED: Final = 8  # requests

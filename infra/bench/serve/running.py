@@ -15,7 +15,7 @@ from typing import Final
 
 import psutil
 
-from compression.registry import Artefact, Registry
+from compression.releases.registry import Artefact, Registry
 from inference.engines.base import TOLERANCE
 from infra.bench.serve.arms import Arm, NoServer, Served
 from infra.bench.serve.load import Address, first_scores

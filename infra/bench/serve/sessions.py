@@ -15,8 +15,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.log_reader import LogReader
-from compression.synth import SynthSettings, synthesize
+from compression.logs.log_reader import LogReader
+from compression.logs.synth import SynthSettings, synthesize
 from features.encoding import Vocabulary, encode_histories
 from features.sequence import SequenceBatch, pack
 from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW

@@ -13,7 +13,7 @@ import click
 import numpy as np
 import torch
 
-from compression.ranking_graph import FORMS, graph
+from compression.ranking.graph import FORMS, graph
 from infra.bench.child import started
 from infra.bench.table1.arm import Arm, Feed, serve
 from infra.bench.table1.shapes import Shape
@@ -75,10 +75,10 @@ def arms(
 
 def served(shape: Shape, folder: Path, feeds: Sequence[Feed], *, threads: int, workers: int) -> Arm:
     """The network that `tailrace retrain` trains, with as many items: its graph `rank`."""
-    from compression.export import GRAPHS, export
-    from compression.model import Recommender
-    from compression.registry import ModelShape
-    from compression.train import RECIPES
+    from compression.releases.registry import ModelShape
+    from compression.training.export import GRAPHS, export
+    from compression.training.model import Recommender
+    from compression.training.train import RECIPES
 
     recipe = RECIPES["full"]
     torch.manual_seed(0)
@@ -149,7 +149,7 @@ def compare(rows: Sequence[Row], made: Sequence[Made], scores: dict[str, Any], f
 
 
 def _in_torch(ranker: Any, feed: Feed) -> Any:
-    from compression.model import History
+    from compression.training.model import History
 
     items = torch.from_numpy(feed["items"]).long()[None]
     nothing = torch.zeros_like(items)

@@ -8,9 +8,9 @@ from typing import Final
 import torch
 
 from compression.attention.full import FullAttention
-from compression.quantization import Grid
-from compression.ranking import CandidateRanker
+from compression.ranking.network import CandidateRanker
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
+from compression.smaller.quantization import Grid
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,15 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from compression import packed, pruning, structured
-from compression.dataset import build_vocabulary, read_log
-from compression.dataset import split as split_sequences
 from compression.files import write_whole
-from compression.quantization import Grid, aware
-from compression.ranking import CandidateRanker
-from compression.ranking_training import Data, Effort, fit
+from compression.logs.dataset import build_vocabulary, read_log
+from compression.logs.dataset import split as split_sequences
+from compression.logs.synth import SynthSettings, synthesize, write_log
+from compression.ranking.network import CandidateRanker
+from compression.ranking.training import Data, Effort, fit
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
-from compression.synth import SynthSettings, synthesize, write_log
+from compression.smaller import packed, pruning, structured
+from compression.smaller.quantization import Grid, aware
 from infra.bench.table1.shapes import EIGHT, Shape, untrained
 
 Say = Callable[[str], None]

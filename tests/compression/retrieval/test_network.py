@@ -8,9 +8,9 @@ from torch.nn import functional as F
 from compression.attention.base import reach_bias
 from compression.attention.dropout import ByteDropout
 from compression.attention.full import FullAttention
+from compression.evaluation.scoring import to_history
 from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
-from compression.scoring import to_history
 from tests.compression.worlds import histories
 
 

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 
 from compression.errors import ArtefactInvalid
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import load_config, load_network
 from infra.bench.accuracy import command as accuracy

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from compression.dataset import Split
 from compression.errors import ArtefactInvalid
-from compression.evaluate import Targets, catalogue_ranks, metrics
-from compression.predictors import Statistics
+from compression.evaluation.evaluate import Targets, catalogue_ranks, metrics
+from compression.evaluation.predictors import Statistics
+from compression.logs.dataset import Split
 from compression.retrieval import trainer
 from compression.retrieval.averaging import RunningMean, best_of, mean
 from compression.retrieval.judge import Judge

@@ -1,8 +1,8 @@
 """A small log that can be learnt within seconds, and a recipe of that size."""
 
-from compression.dataset import build_vocabulary, leave_one_out, read_log
+from compression.logs.dataset import build_vocabulary, leave_one_out, read_log
+from compression.logs.synth import SynthSettings, synthesize, write_log
 from compression.retrieval.recipe import RetrievalRecipe
-from compression.synth import SynthSettings, synthesize, write_log
 
 RECIPE = RetrievalRecipe(
     dim=16,

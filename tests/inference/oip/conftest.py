@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from aiohttp import ClientSession
 
-from compression.registry import MANIFEST, Artefact, Registry
+from compression.releases.registry import MANIFEST, Artefact, Registry
 from features.memory_store import MemoryStore
 from features.statistics import ItemStatistics
 from inference import engines

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from compression.registry import ITEM_TABLE, MANIFEST, Artefact, Registry
+from compression.releases.registry import ITEM_TABLE, MANIFEST, Artefact, Registry
 from inference.oip.client import Client
 from tests.inference.oip.conftest import FIRST, SECOND, Running, list_inputs, rank_inputs
 from tests.inference.test_model_file import custom, external, poisoned, renamed, wider

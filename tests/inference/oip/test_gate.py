@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession
 from prometheus_client import CollectorRegistry
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.memory_store import MemoryStore
 from inference.admission.control import Admission
 from inference.admission.settings import AdmissionSettings, Tier

@@ -12,7 +12,7 @@ import pytest
 from aiohttp import ClientSession
 from click.testing import CliRunner
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference.oip import admin
 from inference.oip import open_inference_pb2_grpc as pb_grpc
 from inference.oip.messages import channel_of, request_of, tensors_of

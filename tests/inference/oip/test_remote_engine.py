@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from compression.registry import Artefact, Registry
+from compression.releases.registry import Artefact, Registry
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines

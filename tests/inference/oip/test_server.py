@@ -13,7 +13,7 @@ import pytest
 from aiohttp import ClientSession
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference.engines.base import Engine
 from inference.errors import ModelNotFound
 from inference.oip.client import Client

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference.errors import InferenceError
 from inference.oip import tls
 from inference.oip.client import Client

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from compression.registry import Artefact, Registry
+from compression.releases.registry import Artefact, Registry
 from features.statistics import ItemStatistics
 from inference import engines
 from inference.engines.base import GRAPHS, TOLERANCE, EngineOptions, Shape

@@ -9,7 +9,7 @@ import pytest
 from aiohttp import web
 from prometheus_client import CollectorRegistry
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference.errors import ModelNotFound, ModelUnavailable
 from inference.oip import admin
 from inference.oip.client import Client

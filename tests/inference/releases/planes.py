@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 
 from compression.errors import ArtefactInvalid
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import RankedList, RankRequest
 from tests.compression.versions import registry_of

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pytest
 from prometheus_client import CollectorRegistry
 
-from compression.registry import Registry
+from compression.releases.registry import Registry
 from features.settings import FeatureSettings
 from inference import plane as planes
 from inference import prepared

@@ -1,0 +1,1 @@
+"""Logs of clicks as they come, real or made up, and as per-user sequences."""

@@ -1,0 +1,214 @@
+"""`CandidateRanker` as an ONNX graph for one user with a full history: items and candidates to scores.
+
+Two forms with the same inputs and outputs: every candidate with its own copy of the history, as formula
+(2) counts, or all after one copy. In both only those states of the last layer are computed that are read.
+Linear maps and tables are written in full precision or, where a grid is named, as the codes of
+`compression.smaller.quantization`: then activations are quantized to 8 bits as they come, products are
+of integers (MatMulInteger), and rows of a table become floats after they were looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from compression.attention.full import FullAttention
+from compression.ranking.network import CandidateRanker, packed_bias
+from compression.retrieval.network import Layer
+from compression.smaller.quantization import Grid, quantize
+
+Form = Literal["per candidate", "shared history"]
+FORMS: Final[tuple[Form, ...]] = ("per candidate", "shared history")
+OPSET: Final = 18
+IR_VERSION: Final = 8
+
+
+def graph(
+    ranker: CandidateRanker,
+    form: Form,
+    *,
+    events: int,
+    candidates: int,
+    grids: Mapping[str, Grid] | None = None,
+) -> onnx.ModelProto:
+    """Inputs `items` int32 [events] and `candidates` int32 [candidates], output `scores` f32 [candidates].
+    `grids` by module name; the network has ReLU and positions."""
+    if ranker.network.config.activation != "relu" or ranker.network.positions is None:
+        raise ValueError("only networks with ReLU and positions are written")
+    writer = _Writer(ranker, form, events, candidates, dict(grids or {}))
+    writer.write()
+    made = helper.make_model(
+        helper.make_graph(
+            writer.nodes,
+            "rank",
+            [
+                helper.make_tensor_value_info("items", TensorProto.INT32, [events]),
+                helper.make_tensor_value_info("candidates", TensorProto.INT32, [candidates]),
+            ],
+            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [candidates])],
+            list(writer.constants.values()),
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=IR_VERSION,
+        producer_name="tailrace",
+    )
+    onnx.checker.check_model(made)
+    return made
+
+
+@dataclass(slots=True)
+class _Writer:
+    """Operators and constants in the making. Methods take and return names of tensors."""
+
+    ranker: CandidateRanker
+    form: Form
+    events: int
+    candidates: int
+    grids: dict[str, Grid]
+    nodes: list[onnx.NodeProto] = field(default_factory=list)
+    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+
+    def write(self) -> None:
+        ranker, network = self.ranker, self.ranker.network
+        copies, after = (self.candidates, 1) if self.form == "per candidate" else (1, self.candidates)
+        history = self.op("Expand", self.op("Unsqueeze", "items", self.ints([0])), self.ints([copies, 1]))
+        asked = self.op("Reshape", "candidates", self.ints([copies, after]))
+        rows = self.rows("network.items", self.op("Concat", history, asked, axis=1))
+        assert network.positions is not None  # a ranker's network has them
+        back = torch.arange(self.events - 1, -1, -1)
+        assert network.positions is not None
+        places = torch.cat([network.positions.weight[back], ranker.mark.expand(after, -1)])
+        scale = self.weight(torch.tensor(network.config.dim**0.5))
+        x = self.op("Add", self.op("Mul", rows, scale), self.weight(places))
+        seen = torch.full((1, after), self.events)
+        layers = ranker.layers
+        for number, layer in enumerate(layers):
+            bias = packed_bias(self.events, layer.reach, seen)[0]
+            x = self.layer(f"network.layers.{number}", layer, x, bias, last=number == len(layers) - 1)
+        states = self.norm(network.final_norm, x)  # the newest event, then candidates
+        user = self.op("Slice", states, self.ints([0]), self.ints([1]), self.ints([1]))
+        states = self.op("Slice", states, self.ints([1]), self.ints([2**62]), self.ints([1]))
+        vectors = self.op("Slice", rows, self.ints([self.events]), self.ints([2**62]), self.ints([1]))
+        learned = self.op("MatMul", states, self.weight(ranker.readout.weight.T))
+        fit = self.op("MatMul", vectors, self.op("Transpose", user, perm=[0, 2, 1]))
+        scores = self.op("Add", learned, self.op("Mul", fit, self.weight(ranker.fit)))
+        self.op("Reshape", scores, self.ints([self.candidates]), output="scores")
+
+    def layer(self, name: str, layer: Layer, x: str, bias: Tensor, *, last: bool) -> str:
+        attention = layer.attention
+        if type(attention) is not FullAttention:
+            raise ValueError(f"only full attention is written, not {type(attention).__name__}")
+        normed = self.norm(layer.attention_norm, x)
+        asking = normed
+        if last:
+            bias = bias[:, self.events - 1 :]
+            x, asking = (
+                self.op("Slice", one, self.ints([self.events - 1]), self.ints([2**62]), self.ints([1]))
+                for one in (x, normed)
+            )
+        heads = attention.heads
+        query, key, value = (
+            self.heads(
+                self.linear(f"{name}.attention.{part}", getattr(attention, part), given, scale), heads, perm
+            )
+            for part, given, scale, perm in (
+                ("query", asking, (attention.query.out_features // heads) ** -0.5, [0, 2, 1, 3]),
+                ("key", normed, 1.0, [0, 2, 3, 1]),
+                ("value", normed, 1.0, [0, 2, 1, 3]),
+            )
+        )
+        logits = self.op("Add", self.op("MatMul", query, key), self.weight(bias))
+        found = self.op("MatMul", self.op("Softmax", logits, axis=-1), value)
+        found = self.op("Transpose", found, perm=[0, 2, 1, 3])
+        found = self.op("Reshape", found, self.ints([0, 0, attention.out.in_features]))
+        x = self.op("Add", x, self.linear(f"{name}.attention.out", attention.out, found))
+        wide = self.op(
+            "Relu", self.linear(f"{name}.ffn.widen", layer.ffn.widen, self.norm(layer.ffn_norm, x))
+        )
+        return self.op("Add", x, self.linear(f"{name}.ffn.narrow", layer.ffn.narrow, wide))
+
+    def heads(self, x: str, heads: int, perm: list[int]) -> str:
+        """[B, T, H w] to [B, H, T, w], or as `perm` says."""
+        return self.op("Transpose", self.op("Reshape", x, self.ints([0, 0, heads, -1])), perm=perm)
+
+    def linear(self, name: str, linear: nn.Linear, x: str, scale: float = 1.0) -> str:
+        grid = self.grids.get(name)
+        bias = self.weight(linear.bias * scale)
+        if grid is None:
+            return self.op("Add", self.op("MatMul", x, self.weight(linear.weight.T * scale)), bias)
+        made = quantize(linear.weight, grid)
+        if bool(((made.low > 0) | (made.low < -255)).any()):
+            # Zero lies outside a row's codes (all its few weights have one sign): no zero point says that.
+            return self.op("Add", self.op("MatMul", x, self.weight(made.values().T * scale)), bias)
+        counted = (made.codes - made.low).numpy().astype(np.uint8)
+        zero = (-made.low).clamp(0, 255).numpy().astype(np.uint8).reshape(-1)
+        whole, step, point = self.ops("DynamicQuantizeLinear", 3, x)
+        products = self.op(
+            "MatMulInteger",
+            whole,
+            self.constant(counted.T),
+            point,
+            self.constant(zero if grid.per_row else zero[0]),
+        )
+        steps = self.op("Mul", step, self.weight(made.step.reshape(-1) * scale))
+        products = self.op("Mul", self.op("Cast", products, to=TensorProto.FLOAT), steps)
+        return self.op("Add", products, bias)
+
+    def rows(self, name: str, places: str) -> str:
+        """Rows of a table, [..., d]."""
+        table = self.ranker.get_submodule(name)
+        assert isinstance(table, nn.Embedding)
+        grid = self.grids.get(name)
+        if grid is None:
+            return self.op("Gather", self.weight(table.weight), places)
+        made = quantize(table.weight, grid)
+        # Codes count from an even lower one than `low`, so that they fit 8 bits with a sign.
+        middle = (made.low + made.high + 1) // 2
+        codes = self.op(
+            "Cast",
+            self.op("Gather", self.constant((made.codes - middle).numpy().astype(np.int8)), places),
+            to=TensorProto.FLOAT,
+        )
+        offset = self.op("Gather", self.weight(middle.float() * made.step), places)
+        return self.op(
+            "Add", self.op("Mul", codes, self.op("Gather", self.weight(made.step), places)), offset
+        )
+
+    def norm(self, norm: nn.LayerNorm, x: str) -> str:
+        return self.op(
+            "LayerNormalization",
+            x,
+            self.weight(norm.weight),
+            self.weight(norm.bias),
+            axis=-1,
+            epsilon=norm.eps,
+        )
+
+    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
+        name = output or f"{kind}_{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"make_{name}", **attributes))
+        return name
+
+    def ops(self, kind: str, outputs: int, *inputs: str) -> list[str]:
+        names = [f"{kind}_{len(self.nodes)}_{number}" for number in range(outputs)]
+        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"make_{names[0]}"))
+        return names
+
+    def weight(self, tensor: Tensor) -> str:
+        return self.constant(tensor.detach().float().numpy())
+
+    def ints(self, value: list[int]) -> str:
+        return self.constant(np.array(value, np.int64))
+
+    def constant(self, array: npt.NDArray[Any]) -> str:
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = numpy_helper.from_array(np.array(array, order="C"), name)
+        return name

@@ -1,0 +1,1 @@
+"""Versions on disk: manifests with checksums, aliases, signatures, and the fence of a lease."""

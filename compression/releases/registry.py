@@ -1,0 +1,394 @@
+"""Released models: a folder per version, a manifest with checksums, aliases replaced last.
+
+    versions/<version>/manifest.json, manifest.sig and the files the manifest names
+    aliases/<alias>.json               `compression.releases.aliases`
+
+A reader never sees half a version: it is written elsewhere and renamed. Nothing is unpickled. Every
+version that is opened has been checked against its signature (`compression.releases.signing`) and checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from io import BytesIO
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compression.errors import ArtefactInvalid, ReleaseRefused
+from compression.files import fsync, read_plain, write_whole
+from compression.releases.aliases import Aliases, AliasState, Release, check_name, is_name
+from compression.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE, Signer, Trust
+from features.encoding import Vocabulary, VocabularyInvalid
+
+__all__ = [
+    "ITEM_TABLE",
+    "SERVING",
+    "VOCABULARY",
+    "Artefact",
+    "ArtefactInvalid",
+    "FileEntry",
+    "Manifest",
+    "ModelShape",
+    "Registry",
+]
+
+SERVING: Final = "serving"
+MAX_FILES: Final = 64
+MAX_FILE_BYTES: Final = 4 * 2**30
+MAX_MANIFEST_BYTES: Final = 4 * 2**20
+MANIFEST: Final = "manifest.json"
+VOCABULARY: Final = "vocabulary.npz"
+ITEM_TABLE: Final = "item_table.npy"
+
+
+Kind = Literal["ranking", "retrieval"]
+
+
+class FileEntry(BaseModel):
+    """What a file of a version must be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
+
+
+class ModelShape(BaseModel):
+    """Everything needed to build the network again before its weights are loaded."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dim: Annotated[int, Field(ge=2, le=4096)] = 64
+    layers: Annotated[int, Field(ge=1, le=64)] = 2
+    heads: Annotated[int, Field(ge=1, le=64)] = 1
+    ffn: Annotated[int, Field(ge=1, le=65536)] = 128
+    max_history: Annotated[int, Field(ge=1, le=4096)] = 100
+    item_rows: Annotated[int, Field(ge=2)]
+    category_rows: Annotated[int, Field(ge=2)]
+
+
+class Manifest(BaseModel):
+    """What a version is, where it came from and how good it was."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: Annotated[Literal[1], Field(alias="schema")] = 1
+    version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    created_at: str
+    parent: str | None = None
+    # What ranks candidates is served; what scores the whole catalogue is evaluated only, and has no graphs.
+    kind: Kind = "ranking"
+    model: ModelShape
+    # append is optional: without it a click is encoded with its whole history.
+    graphs: dict[Literal["encode", "score", "rank", "append"], str] = {}
+    files: dict[str, FileEntry] = {}
+    metrics: dict[str, Any] = {}
+    data: dict[str, Any] = {}
+    git_revision: str | None = None
+    libraries: dict[str, str] = {}
+
+    def to_bytes(self) -> bytes:
+        return self.model_dump_json(indent=1, by_alias=True).encode()
+
+
+class Artefact:
+    """One version, opened. Bytes are checked each time they are read: what is returned is what the
+    manifest promised, whatever happens to the folder meanwhile."""
+
+    def __init__(self, path: Path, manifest: Manifest, manifest_sha256: str) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.manifest_sha256 = manifest_sha256
+        self.checked: set[str] = set()
+        """Graphs whose content has been looked at: `read` says that their bytes are still the same."""
+
+    @property
+    def version(self) -> str:
+        return self.manifest.version
+
+    def read(self, name: str) -> bytes:
+        """The verified bytes of a file, or `ArtefactInvalid`."""
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise ArtefactInvalid(f"{self.version}: the manifest names no file {name!r}")
+        data = read_plain(self.path / name, entry.bytes, self.version)
+        if len(data) != entry.bytes:
+            raise ArtefactInvalid(f"{self.version}: {name} has {len(data)} bytes, not {entry.bytes}")
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise ArtefactInvalid(f"{self.version}: {name} is not the file that was published")
+        return data
+
+    def read_all(self) -> None:
+        """Check every file."""
+        for name in self.manifest.files:
+            self.read(name)
+
+    def vocabulary(self) -> Vocabulary:
+        try:
+            vocabulary = Vocabulary.load(self.read(VOCABULARY))
+        except VocabularyInvalid as error:
+            raise ArtefactInvalid(f"{self.version}: {VOCABULARY}: {error}") from None
+        shape = self.manifest.model
+        if (vocabulary.item_rows, vocabulary.category_rows) != (shape.item_rows, shape.category_rows):
+            raise ArtefactInvalid(f"{self.version}: the vocabulary and the model differ in rows")
+        return vocabulary
+
+    def item_table(self) -> npt.NDArray[np.float32]:
+        """float32 [item_rows, dim]: the retrieval score of an item is its row times the user vector."""
+        try:
+            table = np.load(BytesIO(self.read(ITEM_TABLE)), allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ArtefactInvalid(f"{self.version}: {ITEM_TABLE}: {error}") from None
+        shape = (self.manifest.model.item_rows, self.manifest.model.dim)
+        if table.dtype != np.float32 or table.shape != shape:
+            raise ArtefactInvalid(f"{self.version}: {ITEM_TABLE} is {table.dtype}{list(table.shape)}")
+        if not np.isfinite(table).all():
+            raise ArtefactInvalid(f"{self.version}: {ITEM_TABLE} holds numbers that are not finite")
+        return np.asarray(table, np.float32)
+
+
+class Registry:
+    """A folder of versions and aliases. What is trusted and who signs comes from the environment
+    (`compression.releases.signing`) unless it is given."""
+
+    def __init__(self, root: str | Path, *, trust: Trust | None = None, signer: Signer | None = None) -> None:
+        self.root = Path(root)
+        self._aliases = Aliases(self.root / "aliases")
+        self._trust = trust
+        self._signer = signer
+
+    # Publishing --------------------------------------------------------------------------------
+
+    def check_publishing(self) -> None:
+        """Refuse now what opening would refuse after an hour of training: no key, or one not trusted."""
+        trust, signer = self._trusted(), self._signs()
+        if not trust.required:
+            return
+        if signer is None:
+            raise ArtefactInvalid(
+                "only signed versions are used here, and TAILRACE_SIGNING_KEY names no key to sign with"
+            )
+        if signer.key_id not in trust.keys:
+            raise ArtefactInvalid(f"the signing key {signer.key_id[:16]} is not among those trusted here")
+
+    def publish(self, staging: Path, manifest: Manifest) -> Manifest:
+        """Copy every file of `staging` in as `manifest.version`, signed where there is a key to sign
+        with; all of it appears at once or not at all."""
+        target = self._version_path(manifest.version)
+        if target.exists():
+            raise ArtefactInvalid(f"{manifest.version} is already published")
+        signer = self._signs()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=".publishing-", dir=target.parent))
+        try:
+            files: dict[str, FileEntry] = {}
+            for source in sorted(staging.iterdir()):
+                _check_file_name(source.name, manifest.version)
+                if source.is_symlink() or not source.is_file():
+                    raise ArtefactInvalid(f"{manifest.version}: {source.name} is not a plain file")
+                shutil.copyfile(source, work / source.name)
+                files[source.name] = _entry(work / source.name)
+            complete = manifest.model_copy(update={"files": files})
+            _check_complete(complete)
+            (work / MANIFEST).write_bytes(complete.to_bytes())
+            if signer is not None:
+                (work / SIGNATURE).write_bytes(signer.sign(complete.to_bytes()))
+            for path in work.iterdir():
+                fsync(path)
+            fsync(work)
+            work.chmod(0o755)
+            work.rename(target)
+            fsync(target.parent)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return complete
+
+    def sign(self, version: str) -> str:
+        """Vouch for a version that is there already: its files are checked, then its manifest is signed.
+        The id of the key."""
+        signer = self._signs()
+        if signer is None:
+            raise ArtefactInvalid("TAILRACE_SIGNING_KEY names no key to sign with")
+        data = self._manifest_bytes(version)
+        artefact = Artefact(self._version_path(version), _parse(data, version), _sha256(data))
+        artefact.read_all()
+        write_whole(artefact.path / SIGNATURE, signer.sign(data))
+        return signer.key_id
+
+    # Reading -----------------------------------------------------------------------------------
+
+    def versions(self) -> list[str]:
+        """Published versions, oldest name first."""
+        folder = self.root / "versions"
+        if not folder.is_dir():
+            return []
+        return sorted(p.name for p in folder.iterdir() if is_name(p.name) and p.is_dir())
+
+    def manifest(self, version: str) -> Manifest:
+        """What a version says of itself, unchecked: for showing, not for serving."""
+        return _parse(self._manifest_bytes(version), version)
+
+    def signed_by(self, version: str) -> str | None:
+        """The trusted key that signed a version's manifest; None where it is unsigned and may be."""
+        return self._check_signature(version, self._manifest_bytes(version))
+
+    def resolve(self, alias_or_version: str) -> str:
+        """The version an alias stands for; a version stands for itself."""
+        return self._resolve(alias_or_version)[0]
+
+    def manifest_sha256(self, version: str) -> str:
+        """The checksum that an announcement of the version carries."""
+        return self._release(version).manifest_sha256
+
+    def open(
+        self,
+        alias_or_version: str = SERVING,
+        *,
+        sha256: str | None = None,
+        check_files: bool = True,
+        kind: Kind | None = "ranking",
+    ) -> Artefact:
+        """A version whose signature and every file have been verified, or `ArtefactInvalid` with the
+        reason. `sha256` is the manifest's, where somebody promised one. Without `check_files` a file is
+        verified when it is read, and not before. A version of another `kind` is refused; None: any."""
+        version, promoted = self._resolve(alias_or_version)
+        data = self._manifest_bytes(version)
+        digest = _sha256(data)
+        if promoted is not None and promoted != digest:
+            raise ArtefactInvalid(f"{version}: the manifest is not the one that was promoted")
+        if sha256 is not None and sha256 != digest:
+            raise ArtefactInvalid(f"{version}: announced with checksum {sha256[:12]}…, found {digest[:12]}…")
+        self._check_signature(version, data)
+        artefact = Artefact(self._version_path(version), _parse(data, version), digest)
+        if kind is not None:
+            _check_kind(artefact.manifest, kind)
+        if check_files:
+            artefact.read_all()
+        return artefact
+
+    # Stages ------------------------------------------------------------------------------------
+
+    def state(self, alias: str = SERVING) -> AliasState | None:
+        """Who serves, who is tried and who served before; None where nobody was promoted yet."""
+        return self._aliases.read(alias)
+
+    def promote(self, version: str, alias: str = SERVING) -> AliasState:
+        """Make the alias stand for a version, in one atomic step; the version before is kept in mind."""
+        release = self._release(version)
+        return self._aliases.change(
+            alias, lambda state: state.promoted(release) if state else AliasState(**release.model_dump())
+        )
+
+    def canary(self, version: str, percent: float, alias: str = SERVING) -> AliasState:
+        """Give a version a share of the alias's users."""
+        release = self._release(version)
+        return self._aliases.change(alias, lambda state: _promoted(state).with_canary(release, percent))
+
+    def shadow(self, version: str, percent: float, alias: str = SERVING) -> AliasState:
+        """Let a version rank a share of the alias's requests, for comparison only."""
+        release = self._release(version)
+        return self._aliases.change(alias, lambda state: _promoted(state).with_shadow(release, percent))
+
+    def retire(self, version: str, alias: str = SERVING) -> AliasState:
+        """End a version's time as canary or shadow."""
+        return self._aliases.change(alias, lambda state: _promoted(state).retired(version))
+
+    def rollback(self, alias: str = SERVING) -> AliasState:
+        """Let the version before serve again, all users."""
+        return self._aliases.change(alias, lambda state: _promoted(state).rolled_back())
+
+    # -------------------------------------------------------------------------------------------
+
+    def _resolve(self, alias_or_version: str) -> tuple[str, str | None]:
+        state = self._aliases.read(alias_or_version)
+        if state is not None:
+            return state.version, state.manifest_sha256
+        if not self._version_path(alias_or_version).is_dir():
+            raise ArtefactInvalid(
+                f"no version or alias {alias_or_version!r} in {self.root}; "
+                "`tailrace retrain --log FILE` publishes one"
+            )
+        return alias_or_version, None
+
+    def _release(self, version: str) -> Release:
+        data = self._manifest_bytes(version)
+        _check_kind(_parse(data, version), "ranking")
+        return Release(version=version, manifest_sha256=_sha256(data))
+
+    def _manifest_bytes(self, version: str) -> bytes:
+        return read_plain(self._version_path(version) / MANIFEST, MAX_MANIFEST_BYTES, version)
+
+    def _check_signature(self, version: str, manifest: bytes) -> str | None:
+        path = self._version_path(version) / SIGNATURE
+        signature = read_plain(path, MAX_SIGNATURE_BYTES, version) if os.path.lexists(path) else None
+        return self._trusted().check(version, manifest, signature)
+
+    def _trusted(self) -> Trust:
+        return self._trust or Trust.from_environment()
+
+    def _signs(self) -> Signer | None:
+        return self._signer or Signer.from_environment()
+
+    def _version_path(self, version: str) -> Path:
+        check_name(version)
+        return self.root / "versions" / version
+
+
+def _promoted(state: AliasState | None) -> AliasState:
+    if state is None:
+        raise ReleaseRefused("no version serves yet: `tailrace models promote VERSION` comes first")
+    return state
+
+
+def _parse(data: bytes, version: str) -> Manifest:
+    try:
+        manifest = Manifest.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ArtefactInvalid(f"{version}: manifest: {field}: {first['msg']}") from None
+    if manifest.version != version:
+        raise ArtefactInvalid(f"{version}: the manifest is of version {manifest.version}")
+    _check_complete(manifest)
+    return manifest
+
+
+def _check_file_name(name: str, version: str) -> None:
+    if not is_name(name) or name in (MANIFEST, SIGNATURE):
+        raise ArtefactInvalid(f"{version}: {name!r} is not a plain file name")
+
+
+def _check_kind(manifest: Manifest, kind: Kind) -> None:
+    if manifest.kind != kind:
+        raise ArtefactInvalid(f"{manifest.version} is a {manifest.kind} model, not a {kind} model")
+
+
+def _check_complete(manifest: Manifest) -> None:
+    if len(manifest.files) > MAX_FILES:
+        raise ArtefactInvalid(f"{manifest.version}: more than {MAX_FILES} files")
+    for name in manifest.files:
+        _check_file_name(name, manifest.version)
+    ranks = manifest.kind == "ranking"
+    for name in (*manifest.graphs.values(), VOCABULARY, *((ITEM_TABLE,) if ranks else ())):
+        if name not in manifest.files:
+            raise ArtefactInvalid(f"{manifest.version}: {name} is missing")
+    missing = {"encode", "score", "rank"} - set(manifest.graphs) if ranks else ()
+    if missing:
+        raise ArtefactInvalid(f"{manifest.version}: no graph named {', '.join(sorted(missing))}")
+
+
+def _entry(path: Path) -> FileEntry:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return FileEntry(sha256=digest, bytes=path.stat().st_size)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

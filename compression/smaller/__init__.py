@@ -1,0 +1,1 @@
+"""What makes a network smaller or faster: distilling, pruning, quantizing, packing."""

@@ -1,0 +1,71 @@
+"""A ranker learns a log's structure, and a student what its teacher knows."""
+
+import torch
+
+from compression.ranking.network import CandidateRanker
+from compression.ranking.training import Effort, fit, fit_retrieval
+from compression.retrieval.network import RetrievalNetwork
+from infra.bench.table1.shapes import QUICK, untrained
+from infra.bench.table1.steps import data
+
+EFFORT = Effort(minutes=9.0, max_steps=60, learning_rate=5e-3, negatives=128)
+
+
+def test_a_ranker_and_its_student_learn_and_nothing_that_was_not_asked_for_changes():
+    log = data(QUICK, 1)
+    config = QUICK.config(log.vocabulary.item_rows)
+    teacher, kept = untrained(config, 1), []
+    before = log.judge(teacher)
+    assert fit(teacher, log, EFFORT, after_step=lambda: kept.append(1)) == len(kept) == 60
+    after = log.judge(teacher)
+    assert after["hr@50"] > 2 * before["hr@50"]
+    assert after["within_ndcg@10"] > before["within_ndcg@10"]
+    weights = {name: one.clone() for name, one in teacher.state_dict().items()}
+    student = untrained(QUICK.student(log.vocabulary.item_rows), 2)
+    fit(student, log, EFFORT, teacher=teacher)
+    assert log.judge(student)["hr@50"] > 2 * before["hr@50"]
+    assert all(torch.equal(weights[name], one) for name, one in teacher.state_dict().items())
+    assert not any(layer.attention.keep_map for layer in student.layers)
+
+
+def test_a_students_maps_come_closer_to_its_teachers_than_alone():
+    log = data(QUICK, 1)
+    rows = log.vocabulary.item_rows
+    teacher = untrained(QUICK.config(rows), 1)
+    with torch.no_grad():
+        for layer in teacher.layers:
+            layer.reach[:, :3] += 4.0  # looks at the newest three events
+    maps = {}
+    for weight in (0.0, 10.0):
+        student = untrained(QUICK.student(rows), 2)
+        fit(
+            student,
+            log,
+            Effort(minutes=9.0, max_steps=30, learning_rate=1e-2, negatives=64, maps=weight),
+            teacher=teacher,
+        )
+        student.layers[0].attention.keep_map = True
+        history = _history(log)
+        with torch.no_grad():
+            maps[weight] = student.network.states(history)[1][0].mean(1)[0, 15]
+    assert float(maps[10.0][13:16].sum()) > float(maps[0.0][13:16].sum()) + 0.1
+
+
+def test_a_network_learns_the_catalogue_alone():
+    log = data(QUICK, 1)
+    torch.manual_seed(0)
+    network = RetrievalNetwork(QUICK.config(log.vocabulary.item_rows))
+    before = log.judge_retrieval(network)["hr@50"]
+    assert fit_retrieval(network, log, EFFORT) == 60
+    assert log.judge_retrieval(network)["hr@50"] > 2 * before
+    assert log.judge(CandidateRanker(network))["hr@50"] > 2 * before
+
+
+def _history(log):
+    from compression.evaluation.evaluate import histories_before
+    from compression.evaluation.scoring import to_history
+
+    positions = log.targets.positions[
+        log.targets.positions - log.sequences.offsets[log.sequences.user_of(log.targets.positions)] >= 16
+    ]
+    return to_history(histories_before(log.sequences, log.vocabulary, 16)(positions[:1]))
