@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError
 import psutil
 
 from compression.home import home
-from infra.local import stack
+from infra.local import browser, stack
 from infra.local.kafka import jars_dir, kafka_version
 from infra.local.server import is_free
 
@@ -47,6 +47,8 @@ def checks() -> list[Check]:
         _extra("onnxruntime", "onnx", "the ONNX Runtime engine"),
         _extra("openvino", "openvino", "the OpenVINO engine"),
         _containers(),
+        _npm(),
+        _browser(),
     ]
 
 
@@ -141,3 +143,22 @@ def _containers() -> Check:
             return _check("containers", True, name, "")
     remedy = "make test-containers installs podman where it may; nothing else needs containers"
     return _check("containers", False, "neither a Docker engine nor podman answers", remedy, needed=False)
+
+
+def _npm() -> Check:
+    program = shutil.which("npm")
+    return _check(
+        "npm",
+        program is not None,
+        program or "not found; `tailrace export edge` needs it once",
+        "apt-get install npm",
+        needed=False,
+    )
+
+
+def _browser() -> Check:
+    try:
+        found, ok = browser.check_browser()[0], True
+    except browser.BrowserMissing as error:
+        found, ok = f"{error}".partition(":")[0] + "; `tailrace bench edge` needs it", False
+    return _check("chromium", ok, found, browser.REMEDY, needed=False)

@@ -29,6 +29,7 @@ _OPTIONS: Final = (
     "--disable-sync",
     "--disable-dev-shm-usage",
 )
+REMEDY: Final = "apt-get install chromium chromium-driver"
 _PROGRAMS: Final = (("chromium", "google-chrome"), ("chromedriver",))
 
 
@@ -68,7 +69,7 @@ def check_browser() -> tuple[str, str]:
     found = [next(filter(None, map(shutil.which, names)), "") for names in _PROGRAMS]
     if not all(found):
         missing = " and ".join(names[0] for names, path in zip(_PROGRAMS, found, strict=True) if not path)
-        raise BrowserMissing(f"{missing} not found: apt-get install chromium chromium-driver")
+        raise BrowserMissing(f"{missing} not found: {REMEDY}")
     return found[0], found[1]
 
 

@@ -131,7 +131,7 @@ def test_doctor_names_what_is_missing_and_how_to_get_it(tailrace: Run, home: Pat
     said = tailrace("doctor", env={"PATH": str(tmp_path), "JAVA_HOME": ""})
     assert said.returncode == 1
     assert said.stdout.splitlines()[-1] == "missing: java, kafka jars, redis-server"
-    for package in ("openjdk-17-jre-headless", "maven", "redis-server"):
+    for package in ("openjdk-17-jre-headless", "maven", "redis-server", "npm", "chromium chromium-driver"):
         assert f"apt-get install {package}" in said.stdout
 
 
