@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,18 @@ import torch
 
 from compression.evaluation.gate import GateLimits, GateRefused
 from compression.releases.registry import Registry
-from compression.retraining.pipeline import STEPS, retrain
+from compression.retraining.pipeline import STEPS, retrain, steps_of
 from compression.retraining.runs import Run, RunInvalid, prune, runs
+from compression.smaller.plan import PLANS
 from compression.training.checkpoint import Checkpoints, Standing, Stopped
 from tests.compression.small_retraining import RECIPE, result, settings, short_log, work
 
 KILLS = 10
 MOMENT_S = 0.6
+COMPRESSED = {
+    "recipe": replace(RECIPE, epochs=2, compression=replace(PLANS["all"], round_share=0.5, aware_share=0.5)),
+    "limits": GateLimits(teacher_loss=1.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +58,48 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_result(log, whole, t
     work(tmp_path, log)
     assert result(tmp_path) == whole
     assert Run.find(tmp_path / "runs", "night").state.attempts >= 2
+
+
+def test_killed_while_it_compresses_it_ends_with_the_same_result(log, tmp_path):
+    work(tmp_path / "whole", log, **COMPRESSED)
+    processes = multiprocessing.get_context("forkserver")
+    rng, died, steps = random.Random(5), set(), steps_of(COMPRESSED["recipe"])
+    folder = tmp_path / "killed"
+    for _ in range(2 * KILLS):
+        said = processes.Event()
+        child = processes.Process(target=work, args=(folder, log, said), kwargs=COMPRESSED)
+        child.start()
+        assert said.wait(60)
+        child.join(rng.uniform(0.0, MOMENT_S))
+        child.kill()
+        child.join()
+        state = Run.find(folder / "runs", "night").state
+        if state.outcome == "published":
+            break
+        died.add(next(step for step in steps if step not in state.steps))
+    assert died & set(PLANS["all"].stages), died
+    if Run.find(folder / "runs", "night").state.outcome != "published":
+        work(folder, log, **COMPRESSED)
+    assert result(folder) == result(tmp_path / "whole")
+
+
+def test_stopped_at_every_turn_of_a_stage_it_ends_with_the_same_result(log, tmp_path):
+    work(tmp_path / "whole", log, **COMPRESSED)
+    folder, died = tmp_path / "stopped", set()
+    for _ in range(200):
+        asked = iter(range(1000))
+        run = Run.begin(folder / "runs", "night")
+        try:
+            retrain(
+                settings(folder, log, **COMPRESSED | {"checkpoint_s": 1e9}),
+                run=run,
+                stopping=lambda asked=asked: next(asked) > 5,
+            )
+            break
+        except Stopped:
+            died.add(next(step for step in steps_of(COMPRESSED["recipe"]) if step not in run.state.steps))
+    assert died >= {"distil", "prune-1", "quantize"}
+    assert result(folder) == result(tmp_path / "whole")
 
 
 class Killed(BaseException):

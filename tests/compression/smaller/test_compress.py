@@ -38,9 +38,7 @@ def half_empty(network):
     for name, tensor in network.named_parameters():
         if name.split(".")[0] in ("items", "categories", "behaviors", "gaps"):
             tensor[:, half:] = 0
-        elif name.endswith(("key.weight", "value.weight", "narrow.weight")):
-            tensor[half:] = 0
-        elif name.endswith(("no_history", "nothing_value")):
+        elif name.endswith(("key.weight", "value.weight", "narrow.weight", "no_history", "nothing_value")):
             tensor[half:] = 0
     network.final_norm.weight.fill_(0.7)
     return network
