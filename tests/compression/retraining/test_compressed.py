@@ -21,6 +21,7 @@ from compression.training.weights import read
 from inference import engines
 from inference.engines.base import TOLERANCE
 from infra.commands.retraining import retrain as command
+from infra.export import parity, tables
 from tests.compression.small_retraining import RECIPE, settings, short_log
 from tests.compression.worlds import histories
 
@@ -105,6 +106,21 @@ def test_every_engine_answers_a_compressed_version_like_torch(folder, name):
         answers.append(engine.run("rank", asked)["scores"])
         engine.close()
     assert np.abs(answers[0] - answers[1]).max() <= TOLERANCE["f32"]
+
+
+def test_a_browser_is_given_some_of_the_rows(folder):
+    artefact = Registry(folder / "models").open()
+    published, rows = artefact.read("rank.onnx"), np.array([0, 9, 4, 30])
+    cut = tables.narrow(tables.keep_rows(published, rows), "int16")
+    arrays = histories([3, 100], 100, item_rows=4, category_rows=5)
+    asked = {
+        "candidates": np.array([[1, 2, 3], [3, 3, 1]], np.int32),
+        "candidate_categories": np.array([[1, 2, 3], [3, 3, 1]], np.int32),
+    }
+    few = parity.reference(cut)(arrays.tensors() | asked)
+    asked["candidates"] = rows[asked["candidates"]].astype(np.int32)
+    all_rows = arrays.tensors() | {"items": rows[arrays.items].astype(np.int32)}
+    assert np.abs(few["scores"] - parity.reference(published)(all_rows | asked)["scores"]).max() < 1e-3
 
 
 def test_the_next_run_starts_from_the_network_before_and_compresses_anew(folder, log, tmp_path):
