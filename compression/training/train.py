@@ -33,7 +33,9 @@ from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import TorchScorer, row_categories, to_history
 from compression.logs.dataset import Sequences, Split, batches, training_windows
 from compression.releases.registry import ModelShape
+from compression.smaller.plan import NONE, Compression
 from compression.training.checkpoint import Checkpoints, Standing, repeatable
+from compression.training.lesson import Asked, Lesson
 from compression.training.model import MASKED, Recommender
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
 
@@ -42,7 +44,8 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long and how hard to train. Sizes of the network stand here too."""
+    """How long and how hard to train. Sizes of the network stand here too, and what is made smaller
+    afterwards."""
 
     dim: int = 64
     layers: int = 2
@@ -65,6 +68,7 @@ class Recipe:
     ranking_positions: int = 4
     ranking_weight: float = 0.5
     judge_limit: int = 2_000
+    compression: Compression = NONE
 
     def shape(self, vocabulary: Vocabulary) -> ModelShape:
         """Of the network that is trained for these items."""
@@ -130,17 +134,20 @@ def train(
     progress: Callable[[float, str], None] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
+    lesson: Lesson | None = None,
 ) -> Trained:
     """Train until the epochs or the minutes are spent, or validation NDCG no longer rises. Starts from
-    `weights` where they are given; goes on where `checkpoints` left off."""
+    `weights` where they are given; goes on where `checkpoints` left off; learns a `lesson` beside."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = Recommender(recipe.shape(vocabulary), recipe.dropout)
     if weights is not None:
         model.load_state_dict(weights)
+    lesson = lesson or Lesson()
+    lesson.begin(model)
     statistics = Statistics(sequences, split, vocabulary)
     judge = _Judge(sequences, split, vocabulary, statistics, recipe)
-    losses = _Losses(vocabulary, statistics, recipe, rng)
+    losses = _Losses(vocabulary, statistics, recipe, rng, lesson)
     optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
     at = checkpoints.restore(model, optimizer) if checkpoints else Standing()
     best_weights = at.kept.setdefault("best", copy.deepcopy(model.state_dict()))
@@ -157,9 +164,9 @@ def train(
         for batch_starts, batch_ends in order[at.step :]:
             length = int((batch_ends - batch_starts).max())
             windows = encode_histories(sequences.windows(batch_starts, batch_ends), vocabulary, length)
-            retrieval, ranking = losses(model, windows)
+            retrieval, ranking, taught = losses(model, windows)
             optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(retrieval + recipe.ranking_weight * ranking)
+            torch.autograd.backward(retrieval + recipe.ranking_weight * ranking + taught)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             at.sums = [at.sums[0] + float(retrieval.detach()), at.sums[1] + float(ranking.detach())]
@@ -196,6 +203,7 @@ def train(
             stopped = "validation"
             break
     model.load_state_dict(best_weights)
+    lesson.end(model)
     return Trained(model.eval(), done, at.best + 1, stopped)
 
 
@@ -227,14 +235,19 @@ class _Judge:
 
 
 class _Losses:
-    """Both losses of a batch of windows; each window's last event is a target only."""
+    """Both losses of a batch of windows, and the lesson's; each window's last event is a target only."""
 
     own, near, popular, any_item = 4, 4, 6, 4
 
     def __init__(
-        self, vocabulary: Vocabulary, statistics: Statistics, recipe: Recipe, rng: np.random.Generator
+        self,
+        vocabulary: Vocabulary,
+        statistics: Statistics,
+        recipe: Recipe,
+        rng: np.random.Generator,
+        lesson: Lesson,
     ) -> None:
-        self._recipe, self._rng = recipe, rng
+        self._recipe, self._rng, self._lesson = recipe, rng, lesson
         self._known = len(vocabulary.item_ids)
         self._categories = row_categories(vocabulary)
         self._category_rows = torch.from_numpy(self._categories)
@@ -256,7 +269,7 @@ class _Losses:
             np.log(np.concatenate([[1.0], np.maximum(self._chance, 1e-12)]) * recipe.negatives)
         ).float()
 
-    def __call__(self, model: Recommender, windows: HistoryArrays) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: Recommender, windows: HistoryArrays) -> tuple[Tensor, Tensor, Tensor]:
         rng = self._rng
         targets = windows.items[:, 1:].astype(np.int64)
         events = np.maximum(windows.lengths - 1, 0)
@@ -274,15 +287,27 @@ class _Losses:
         inside = np.arange(targets.shape[1]) < events[:, None]
         turn, candidates = self._candidates(windows.items[:, :-1], targets, events)
         flat = candidates.reshape(len(candidates), -1)
-        vectors = model.item_vectors(torch.from_numpy(shown[flat]), torch.from_numpy(self._categories[flat]))
+        rows, categories = torch.from_numpy(shown[flat]), torch.from_numpy(self._categories[flat])
+        vectors = model.item_vectors(rows, categories)
         seen = torch.from_numpy(np.repeat(turn + 1, candidates.shape[2], axis=1))
         user_vectors, states = model(history, vectors, seen)
         learnable = torch.from_numpy(inside & (targets <= self._known))
         retrieval = self._retrieval(model, user_vectors[learnable], torch.from_numpy(targets)[learnable])
         at = torch.from_numpy(turn)[..., None].expand(-1, -1, user_vectors.shape[-1])
         asking = user_vectors.gather(1, at).repeat_interleave(candidates.shape[2], dim=1)
-        ranking = self._ranking(model.readout_scores(states, vectors, asking), candidates)
-        return retrieval, ranking
+        scores = model.readout_scores(states, vectors, asking)
+        asked = Asked(
+            history,
+            rows,
+            categories,
+            seen,
+            torch.from_numpy(turn),
+            torch.from_numpy(inside),
+            self._known,
+            self._category_rows,
+        )
+        taught = self._lesson.loss(model, asked, user_vectors, scores)
+        return retrieval, self._ranking(scores, candidates), taught
 
     def _retrieval(self, model: Recommender, user_vectors: Tensor, targets: Tensor) -> Tensor:
         if len(self._trained) <= self._recipe.full_softmax_items:
