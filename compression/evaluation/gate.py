@@ -2,14 +2,17 @@
 
 Accuracy is compared user by user with the version that serves: NDCG@10 of both on the same events, the
 difference resampled over users (a user's events stand or fall together). Refused is what is worse by more
-than a margin with confidence; a small log proves little, and then nothing is refused for it. The rest are
-limits: no number that is not finite, how long the exported graph takes, how large the files are, and how much
-of what people click on, and of what was served before, the version knows.
+than a margin with confidence; a small log proves little, and then nothing is refused for it. A network that
+was compressed is compared with itself before, in the same way, and there the mean itself must not fall by
+more than its limit: no doubt is to its advantage. The rest are limits: no number that is not finite, how long
+the exported graph takes, how large the files are, and how much of what people click on, and of what was
+served before, the version knows.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -29,7 +32,8 @@ from compression.evaluation.evaluate import (
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import Scorer
 from compression.logs.dataset import Sequences, Split
-from compression.releases.registry import ITEM_TABLE, Artefact
+from compression.releases.registry import ITEM_TABLE, Artefact, read_item_table
+from compression.training.warm_start import TEACHER
 from features.encoding import HistoryArrays, Vocabulary
 
 RESAMPLES: Final = 2_000
@@ -44,11 +48,13 @@ Outcome = Literal["passed", "refused", "skipped"]
 
 
 class GateLimits(BaseSettings):
-    """GATE_… in the environment. `margin` is a share of the serving version's NDCG@10."""
+    """GATE_… in the environment. `margin` is a share of the serving version's NDCG@10, `teacher_loss` of
+    that of the network before it was compressed."""
 
     model_config = SettingsConfigDict(env_prefix="GATE_", frozen=True, extra="ignore")
 
     margin: Annotated[float, Field(ge=0, le=1)] = 0.02
+    teacher_loss: Annotated[float, Field(ge=0, le=1)] = 0.01
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     targets: Annotated[int, Field(ge=1)] = 2_000
     latency_ms: Annotated[float, Field(gt=0)] = 50.0
@@ -113,14 +119,20 @@ def judge(
     split: Split,
     limits: GateLimits,
     *,
+    teacher: tuple[Path, Judged] | None = None,
     seed: int = 7,
 ) -> Verdict:
-    """Every check of the version whose files lie in `folder`."""
+    """Every check of the version whose files lie in `folder`; with a `teacher`, whose files lie in a folder,
+    too, that nothing but size and time was lost in compressing it."""
     targets = Targets.draw(sequences, split.test, candidate.vocabulary, limit=limits.targets, seed=seed)
     checks = [finite(candidate, folder, sequences, targets.positions)]
     if checks[0].outcome == "passed":
         checks += accuracy(candidate, serving and serving[1], sequences, split, targets, limits, seed=seed)
         checks.append(latency(candidate, sequences, targets.positions, limits))
+        if teacher is not None:
+            checks += _against_teacher(
+                candidate, folder, teacher[1], teacher[0], sequences, split, targets, limits, seed
+            )
     checks.append(size(folder, limits))
     checks += coverage(candidate.vocabulary, serving and serving[1].vocabulary, sequences, limits)
     return Verdict(against=serving[0].version if serving else None, checks=checks)
@@ -143,38 +155,57 @@ def accuracy(
     if serving is None or not len(targets.positions):
         why = "no version serves yet" if serving is None else "no user has enough events to judge by"
         return [Check(name=f"{head} accuracy", outcome="skipped", detail=why) for head in _HEADS]
-    statistics = Statistics(sequences, split, candidate.vocabulary)
-    asked = draw_candidates(sequences, targets, statistics, candidate.vocabulary, seed=seed)
-    ours = _gains(candidate, candidate.vocabulary, sequences, targets, asked)
-    theirs = _gains(serving, candidate.vocabulary, sequences, targets, asked)
-    users = sequences.user_of(targets.positions)
     return [
-        _compared(head, mine, other, users, limits, seed)
-        for head, mine, other in zip(_HEADS, ours, theirs, strict=True)
+        _compared(f"{head} accuracy", "serving", *gains, limits.margin, limits, seed, sure=True)
+        for head, gains in _both(candidate, serving, sequences, split, targets, seed)
     ]
 
 
 _HEADS: Final = ("retrieval", "ranking")
+_Gains = tuple[Float64, Float64, Int64]  # ours, theirs, and whose
+
+
+def _both(
+    candidate: Judged, other: Judged, sequences: Sequences, split: Split, targets: Targets, seed: int
+) -> Iterator[tuple[str, _Gains]]:
+    statistics = Statistics(sequences, split, candidate.vocabulary)
+    asked = draw_candidates(sequences, targets, statistics, candidate.vocabulary, seed=seed)
+    ours = _gains(candidate, candidate.vocabulary, sequences, targets, asked)
+    theirs = _gains(other, candidate.vocabulary, sequences, targets, asked)
+    users = sequences.user_of(targets.positions)
+    for head, mine, other_gains in zip(_HEADS, ours, theirs, strict=True):
+        yield head, (mine, other_gains, users)
 
 
 def _compared(
-    head: str, ours: Float64, theirs: Float64, users: Int64, limits: GateLimits, seed: int
+    name: str,
+    other: str,
+    ours: Float64,
+    theirs: Float64,
+    users: Int64,
+    margin: float,
+    limits: GateLimits,
+    seed: int,
+    *,
+    sure: bool,
 ) -> Check:
+    """`sure`: refused is what is worse by more than the margin with confidence, not only on average."""
     low, high = paired_bootstrap(ours - theirs, users, confidence=limits.confidence, seed=seed)
-    difference, served = float((ours - theirs).mean()), float(theirs.mean())
-    worst = -limits.margin * served
-    refused = high < worst
+    difference, before = float((ours - theirs).mean()), float(theirs.mean())
+    worst = -margin * before
+    refused = (high if sure else difference) < worst
     interval = f"[{low:+.4f}, {high:+.4f}]"
-    what = f"NDCG@10 {ours.mean():.4f} against {served:.4f}: {difference:+.4f} {interval}"
+    what = f"NDCG@10 {ours.mean():.4f} against {before:.4f}: {difference:+.4f} {interval}"
+    why = f" is worse than {worst:+.4f}" + (f" at {limits.confidence:.0%}" if sure else "")
     return Check(
-        name=f"{head} accuracy",
+        name=name,
         outcome="refused" if refused else "passed",
         value=round(difference, 6),
         limit=round(worst, 6),
-        detail=what + (f" is worse than {worst:+.4f} at {limits.confidence:.0%}" if refused else ""),
+        detail=what + (why if refused else ""),
         figures={
             "candidate": round(float(ours.mean()), 6),
-            "serving": round(served, 6),
+            other: round(before, 6),
             "low": round(low, 6),
             "high": round(high, 6),
             "users": float(len(np.unique(users))),
@@ -224,12 +255,73 @@ def _ndcg(ranks: Float64) -> Float64:
     return np.where(ranks <= _CUT, 1.0 / np.log2(ranks + 1.0), 0.0)
 
 
+# Compression ---------------------------------------------------------------------------------------
+
+
+def _against_teacher(
+    candidate: Judged,
+    folder: Path,
+    teacher: Judged,
+    their_folder: Path,
+    sequences: Sequences,
+    split: Split,
+    targets: Targets,
+    limits: GateLimits,
+    seed: int,
+) -> list[Check]:
+    """Both heads beside the network before it was compressed, and what the compression has gained."""
+    checks = []
+    if len(targets.positions):
+        checks = [
+            _compared(f"{head} kept", "teacher", *gains, limits.teacher_loss, limits, seed, sure=False)
+            for head, gains in _both(candidate, teacher, sequences, split, targets, seed)
+        ]
+    ours_bytes, their_bytes = _served_bytes(folder), _served_bytes(their_folder)
+    ours_ms, their_ms = _interleaved_ms((candidate, teacher), sequences, targets.positions)
+    gained = ours_bytes < their_bytes or ours_ms < their_ms
+    checks.append(
+        Check(
+            name="gain",
+            outcome="passed" if gained else "refused",
+            value=round(ours_ms / their_ms, 4),
+            limit=1.0,
+            detail=f"{ours_bytes / 1e6:.1f} of {their_bytes / 1e6:.1f} MB, {ours_ms:.2f} of {their_ms:.2f} ms"
+            f" for {_TIMED_USERS} users × {_TIMED_CANDIDATES} candidates"
+            + ("" if gained else ": neither smaller nor faster than what it was made of"),
+            figures={
+                "bytes": float(ours_bytes),
+                "teacher_bytes": float(their_bytes),
+                "ms": round(ours_ms, 3),
+                "teacher_ms": round(their_ms, 3),
+            },
+        )
+    )
+    return checks
+
+
+def _served_bytes(folder: Path) -> int:
+    """Of the files that are served."""
+    return sum(path.stat().st_size for path in folder.iterdir() if path.name != TEACHER)
+
+
+def _interleaved_ms(judged: Sequence[Judged], sequences: Sequences, positions: Int64) -> list[float]:
+    """Medians of turns that alternate, so that what else the machine does meets all alike."""
+    asked = [(one.scorer, _some_histories(one, sequences, positions), _asked(one)) for one in judged]
+    took_ms = np.empty((_TIMED_RUNS, len(asked)))
+    for turn in range(_TIMED_RUNS):
+        for place, (scorer, histories, candidates) in enumerate(asked):
+            began_s = time.perf_counter()
+            scorer.rank(histories, *candidates)
+            took_ms[turn, place] = 1000 * (time.perf_counter() - began_s)
+    return [float(median) for median in np.median(took_ms, axis=0)]
+
+
 # Limits --------------------------------------------------------------------------------------------
 
 
 def finite(candidate: Judged, folder: Path, sequences: Sequences, positions: Int64) -> Check:
     """No NaN and no infinity: in the item table, and in answers for somebody unknown and for real users."""
-    table = np.load(folder / ITEM_TABLE, allow_pickle=False)
+    table = read_item_table((folder / ITEM_TABLE).read_bytes())
     bad = int((~np.isfinite(table)).sum())
     histories = _some_histories(candidate, sequences, positions)
     answers = [candidate.scorer.user_vectors(histories), candidate.scorer.rank(histories, *_asked(candidate))]

@@ -37,6 +37,8 @@ __all__ = [
     "Manifest",
     "ModelShape",
     "Registry",
+    "read_item_table",
+    "write_item_table",
 ]
 
 SERVING: Final = "serving"
@@ -143,7 +145,7 @@ class Artefact:
     def item_table(self) -> npt.NDArray[np.float32]:
         """float32 [item_rows, dim]: the retrieval score of an item is its row times the user vector."""
         try:
-            table = np.load(BytesIO(self.read(ITEM_TABLE)), allow_pickle=False)
+            table = read_item_table(self.read(ITEM_TABLE))
         except (ValueError, EOFError) as error:
             raise ArtefactInvalid(f"{self.version}: {ITEM_TABLE}: {error}") from None
         shape = (self.manifest.model.item_rows, self.manifest.model.dim)
@@ -339,6 +341,32 @@ class Registry:
     def _version_path(self, version: str) -> Path:
         check_name(version)
         return self.root / "versions" / version
+
+
+def read_item_table(content: bytes) -> npt.NDArray[Any]:
+    """The array of an .npy file. A table in 8 bits, `codes` int8 [dim] and their `step` float32 in each
+    row, comes as the float32 [rows, dim] that it stands for; `ValueError` where the bytes are no array."""
+    table = np.load(BytesIO(content), allow_pickle=False)
+    if not isinstance(table, np.ndarray):
+        raise ValueError("it holds more than an array")
+    if table.dtype.names != ("codes", "step"):
+        return table
+    codes, step = table["codes"], table["step"]
+    if codes.dtype != np.int8 or codes.ndim != 2 or step.dtype != np.float32:
+        raise ValueError(f"its codes are {codes.dtype}{list(codes.shape)}, its steps {step.dtype}")
+    return np.asarray(codes * step[:, None], np.float32)
+
+
+def write_item_table(
+    path: Path, table: npt.NDArray[np.float32 | np.int8], step: npt.NDArray[np.float32] | None = None
+) -> None:
+    """Float32 [rows, dim] as it is; with the `step` [rows] of each row its codes, int8 [rows, dim]."""
+    rows: npt.NDArray[Any] = np.ascontiguousarray(table)
+    if step is not None:
+        rows = np.empty(len(table), [("codes", np.int8, (table.shape[1],)), ("step", np.float32)])
+        rows["codes"], rows["step"] = table, step
+    with path.open("wb") as file:
+        np.save(file, rows, allow_pickle=False)
 
 
 def _promoted(state: AliasState | None) -> AliasState:

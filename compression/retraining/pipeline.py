@@ -1,5 +1,8 @@
 """Retraining as ordered steps: read, train, evaluate, export, gate, publish, promote, announce.
 
+Where the recipe asks for a smaller network, the stages of its compression come after train, and what they end
+with is evaluated, exported and judged: beside the version that serves, and beside what training had made.
+
 What a step makes is kept in the run's folder (`compression.retraining.runs`), so that a run that was
 killed goes on at its step, training within it. Nothing is published unless the gate lets it; nothing is
 promoted by a process whose lease went to another.
@@ -14,12 +17,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from compression.evaluation import gate
 from compression.evaluation.evaluate import evaluate
@@ -37,23 +41,42 @@ from compression.releases.registry import (
     Manifest,
     ModelShape,
     Registry,
+    read_item_table,
+    write_item_table,
 )
 from compression.retraining.runs import Run
+from compression.smaller import compress
+from compression.smaller.plan import Compression
 from compression.training.checkpoint import EVERY_S, Checkpoints, Stopped
 from compression.training.checkpoint import FILE as CHECKPOINT
 from compression.training.export import check_parity, export
 from compression.training.model import Recommender
-from compression.training.train import Recipe, train
-from compression.training.warm_start import WEIGHTS, check_shape, grown, starting_weights
+from compression.training.train import Recipe, Trained, train
+from compression.training.warm_start import (
+    TEACHER,
+    WEIGHTS,
+    check_shape,
+    grown,
+    starting_weights,
+    trained_as,
+)
+from compression.training.weights import codes, write
 from features.encoding import Vocabulary
 
-STEPS = ("read", "train", "evaluate", "export", "gate", "publish", "promote", "announce")
+_BEFORE, _AFTER = ("read", "train"), ("evaluate", "export", "gate", "publish", "promote", "announce")
+STEPS = (*_BEFORE, *_AFTER)
 JUDGED = 2_000  # test targets; `tailrace evaluate --limit` judges by more
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "numpy", "safetensors")
 _SEQUENCES = "sequences.npz"
 _STAGING = "staging"
+_TEACHER_STAGING = "staging-teacher"
 
 Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
+
+
+def steps_of(recipe: Recipe) -> tuple[str, ...]:
+    """Every step of a run, in order."""
+    return (*_BEFORE, *recipe.compression.stages, *_AFTER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +177,8 @@ class _Work:
         self.registry.check_publishing()
         read = self.step("read", self.read)
         trained = self.step("train", self.train)
+        for name in self.stages:
+            trained = self.step(name, lambda tell, name=name: self.compress(name, tell))  # type: ignore[misc]
         metrics = self.step("evaluate", self.evaluate)
         exported = self.step("export", self.export)
         verdict = Verdict.model_validate(self.gate())
@@ -169,7 +194,8 @@ class _Work:
             say = announce
             told = self.step("announce", lambda _: {"error": say(manifest, digest, path)})
         run.end("published", f"forced: {settings.force}" if verdict.forced else "")
-        run.clear(_SEQUENCES, VOCABULARY, WEIGHTS, CHECKPOINT, _STAGING)
+        weights = (WEIGHTS, *(f"{name}.safetensors" for name in self.stages))
+        run.clear(_SEQUENCES, VOCABULARY, *weights, CHECKPOINT, _STAGING, _TEACHER_STAGING)
         seconds = {name: step.seconds for name, step in run.state.steps.items()}
         announced = bool(told) and told["error"] is None
         return Retrained(manifest, digest, path, settings.alias, seconds, verdict, announced)
@@ -192,7 +218,8 @@ class _Work:
         self.run.tell(name, fraction, note)
         self._progress(name, fraction, note)
         # Training keeps its state first, and says so itself.
-        if self.stopping() and (name != "train" or fraction in (0.0, 1.0)):
+        trains = name == "train" or name in self.stages
+        if self.stopping() and (not trains or fraction in (0.0, 1.0)):
             raise Stopped(f"asked to end during {name}")
 
     # Steps -----------------------------------------------------------------------------------------
@@ -233,40 +260,74 @@ class _Work:
         weights = None
         if started_from := self._read["started_from"]:
             base = self._base(started_from)
-            weights = starting_weights(base, base.vocabulary(), self.vocabulary)
-        told = f"{asdict(settings.recipe)} {settings.seed} {started_from} {sha256_of(folder / _SEQUENCES)}"
+            file, _ = trained_as(base.manifest)
+            weights = starting_weights(base, base.vocabulary(), self.vocabulary, file)
+        recipe = replace(settings.recipe, compression=Compression())
         trained = train(
             self.sequences,
             self.split,
             self.vocabulary,
-            settings.recipe,
+            recipe,
             seed=settings.seed,
             progress=tell,
             weights=weights,
-            checkpoints=Checkpoints(
-                folder,
-                hashlib.sha256(told.encode()).hexdigest(),
-                every_s=settings.checkpoint_s,
-                stopping=self.stopping,
-            ),
+            checkpoints=self._checkpoints(f"{asdict(recipe)} {settings.seed} {started_from}"),
         )
-        self.model = trained.model
+        self.teacher = trained.model
         save_file(_weights(trained.model), folder / WEIGHTS)
-        return {
-            "shape": trained.model.shape.model_dump(),
-            "epochs": [asdict(epoch) for epoch in trained.epochs],
-            "best": trained.best,
-            "stopped": trained.stopped,
-        }
+        return _account(trained)
+
+    def compress(self, name: str, tell: _Step) -> dict[str, Any]:
+        """One stage: a smaller network, taught by the one that `train` ended with."""
+        from safetensors.torch import save_file
+
+        settings, place = self.settings, self.stages.index(name)
+        before = self._network(self.stages[place - 1] if place else "train")
+        asked = compress.stage(name, settings.recipe, self.vocabulary, self.teacher, before)
+        self.run.clear(CHECKPOINT)
+        trained = train(
+            self.sequences,
+            self.split,
+            self.vocabulary,
+            asked.recipe,
+            seed=settings.seed,
+            progress=tell,
+            weights=asked.weights,
+            checkpoints=self._checkpoints(
+                f"{name} {asdict(settings.recipe)} {settings.seed} {sha256_of(self.run.folder / WEIGHTS)}"
+            ),
+            lesson=asked.lesson,
+        )
+        save_file(_weights(trained.model), self.run.folder / f"{name}.safetensors")
+        return _account(trained) | compress.figures(trained.model)
 
     def evaluate(self, _: _Step) -> dict[str, Any]:
         return judge(self.model, self.sequences, self.split, self.vocabulary)
 
     def export(self, _: _Step) -> dict[str, Any]:
-        self.run.clear(_STAGING)
+        self.run.clear(_STAGING, _TEACHER_STAGING)
         self.staging.mkdir()
-        graphs = stage(self.model, self.vocabulary, self.staging)
-        return {"graphs": graphs, "parity": check_parity(self.model, self.staging)}
+        rounded = self.settings.recipe.compression.quantize
+        graphs = stage(self.model, self.vocabulary, self.staging, rounded=rounded)
+        parity = check_parity(self.model, self.staging)
+        if not self.stages:
+            return {"graphs": graphs, "parity": parity}
+        whole = self.run.folder / _TEACHER_STAGING
+        whole.mkdir()
+        stage(self.teacher, self.vocabulary, whole)
+        if self.model.shape != self.teacher.shape:
+            half = {name: tensor.half() for name, tensor in _weights(self.teacher).items()}
+            write(self.staging / TEACHER, half)
+        return {"graphs": graphs, "parity": parity, "compression": self._compression(whole)}
+
+    def _compression(self, whole: Path) -> dict[str, Any]:
+        """What was done, and what it made smaller; times are the gate's, as no two clocks agree."""
+        before, after = (
+            compress.figures(network) | {"bytes": sum(file.stat().st_size for file in folder.iterdir())}
+            for network, folder in ((self.teacher, whole), (self.model, self.staging))
+        )
+        plan = asdict(self.settings.recipe.compression)
+        return {"plan": plan, "stages": list(self.stages), "before": before, "after": after}
 
     def gate(self) -> dict[str, Any]:
         """The verdict. A refusal is kept, too; with `force` the same checks count as passed."""
@@ -278,11 +339,6 @@ class _Work:
         return verdict.model_copy(update={"forced": True}).model_dump()
 
     def check(self, _: _Step) -> dict[str, Any]:
-        length = self.model.shape.max_history
-        scorer = GraphScorer(
-            {graph: (self.staging / f"{graph}.onnx").read_bytes() for graph in ("encode", "rank")},
-            np.load(self.staging / ITEM_TABLE, allow_pickle=False),
-        )
         serving: tuple[Artefact, Judged] | None = None
         if parent := self._read["parent"]:
             artefact = self.registry.open(parent)
@@ -290,9 +346,20 @@ class _Work:
                 ArtefactScorer(artefact), artefact.vocabulary(), artefact.manifest.model.max_history
             )
             serving = artefact, known
-        candidate = Judged(scorer, self.vocabulary, length)
+        candidate = self._judged(self.staging)
+        whole = self.run.folder / _TEACHER_STAGING
+        teacher = (whole, self._judged(whole)) if self.stages else None
         limits = self.settings.limits or GateLimits()
-        return gate.judge(candidate, self.staging, serving, self.sequences, self.split, limits).model_dump()
+        return gate.judge(
+            candidate, self.staging, serving, self.sequences, self.split, limits, teacher=teacher
+        ).model_dump()
+
+    def _judged(self, folder: Path) -> Judged:
+        scorer = GraphScorer(
+            {graph: (folder / f"{graph}.onnx").read_bytes() for graph in ("encode", "rank")},
+            read_item_table((folder / ITEM_TABLE).read_bytes()),
+        )
+        return Judged(scorer, self.vocabulary, self.teacher.shape.max_history)
 
     def publish(self, manifest: Manifest) -> dict[str, Any]:
         """Signed where there is a key, whole or not at all. A version that an earlier process of this run
@@ -336,13 +403,36 @@ class _Work:
         return split_sequences(self.sequences, self.settings.split)
 
     @cached_property
+    def stages(self) -> tuple[str, ...]:
+        return self.settings.recipe.compression.stages
+
+    @cached_property
+    def teacher(self) -> Recommender:
+        """What training ended with."""
+        return self._network("train")
+
+    @cached_property
     def model(self) -> Recommender:
+        """What is released: what the last stage made, where there is one."""
+        return self._network(self.stages[-1]) if self.stages else self.teacher
+
+    def _network(self, step: str) -> Recommender:
         from safetensors.torch import load_file
 
-        shape = ModelShape.model_validate(self.run.state.steps["train"].result["shape"])
-        model = Recommender(shape)
-        model.load_state_dict(load_file(self.run.folder / WEIGHTS))
+        file = WEIGHTS if step == "train" else f"{step}.safetensors"
+        model = Recommender(ModelShape.model_validate(self.run.state.steps[step].result["shape"]))
+        model.load_state_dict(load_file(self.run.folder / file))
         return model.eval()
+
+    def _checkpoints(self, told: str) -> Checkpoints:
+        """Of the training that is told from others by `told` and what is learnt from."""
+        told = f"{told} {sha256_of(self.run.folder / _SEQUENCES)}"
+        return Checkpoints(
+            self.run.folder,
+            hashlib.sha256(told.encode()).hexdigest(),
+            every_s=self.settings.checkpoint_s,
+            stopping=self.stopping,
+        )
 
     def _serving_version(self) -> str | None:
         """Of the alias this run is for: what it is compared with, and may start from."""
@@ -355,7 +445,8 @@ class _Work:
         if version is None:
             raise ArtefactInvalid("no version serves yet to start from: train without --from-serving first")
         artefact = self.registry.open(version)
-        check_shape(artefact.manifest.model, self.settings.recipe.shape(artefact.vocabulary()))
+        _, shape = trained_as(artefact.manifest)
+        check_shape(shape, self.settings.recipe.shape(artefact.vocabulary()))
         return artefact
 
     def describe(
@@ -368,6 +459,9 @@ class _Work:
     ) -> Manifest:
         """The manifest of what is about to be published; the registry adds the checksums."""
         settings, state = self.settings, self.run.state
+        compression = exported.get("compression")
+        made = {"compression": compression | self._kept(verdict)} if compression else {}
+        whole = self.run.state.steps["train"].result
         return Manifest.model_validate(
             {
                 "schema": 1,
@@ -376,22 +470,38 @@ class _Work:
                 "parent": read["parent"],
                 "model": trained["shape"],
                 "graphs": exported["graphs"],
-                "metrics": metrics | {"parity": exported["parity"], "gate": verdict.model_dump(mode="json")},
+                "metrics": metrics
+                | {"parity": exported["parity"], "gate": verdict.model_dump(mode="json")}
+                | made,
                 "data": read["data"]
                 | {
                     "run": state.run,
                     "started_from": read["started_from"],
                     "split": settings.split,
                     "seed": settings.seed,
-                    "epochs": len(trained["epochs"]),
-                    "best_epoch": trained["best"],
-                    "stopped": trained["stopped"],
+                    "epochs": len(whole["epochs"]),
+                    "best_epoch": whole["best"],
+                    "stopped": whole["stopped"],
                 }
+                | ({"teacher": whole["shape"]} if trained["shape"] != whole["shape"] else {})
                 | ({"forced": settings.force} if verdict.forced else {}),
                 "git_revision": git_revision(),
                 "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
             }
         )
+
+    @staticmethod
+    def _kept(verdict: Verdict) -> dict[str, Any]:
+        """NDCG@10 of both heads, before and after, and the interval of the difference."""
+        heads = {check.name.removesuffix(" kept"): check for check in verdict.checks if " kept" in check.name}
+        return {
+            name: {
+                "before": check.figures["teacher"],
+                "after": check.figures["candidate"],
+                "difference": [check.value, check.figures["low"], check.figures["high"]],
+            }
+            for name, check in heads.items()
+        }
 
 
 class _Step:
@@ -422,17 +532,31 @@ def judge(model: Recommender, sequences: Sequences, split: Split, vocabulary: Vo
     return evaluate(scorer, sequences, split, vocabulary, max_history=length, limit=JUDGED, count=False)
 
 
-def stage(model: Recommender, vocabulary: Vocabulary, folder: Path) -> dict[str, str]:
-    """Write every file of a version but the manifest; the names of the graphs."""
-    from safetensors.torch import save_file
-
-    graphs = export(model, folder)
-    save_file(_weights(model), folder / WEIGHTS)
+def stage(
+    model: Recommender, vocabulary: Vocabulary, folder: Path, *, rounded: bool = False
+) -> dict[str, str]:
+    """Write every file of a version but the manifest; the names of the graphs. `rounded`: the model's
+    tables are on their grid, and are written, as the item table is, in 8 bits."""
+    graphs = export(model, folder, rounded=rounded)
+    write(folder / WEIGHTS, _weights(model), rounded=rounded)
     vocabulary.save(folder / VOCABULARY)
     table = TorchScorer(model, row_categories(vocabulary)).item_table()
-    with (folder / ITEM_TABLE).open("wb") as file:
-        np.save(file, np.ascontiguousarray(table, np.float32), allow_pickle=False)
+    if rounded:
+        counted, step = codes(torch.from_numpy(table))
+        write_item_table(folder / ITEM_TABLE, counted.numpy(), step.numpy()[:, 0])
+    else:
+        write_item_table(folder / ITEM_TABLE, table)
     return graphs
+
+
+def _account(trained: Trained) -> dict[str, Any]:
+    """What a step that trained says of it."""
+    return {
+        "shape": trained.model.shape.model_dump(),
+        "epochs": [asdict(epoch) for epoch in trained.epochs],
+        "best": trained.best,
+        "stopped": trained.stopped,
+    }
 
 
 def save_sequences(sequences: Sequences, path: Path) -> None:

@@ -23,10 +23,12 @@ MAX_BITS: Final = 8
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """How finely, and whether a row (the first axis) has a step of its own."""
+    """How finely, whether a row (the first axis) has a step of its own, and whether the range reaches as
+    far below zero as above: then there are 2^bits - 1 codes, and those of 8 bits fit a signed byte."""
 
     bits: int = 8
     per_row: bool = False
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
@@ -58,7 +60,10 @@ def step_size(weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
     high = weights.masked_fill(nothing, -torch.inf).amax(axes, keepdim=grid.per_row)
     empty = low > high
     low, high = low.masked_fill(empty, 0.0), high.masked_fill(empty, 0.0)
-    step = (high - low) / (2**grid.bits - 1)
+    if grid.symmetric:
+        high = torch.maximum(high.abs(), low.abs())
+        low = -high
+    step = (high - low) / (2**grid.bits - 1 - int(grid.symmetric))
     step = torch.where(step > 0, step, high.abs())
     return torch.where(step > 0, step, torch.ones_like(step)), low, high
 

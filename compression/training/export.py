@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compression.evaluation.scoring import to_history
 from compression.releases.registry import ModelShape
 from compression.training.model import NORM_EPS, Block, Encoded, History, Recommender, reach_table
+from compression.training.weights import TABLES, codes
 from features.encoding import HistoryArrays
 
 OPSET: Final = 18
@@ -53,10 +54,11 @@ class ParityError(RuntimeError):
     """An exported graph does not answer as the network does."""
 
 
-def export(model: Recommender, folder: Path) -> dict[str, str]:
-    """Write the graphs, each in one file, every batch dimension dynamic; graph name to file name."""
+def export(model: Recommender, folder: Path, *, rounded: bool = False) -> dict[str, str]:
+    """Write the graphs, each in one file, every batch dimension dynamic; graph name to file name. Tables
+    that are `rounded` are written as 8-bit codes, and become floats row by row as they are looked up."""
     for graph, file in GRAPHS.items():
-        writer = _Writer(model)
+        writer = _Writer(model, rounded)
         if graph in ("encode", "rank"):
             writer.encode(states=graph == "encode")
         if graph in ("score", "rank"):
@@ -155,6 +157,7 @@ class _Writer:
     """Operators and constants in the making. Methods take and return names of tensors."""
 
     model: Recommender
+    rounded: bool = False
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     # Keys and values by layer, where they are made in the graph that reads them: never put together.
@@ -236,9 +239,8 @@ class _Writer:
     def score(self) -> None:
         """Candidates, lengths, user_vector, keys and values to scores."""
         model = self.model
-        item = self.op("Gather", self.weight(model.items.weight, "items.weight"), "candidates")
-        category = self.weight(model.categories.weight, "categories.weight")
-        vectors = self.op("Add", item, self.op("Gather", category, "candidate_categories"))
+        item, category = self.rows("items", "candidates"), self.rows("categories", "candidate_categories")
+        vectors = self.op("Add", item, category)
         x = self.op("Add", vectors, self.weight(model.candidate_mark()))
         size = self.size("items", 1) if self.encoded else self.size("keys", 3)
         slots = self.op("Range", self.ints(0), size, self.ints(1))
@@ -314,8 +316,9 @@ class _Writer:
 
     def tokens(self) -> str:
         """Events, or the one event, as the network reads them."""
-        x = self.op("Add", self.rows("items"), self.rows("categories"))
-        return self.op("Add", x, self.op("Add", self.rows("behaviors"), self.rows("gaps")))
+        x = self.op("Add", self.rows("items", "items"), self.rows("categories", "categories"))
+        rest = self.op("Add", self.rows("behaviors", "behaviors"), self.rows("gaps", "gaps"))
+        return self.op("Add", x, rest)
 
     def layer(self, states: str, layer: int) -> str:
         """The keys or values [B, L, D] of one layer."""
@@ -328,10 +331,15 @@ class _Writer:
         apart = [self.op("Unsqueeze", layer, self.ints([1, 2])) for layer in layers]
         self.op("Concat", *apart, axis=1, output=output)
 
-    def rows(self, table: str) -> str:
-        """The rows of a table that the input of the same name asks for."""
-        weight = getattr(self.model, table).weight
-        return self.op("Gather", self.weight(weight, f"{table}.weight"), table)
+    def rows(self, table: str, places: str) -> str:
+        """The rows of a table that an input asks for."""
+        weight, name = getattr(self.model, table).weight, f"{table}.weight"
+        if not self.rounded or table not in TABLES:
+            return self.op("Gather", self.weight(weight, name), places)
+        counted, step = codes(weight)
+        whole = self.op("Gather", self._constant(counted.numpy(), f"{name}.codes"), places)
+        found = self.op("Cast", whole, to=TensorProto.FLOAT)
+        return self.op("Mul", found, self.op("Gather", self.weight(step, f"{name}.step"), places))
 
     def size(self, tensor: str, axis: int) -> str:
         return self.op("Squeeze", self.op("Shape", tensor, start=axis, end=axis + 1), self.ints([0]))

@@ -1,4 +1,4 @@
-"""Both losses of a batch of windows; each window's last event is a target only.
+"""Both losses of a batch of windows, and the lesson's; each window's last event is a target only.
 
 What is drawn for a batch (which items stand in their bucket, where candidates compete, negatives) is drawn
 for the whole of it, so that processes that share a batch draw alike. A target weighs what its behaviour is
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import row_categories, to_history
 from compression.training.group import ALONE, Group
+from compression.training.lesson import Asked, Lesson
 from compression.training.model import MASKED, History, Recommender
 from features.encoding import HistoryArrays, Vocabulary
 
@@ -50,7 +51,7 @@ class Drawn:
 
 
 class Losses:
-    """Retrieval and ranking loss of batches. Draws from `rng`."""
+    """Retrieval and ranking loss of batches, and the lesson's. Draws from `rng`."""
 
     own, near, popular, any_item = 4, 4, 6, 4
 
@@ -60,9 +61,10 @@ class Losses:
         statistics: Statistics,
         recipe: Recipe,
         rng: np.random.Generator,
+        lesson: Lesson,
         group: Group = ALONE,
     ) -> None:
-        self._recipe, self._rng, self._group = recipe, rng, group
+        self._recipe, self._rng, self._lesson, self._group = recipe, rng, lesson, group
         self._device = group.device
         self._worth = recipe.goals.by_row()
         # One process whose targets all weigh 1 takes the plain mean: to the bit what it was before goals.
@@ -133,28 +135,31 @@ class Losses:
         rows = np.unique(np.concatenate([drawn.history.items.ravel(), drawn.vectors.ravel(), *known]))
         return rows[rows > 0]
 
-    def __call__(self, model: Recommender, drawn: Drawn) -> tuple[Tensor, Tensor]:
-        """This process's part of the batch's mean losses: all of them where it is alone."""
+    def __call__(self, model: Recommender, drawn: Drawn) -> tuple[Tensor, Tensor, Tensor]:
+        """This process's part of the batch's mean losses, retrieval's and ranking's: all of them where it is
+        alone, and then the lesson's, too."""
         mine = self._group.share
-        asked = self._on(drawn.vectors[mine])
-        count = drawn.candidates.shape[2]
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
             candidates = drawn.candidates[mine]
-            vectors = model.item_vectors(
-                asked, self._on(self._categories[candidates.reshape(len(candidates), -1)])
-            )
+            count = candidates.shape[2]
+            history = self._history(drawn.history, mine)
+            rows = self._on(drawn.vectors[mine])
+            categories = self._on(self._categories[candidates.reshape(rows.shape)])
+            vectors = model.item_vectors(rows, categories)
             seen = self._on(np.repeat(drawn.turn[mine] + 1, count, axis=1))
-            user_vectors, states = model(self._history(drawn.history, mine), vectors, seen)
+            user_vectors, states = model(history, vectors, seen)
             learnt = self._on(drawn.weights[mine] > 0)
             targets = self._on(drawn.targets[mine])[learnt]
             logits, labels = self._retrieval(model, user_vectors[learnt], targets, drawn.negatives)
             retrieval = self._mean(logits, labels, drawn.weights)
-            at = self._on(drawn.turn[mine])[..., None].expand(-1, -1, user_vectors.shape[-1])
+            turn = self._on(drawn.turn[mine])
+            at = turn[..., None].expand(-1, -1, user_vectors.shape[-1])
             asking = user_vectors.gather(1, at).repeat_interleave(count, dim=1)
-            scores = self._ranking(model.readout_scores(states, vectors, asking), candidates)
-            scores = scores[self._on(drawn.ranking_weights[mine] > 0).view(-1)]
-            first = torch.zeros(len(scores), dtype=torch.long, device=self._device)
-            return retrieval, self._mean(scores, first, drawn.ranking_weights)
+            scores = model.readout_scores(states, vectors, asking)
+            inside = self._on(np.arange(drawn.targets.shape[1]) < drawn.history.lengths[mine, None])
+            asked = Asked(history, rows, categories, seen, turn, inside, self._known, self._category_rows)
+            taught = self._lesson.loss(model, asked, user_vectors, scores)
+            return retrieval, self._ranking(scores, candidates, drawn.ranking_weights), taught
 
     def _mean(self, logits: Tensor, labels: Tensor, weights: Float32) -> Tensor:
         """Cross-entropy of this process's targets [n, classes], in f32, as its part of the mean by the
@@ -184,12 +189,14 @@ class Losses:
         logits = torch.cat([own - corrected[: len(targets), None], others], dim=1)
         return logits, torch.zeros_like(targets)
 
-    def _ranking(self, scores: Tensor, candidates: Int64) -> Tensor:
-        """Scores [B * P, C]; a candidate that is the target once more is none."""
+    def _ranking(self, scores: Tensor, candidates: Int64, weights: Float32) -> Tensor:
+        """The loss of scores [B, P C]; a candidate that is the target once more is none."""
         users, positions, count = candidates.shape
         repeats = self._on(candidates == candidates[:, :, :1]).view(users * positions, count)
         repeats[:, 0] = False
-        return scores.view(users * positions, count).masked_fill(repeats, MASKED)
+        learnt = self._on(weights[self._group.share] > 0).view(-1)
+        scores = scores.view(users * positions, count).masked_fill(repeats, MASKED)[learnt]
+        return self._mean(scores, torch.zeros(len(scores), dtype=torch.long, device=self._device), weights)
 
     def _candidates(self, items: npt.NDArray[np.int32], targets: Int64, events: Int64) -> tuple[Int64, Int64]:
         """Where candidates compete [B, P], and their rows [B, P, C], the item that came next first."""

@@ -14,6 +14,7 @@ event; how far back an event lies is a number added to its logit.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import NamedTuple, cast
 
 import torch
@@ -57,6 +58,8 @@ class Block(nn.Module):
         self.widen = nn.Linear(shape.dim, shape.ffn, bias=False)
         self.narrow = nn.Linear(shape.ffn, shape.dim, bias=False)
         self.dropout = nn.Dropout(dropout)
+        self.maps: deque[Tensor] | None = None
+        """Attention maps [B, T, S] in the order they are made, where somebody has put a deque here."""
         # Added to the logit of an event by how many events back it lies, seen from an event, 0 for
         # itself, and from a candidate, 0 for the newest.
         self.event_reach = nn.Parameter(torch.zeros(shape.max_history))
@@ -80,6 +83,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor, key: Tensor, value: Tensor, reach: Tensor) -> Tensor:
         """Tokens [B, T, D], each of which attends to what `reach` [B, T or 1, S] lets it."""
         weights = (self.attention_norm(x) @ key.transpose(1, 2) + reach).softmax(-1)
+        if self.maps is not None:
+            self.maps.append(weights)
         x = x + self.dropout(weights @ value)
         return x + cast(Tensor, self.dropout(self.narrow(self.widen(self.ffn_norm(x)).relu())))
 

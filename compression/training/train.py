@@ -33,9 +33,11 @@ from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import TorchScorer, row_categories
 from compression.logs.dataset import Sequences, Split, batches, training_windows
 from compression.releases.registry import ModelShape
+from compression.smaller.plan import NONE, Compression
 from compression.training.checkpoint import Checkpoints, repeatable
 from compression.training.goals import Goals
 from compression.training.group import ALONE, Group, GroupBroken
+from compression.training.lesson import Lesson
 from compression.training.losses import Losses
 from compression.training.model import Recommender
 from compression.training.optimizer import Optimizer
@@ -47,7 +49,8 @@ Precision = Literal["f32", "bf16"]
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long, how hard and for what to train. Sizes of the network stand here too. `sparse_items`: of
+    """How long, how hard and for what to train. Sizes of the network stand here too, and what is
+    made smaller afterwards. `sparse_items`: of
     more items than that a step changes only the rows it touches (`compression.training.optimizer`);
     `precision` is that of products, weights and losses are f32."""
 
@@ -75,6 +78,7 @@ class Recipe:
     sparse_items: int = 100_000
     precision: Precision = "f32"
     goals: Goals = field(default_factory=Goals)
+    compression: Compression = NONE
 
     def __post_init__(self) -> None:
         if self.precision not in get_args(Precision):
@@ -83,7 +87,8 @@ class Recipe:
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Self:
         """From what `asdict` and JSON made of one; what it does not say is as it was before it could."""
-        return cls(**{**told, "goals": Goals.of(told.get("goals", {}))})
+        goals, compression = Goals.of(told.get("goals", {})), Compression.of(told.get("compression", {}))
+        return cls(**{**told, "goals": goals, "compression": compression})
 
     def shape(self, vocabulary: Vocabulary) -> ModelShape:
         """Of the network that is trained for these items."""
@@ -150,20 +155,23 @@ def train(
     progress: Callable[[float, str], None] | None = None,
     weights: Mapping[str, Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
+    lesson: Lesson | None = None,
     group: Group = ALONE,
 ) -> Trained:
     """Train until the epochs or the minutes are spent, or validation NDCG no longer rises. Starts from
-    `weights` where they are given; goes on where `checkpoints` left off. The first process of a `group`
-    calls this, every other one `assist`."""
+    `weights` where they are given; goes on where `checkpoints` left off; learns a `lesson` beside, in
+    one process only. The first process of a `group` calls this, every other one `assist`."""
+    if lesson is not None and group.size > 1:
+        raise ValueError("a lesson is learnt by one process")
     task = _Task(sequences, split, vocabulary, recipe, seed)
     task.handed(group)
-    return _train(task, group, checkpoints or Checkpoints(), progress, weights)
+    return _train(task, group, checkpoints or Checkpoints(), lesson or Lesson(), progress, weights)
 
 
 def assist(group: Group, stopping: Callable[[], bool] = lambda: False) -> None:
     """The part of every process of a group but its first: the same training, of which nothing is kept."""
     task = _Task.handed_to(group)
-    _train(task, group, Checkpoints(stopping=stopping), None, None)
+    _train(task, group, Checkpoints(stopping=stopping), Lesson(), None, None)
 
 
 @repeatable()
@@ -171,6 +179,7 @@ def _train(
     task: _Task,
     group: Group,
     checkpoints: Checkpoints,
+    lesson: Lesson,
     progress: Callable[[float, str], None] | None,
     weights: Mapping[str, Tensor] | None,
 ) -> Trained:
@@ -180,10 +189,11 @@ def _train(
     model = Recommender(recipe.shape(vocabulary), recipe.dropout)
     if weights is not None:
         model.load_state_dict(weights)
+    lesson.begin(model)
     model.to(group.device)
     statistics = Statistics(sequences, split, vocabulary)
     judge = _Judge(sequences, split, vocabulary, statistics, recipe)
-    losses = Losses(vocabulary, statistics, recipe, rng, group)
+    losses = Losses(vocabulary, statistics, recipe, rng, lesson, group)
     by_rows = len(vocabulary.item_ids) > recipe.sparse_items and not losses.full_softmax
     optimizer = Optimizer(model, recipe, group, by_rows=by_rows)
     at = checkpoints.restore(model, optimizer.parts, group)
@@ -206,9 +216,9 @@ def _train(
                 # Dropout differs from process to process, and is the same again after a restart.
                 told = np.random.SeedSequence([task.seed, number, at.step, group.rank])
                 torch.manual_seed(int(told.generate_state(1)[0]))
-            retrieval, ranking = losses(model, drawn)
+            retrieval, ranking, taught = losses(model, drawn)
             optimizer.zero_grad()
-            torch.autograd.backward(retrieval + recipe.ranking_weight * ranking)
+            torch.autograd.backward(retrieval + recipe.ranking_weight * ranking + taught)
             asked_to_end = checkpoints.asked_to_end()
             late = group.leads and time.monotonic() > deadline
             touched = None if losses.full_softmax else losses.touched(drawn)
@@ -247,6 +257,7 @@ def _train(
             stopped = "validation"
             break
     model.load_state_dict(best_weights)
+    lesson.end(model)
     return Trained(model.cpu().eval(), done, at.best + 1, stopped, group.sent_bytes)
 
 

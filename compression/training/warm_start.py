@@ -2,6 +2,9 @@
 
 An item that is new starts as the hash bucket that stood for it until now, which is what the network knew of
 it. An item that the new log lacks keeps its row.
+
+A version that was compressed into other sizes brings the network before that along: training starts from
+there, and what it makes is compressed anew.
 """
 
 from __future__ import annotations
@@ -10,15 +13,28 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from compression.errors import ArtefactInvalid
-from compression.releases.registry import Artefact, ModelShape
+from compression.releases.registry import Artefact, Manifest, ModelShape
 from features.encoding import Vocabulary
 
 WEIGHTS: Final = "weights.safetensors"
+TEACHER: Final = "teacher.safetensors"
 _TABLES: Final = {"items.weight": "items", "categories.weight": "categories"}
 
 Rows = npt.NDArray[np.int64]
+
+
+def trained_as(manifest: Manifest) -> tuple[str, ModelShape]:
+    """The file with the weights that training ended with, and the network they are of."""
+    told = manifest.data.get("teacher")
+    if told is None:
+        return WEIGHTS, manifest.model
+    try:
+        return TEACHER, ModelShape.model_validate(told)
+    except ValidationError:
+        raise ArtefactInvalid(f"{manifest.version}: the manifest does not say what {TEACHER} is of") from None
 
 
 def check_shape(serving: ModelShape, wanted: ModelShape) -> None:
@@ -53,12 +69,18 @@ def grown(before: Vocabulary, latest: Vocabulary, max_items: int) -> Vocabulary:
     return Vocabulary(items, of_item, categories, before.item_buckets, before.category_buckets)
 
 
-def starting_weights(serving: Artefact, before: Vocabulary, vocabulary: Vocabulary) -> dict[str, Any]:
+def starting_weights(
+    serving: Artefact, before: Vocabulary, vocabulary: Vocabulary, file: str = WEIGHTS
+) -> dict[str, Any]:
     """The serving version's weights for a network over `vocabulary`: torch tensors by name."""
     import torch
-    from safetensors.torch import load
 
-    weights: dict[str, Any] = load(serving.read(WEIGHTS))
+    from compression.training.weights import read
+
+    try:
+        weights: dict[str, Any] = read(serving.read(file))
+    except ValueError as error:
+        raise ArtefactInvalid(f"{serving.version}: {file}: {error}") from None
     sources = {
         "items": np.concatenate([[0], before.item_rows_of(vocabulary.item_ids), _buckets(before)]),
         "categories": np.concatenate(

@@ -14,12 +14,11 @@ from types import MethodType
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch.nn import functional as F
 
 from compression.releases.registry import Artefact, ArtefactInvalid
 from compression.training.model import Block, Encoded, History, Recommender
+from compression.training.weights import read as read_weights
 from inference.engines.base import GRAPHS, OUTPUTS, WEIGHTS, Engine, EngineOptions, Shape
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
@@ -64,12 +63,12 @@ class TorchEngine(Engine):
         torch.set_num_threads(self.options.threads)
         self.model = artefact.manifest.model
         try:
-            weights = load_safetensors(artefact.read(WEIGHTS))
+            weights = read_weights(artefact.read(WEIGHTS))
             network = Recommender(self.model)
             network.load_state_dict(weights)
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
-        except (RuntimeError, ValueError, SafetensorError) as error:
+        except (RuntimeError, ValueError) as error:
             raise ModelUnavailable(f"torch refused the weights: {error}") from error
         for name, weight in weights.items():
             if not torch.isfinite(weight).all():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from infra.commands import options
-from infra.commands.training import RECIPES, SPLITS, ProgressBar, print_json, print_metrics
+from infra.commands.training import PLANS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
 
 if TYPE_CHECKING:
     from compression.retraining.pipeline import Announce, Retrained
@@ -41,6 +41,13 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 )
 @options.registry
 @click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
+@click.option(
+    "--compress",
+    "plan",
+    type=click.Choice(PLANS),
+    help="What is released of the trained network: a student of it, its feed-forward part halved, its tables "
+    "in 8 bits, or all of that. With --run: anew from the network that was trained.  [default: none]",
+)
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
 @click.option(
     "--max-minutes", type=click.FloatRange(0, min_open=True), help="Of training; the recipe says otherwise."
@@ -94,6 +101,7 @@ def retrain(
     until: str,
     registry: Path,
     recipe: str,
+    plan: str | None,
     epochs: int | None,
     max_minutes: float | None,
     max_events: int | None,
@@ -117,6 +125,9 @@ def retrain(
 ) -> None:
     """Train and release a model: read, train, evaluate, export, gate, publish, promote, announce.
 
+    --compress puts distilling, pruning and quantizing between train and evaluate; the gate then judges the
+    smaller network, beside the version that serves and beside the one it was made of.
+
     Each step is kept in the run's folder. A run that was killed goes on with --run. The command ends with 0
     when a version was published, 3 when the gate refused it, 4 when another process retrains the alias, and
     75 when it was asked to end before it was through.
@@ -124,6 +135,7 @@ def retrain(
     \b
     tailrace retrain --log clicks.csv
     tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
+    tailrace retrain --log clicks.csv --compress all
     tailrace retrain --topic clicks --bootstrap localhost:9092 --redis-url redis://localhost:6379/0
     tailrace retrain --topic clicks --from last --from-serving --schedule '0 * * * *'
     tailrace retrain --run 20171203T101500-3f9c1a
@@ -136,10 +148,11 @@ def retrain(
     from compression.logs.log_reader import LogInvalid
     from compression.releases.registry import ArtefactInvalid
     from compression.retraining.runs import Run, RunInvalid
+    from compression.smaller.plan import PLANS as PLAN_NAMED
     from compression.training.export import ParityError
     from compression.training.train import RECIPES as RECIPE_NAMED
     from infra.local.endpoints import endpoints
-    from infra.retraining.job import Job, job, topic_bounds
+    from infra.retraining.job import Job, compressed, job, topic_bounds
 
     topic = topic + topic_suffix if topic else None
     if topic or schedule:
@@ -154,10 +167,11 @@ def retrain(
     chosen = RECIPE_NAMED[recipe]
     chosen = replace(chosen, epochs=epochs) if epochs is not None else chosen
     chosen = replace(chosen, max_minutes=max_minutes) if max_minutes is not None else chosen
+    chosen = replace(chosen, compression=PLAN_NAMED[plan or "none"])
     try:
         if begun:
             run = Run.find(runs, str(run_name))
-            asked = Job.of(run)
+            asked = Job.of(run) if plan is None else compressed(run, PLAN_NAMED[plan])
         else:
             asked = (
                 Job.of(Run.find(runs, repeat))
@@ -182,6 +196,12 @@ def retrain(
     except GateRefused as error:
         _report(runs, run, quiet=as_json)
         click.echo(str(error), err=True)
+        if asked.compression.stages:
+            click.echo(
+                f"nothing was published; `tailrace retrain --run {run.state.run} --compress none` puts the "
+                "network as it was trained before the gate, another --compress compresses it anew",
+                err=True,
+            )
         raise SystemExit(REFUSED) from None
     except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid) as error:
         raise click.ClickException(str(error)) from None

@@ -11,6 +11,7 @@ from infra.commands import options
 
 SPLITS = ("leave-one-out", "temporal")
 RECIPES = ("laptop", "tiny", "full")
+PLANS = ("none", "distil", "prune", "quantize", "all")
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)

@@ -13,11 +13,11 @@ import litert_torch
 import numpy as np
 import torch
 from ai_edge_litert.interpreter import Interpreter
-from safetensors.torch import load
 from torch import Tensor, nn
 
 from compression.releases.registry import ModelShape
 from compression.training.model import History, Recommender
+from compression.training.weights import read
 
 
 class Rank(nn.Module):
@@ -43,7 +43,7 @@ class Rank(nn.Module):
 
 def convert(folder: Path) -> None:
     network = Recommender(ModelShape.model_validate_json((folder / "model.json").read_bytes()))
-    network.load_state_dict(load((folder / "weights.safetensors").read_bytes()))
+    network.load_state_dict(read((folder / "weights.safetensors").read_bytes()))
     with np.load(folder / "inputs.npz", allow_pickle=False) as arrays:
         asked = dict(arrays)
     first = {name: torch.from_numpy(array[:1]) for name, array in asked.items()}

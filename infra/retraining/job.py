@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compression.retraining.pipeline import RetrainSettings
 from compression.retraining.runs import Run, RunInvalid, runs
+from compression.smaller.plan import Compression
 from compression.training.train import Recipe
 from infra.retraining.topic_log import Bounds, TopicLog, bounds_now
 
@@ -40,12 +41,17 @@ class Job(BaseModel):
             raise RunInvalid(f"run {run.state.run} does not say what it was asked for")
         return cls.model_validate(run.state.spec)
 
+    @property
+    def compression(self) -> Compression:
+        """None in runs of before there was any."""
+        return Compression.of(self.recipe.get("compression", {}))
+
     def settings(self, bootstrap: str, force: str | None = None) -> RetrainSettings:
         """`bootstrap` is where the topic is now: not a part of what was asked for."""
         return RetrainSettings(
             log=TopicLog(bootstrap, self.bounds) if self.bounds else Path(str(self.log)),
             registry=Path(self.registry),
-            recipe=Recipe(**self.recipe),
+            recipe=Recipe.of(self.recipe),
             split=self.split,
             seed=self.seed,
             max_events=self.max_events,
@@ -79,6 +85,23 @@ def job(  # the command's options, as they are
         log=str(log.resolve()) if log else None,
         bounds=bounds,
     )
+
+
+def compressed(run: Run, plan: Compression) -> Job:
+    """The job of a run that has not published, to be gone on with from the network that was trained: what
+    came of compressing it otherwise is forgotten."""
+    asked = Job.of(run)
+    if plan == asked.compression:
+        return asked
+    with run:
+        if run.done("publish") is not None:
+            raise RunInvalid(f"run {run.state.run} has published its version: begin another")
+        for step in set(run.state.steps) - {"read", "train"}:
+            run.forget(step)
+        asked = asked.model_copy(update={"recipe": asked.recipe | {"compression": asdict(plan)}})
+        run.state.spec = asked.model_dump(mode="json")
+        run.save()
+    return asked
 
 
 def topic_bounds(root: Path, bootstrap: str, topic: str, since: str, until: str) -> Bounds:

@@ -127,8 +127,8 @@ def test_a_slow_version_is_refused_for_its_latency(served, tmp_path):
 def test_a_version_that_has_become_nan_is_refused_before_it_is_compared(served, tmp_path, monkeypatch):
     from compression.retraining import pipeline
 
-    def spoilt(model, vocabulary, folder):
-        graphs = stage(model, vocabulary, folder)
+    def spoilt(model, vocabulary, folder, **how):
+        graphs = stage(model, vocabulary, folder, **how)
         table = np.load(folder / "item_table.npy")
         table[3, 0] = np.nan
         np.save(folder / "item_table.npy", table)
