@@ -188,7 +188,8 @@ def _packed(
         ],
     }
     whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-    return save(whole, {"standing": json.dumps(told)})
+    packed: bytes = save(whole, {"standing": json.dumps(told)})
+    return packed
 
 
 @contextmanager

@@ -65,7 +65,7 @@ class Optimizer:
         said = torch.tensor([float(one) for one in numbers], dtype=torch.float32, device=table.device)
         packed = [self._rows_of(table, rows), *dense, said]
         message = self._group.sum(torch.cat([part.reshape(-1) for part in packed]))
-        summed = message.split([part.numel() for part in packed])
+        summed = torch.split(message, [part.numel() for part in packed])
         for grad, total in zip(dense, summed[1:-1], strict=True):
             grad.copy_(total.view_as(grad))
         of_table = summed[0].view(-1, table.shape[1])
@@ -95,9 +95,10 @@ class Optimizer:
             return
         assert self._table.grad is not None
         self._table.grad = self._table.grad.coalesce()
-        rest = [p for p in self._model.parameters() if p.grad is not None and p is not self._table]
+        rest = [p for p in self._model.parameters() if p is not self._table]
+        dense = [p.grad for p in rest if p.grad is not None]
         values = self._table.grad.values()
-        norm = math.hypot(float(torch.nn.utils.get_total_norm([p.grad for p in rest])), float(values.norm()))
+        norm = math.hypot(float(torch.nn.utils.get_total_norm(dense)), float(values.norm()))
         torch.nn.utils.clip_grads_with_norm_(rest, MAX_NORM, torch.tensor(norm))
         values.mul_(min(1.0, MAX_NORM / (norm + 1e-6)))
 

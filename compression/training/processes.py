@@ -6,7 +6,7 @@
 Processes talk through gloo, over loopback where they were started here. It does not know who calls: several
 machines need a network that nobody else is on.
 
-    python -m compression.training.processes RENDEZVOUS RANK SIZE      a process that `Local` starts
+    python -m compression.training.processes RENDEZVOUS RANK SIZE DEVICE      a process that `Local` starts
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Final, Protocol
 
 import torch
 from torch import distributed as dist
+from torch.distributed import FileStore  # type: ignore[attr-defined]
 
 from compression.training.checkpoint import Stopped
 from compression.training.group import ALONE, Group
@@ -67,22 +68,22 @@ class Team(Protocol):
 class Local:
     """This process and `size` - 1 that it starts. Each has its part of the threads that this one had."""
 
-    def __init__(self, size: int = 1) -> None:
-        self.size = size
+    def __init__(self, size: int = 1, device: str = "cpu") -> None:
+        self.size, self._device = size, device
 
     @contextmanager
     def joined(self) -> Iterator[Group]:
         if self.size == 1:
-            yield ALONE
+            yield ALONE if self._device == "cpu" else Group(device=self._device)
             return
         threads = torch.get_num_threads()
         with tempfile.TemporaryDirectory(prefix="tailrace-training-") as folder:
-            children = _Children(Path(folder), self.size)
+            children = _Children(Path(folder), self.size, self._device)
             try:
                 torch.set_num_threads(max(1, threads // self.size))
                 children.await_all()
-                with _process_group(children.rendezvous, 0, self.size):
-                    yield Group(0, self.size)
+                with _process_group(children.rendezvous, 0, self.size, self._device):
+                    yield Group(0, self.size, _device_of(self._device, 0))
                 children.await_end()
             except Stopped:
                 children.await_end()
@@ -99,7 +100,7 @@ class Local:
 class _Children:
     """The processes that lend a hand, each with a file for its complaints."""
 
-    def __init__(self, folder: Path, size: int) -> None:
+    def __init__(self, folder: Path, size: int, device: str) -> None:
         self.rendezvous = folder / "rendezvous"
         self._folder = folder
         self._started: dict[int, subprocess.Popen[bytes]] = {}
@@ -110,7 +111,7 @@ class _Children:
             with self._complaints(rank).open("wb") as complaints:
                 # A session of its own: Ctrl-C is for the process that leads, which tells the others.
                 self._started[rank] = subprocess.Popen(
-                    [*command, str(rank), str(size)],
+                    [*command, str(rank), str(size), device],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=complaints,
@@ -199,12 +200,16 @@ class Launched:
     """The processes that torchrun started. Entered by all of them; the first one leads, the others wait for
     it to begin, and for nothing where it ends without a training."""
 
-    def __init__(self, place: Place) -> None:
-        self._place, self.size = place, place.size
+    def __init__(self, place: Place, device: str = "cpu") -> None:
+        self._place, self.size, self._device = place, place.size, device
         self._told = False
 
     def __enter__(self) -> Launched:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=_HANGS_S))
+        timeout = timedelta(seconds=_HANGS_S)
+        self._store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        dist.init_process_group(
+            _backend(self._device), store=self._store, rank=rank, world_size=size, timeout=timeout
+        )
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -216,7 +221,7 @@ class Launched:
     def joined(self) -> Iterator[Group]:
         self._begin("training")
         try:
-            yield Group(0, self.size)
+            yield self._group()
         except Stopped:
             raise
         except RuntimeError as error:
@@ -226,25 +231,27 @@ class Launched:
 
     def assist(self, stopping: Callable[[], bool]) -> None:
         """The whole part of a process that does not lead."""
-        store = dist.distributed_c10d._get_default_store()
-        store.wait([_BEGIN], timedelta(seconds=_READING_S))
-        if store.get(_BEGIN) == b"training":
-            assist(Group(self._place.rank, self.size), stopping)
+        self._store.wait([_BEGIN], timedelta(seconds=_READING_S))
+        if self._store.get(_BEGIN) == b"training":
+            assist(self._group(), stopping)
+
+    def _group(self) -> Group:
+        return Group(self._place.rank, self.size, _device_of(self._device, self._place.local_rank))
 
     def _begin(self, what: str) -> None:
         if not self._told:
-            dist.distributed_c10d._get_default_store().set(_BEGIN, what)
+            self._store.set(_BEGIN, what)
             self._told = True
 
 
 @contextmanager
-def _process_group(rendezvous: Path, rank: int, size: int) -> Iterator[None]:
+def _process_group(rendezvous: Path, rank: int, size: int, device: str) -> Iterator[None]:
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = before or _LOOPBACK
     try:
         dist.init_process_group(
-            "gloo",
-            store=dist.FileStore(str(rendezvous), size),
+            _backend(device),
+            store=FileStore(str(rendezvous), size),
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=_HANGS_S),
@@ -257,18 +264,27 @@ def _process_group(rendezvous: Path, rank: int, size: int) -> Iterator[None]:
             dist.destroy_process_group()
 
 
+def _backend(device: str) -> str:
+    """What carries tensors of the processor, and of a GPU. No GPU has run this yet."""
+    return "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+
+
+def _device_of(device: str, local_rank: int) -> str:
+    return device if device == "cpu" else f"{device}:{local_rank}"
+
+
 def _ready(rendezvous: Path, rank: int) -> Path:
     return rendezvous.with_name(f"ready-{rank}")
 
 
-def main(rendezvous: Path, rank: int, size: int) -> None:
+def main(rendezvous: Path, rank: int, size: int, device: str) -> None:
     """A process that `Local` started: it helps with one training and ends, or dies with its parent."""
     with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere the connection tells
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     _ready(rendezvous, rank).touch()
-    with _process_group(rendezvous, rank, size), contextlib.suppress(Stopped):
-        assist(Group(rank, size))
+    with _process_group(rendezvous, rank, size, device), contextlib.suppress(Stopped):
+        assist(Group(rank, size, _device_of(device, rank)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -194,7 +194,9 @@ def _train(
     statistics = Statistics(sequences, split, vocabulary)
     judge = _Judge(sequences, split, vocabulary, statistics, recipe)
     losses = Losses(vocabulary, statistics, recipe, rng, lesson, group)
-    by_rows = len(vocabulary.item_ids) > recipe.sparse_items and not losses.full_softmax
+    large = len(vocabulary.item_ids) > recipe.sparse_items and not losses.full_softmax
+    # A lesson may compute the table from other parameters.
+    by_rows = large and isinstance(model.items.weight, torch.nn.Parameter)
     optimizer = Optimizer(model, recipe, group, by_rows=by_rows)
     at = checkpoints.restore(model, optimizer.parts, group)
     group.same_weights(model)

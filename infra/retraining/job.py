@@ -31,6 +31,7 @@ class Job(BaseModel):
     seed: int
     max_events: int
     from_serving: bool = False
+    processes: int = 1
     log: str | None = None
     bounds: Bounds | None = None
 
@@ -72,6 +73,7 @@ def job(  # the command's options, as they are
     seed: int,
     max_events: int,
     from_serving: bool,
+    processes: int = 1,
 ) -> Job:
     """Absolute paths, so that it can be taken up from another folder."""
     return Job(
@@ -82,6 +84,7 @@ def job(  # the command's options, as they are
         seed=seed,
         max_events=max_events,
         from_serving=from_serving,
+        processes=processes,
         log=str(log.resolve()) if log else None,
         bounds=bounds,
     )
