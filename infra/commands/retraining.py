@@ -170,7 +170,7 @@ def retrain(
     tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
     tailrace retrain --log clicks.csv --compress all
     tailrace retrain --log clicks.csv --goal buy=4 --goal cart=2 --processes 2
-    torchrun --nproc-per-node 2 -m infra.cli retrain --log clicks.csv
+    torchrun --nproc-per-node 2 -m -- infra.cli retrain --log clicks.csv
     tailrace retrain --topic clicks --bootstrap localhost:9092 --redis-url redis://localhost:6379/0
     tailrace retrain --topic clicks --from last --from-serving --schedule '0 * * * *'
     tailrace retrain --run 20171203T101500-3f9c1a
