@@ -51,6 +51,8 @@ def page(state: RunState) -> str:
         parts += ["<h2>Data</h2>", _pairs(_data(said["read"]))]
     if "train" in said:
         parts += ["<h2>Training</h2>", _training(said["train"])]
+    if "compression" in said.get("export", {}):
+        parts += ["<h2>Compression</h2>", _compression(said)]
     if said.get("evaluate", {}).get("targets"):
         parts += ["<h2>Accuracy on the test events</h2>", _accuracy(said["evaluate"])]
     if "gate" in said:
@@ -93,6 +95,33 @@ def _training(trained: dict[str, Any]) -> str:
     return f'<div class="row">{curves}</div><p>{escape(words)}</p>'
 
 
+def _compression(said: dict[str, Any]) -> str:
+    """Before and after, and between them what each stage has made."""
+    told = said["export"]["compression"]
+    checks = {check["name"]: check for check in said.get("gate", {}).get("checks", [])}
+
+    def row(name: str, made: dict[str, Any], size: str, took: str, ndcg: Sequence[str]) -> list[str]:
+        shape = made["shape"]
+        sizes = f"{shape['layers']} × ({shape['dim']}, {shape['ffn']})"
+        return [name, sizes, f"{made['parameters']:,}", f"{made['mflop']:.2f}", size, took, *ndcg]
+
+    def end(name: str, made: dict[str, Any], took: str, ndcg: str) -> list[str]:
+        """A network whose files are there."""
+        gain = checks.get("gain", {}).get("figures")
+        kept = [checks[head]["figures"] for head in ("retrieval kept", "ranking kept") if head in checks]
+        figures = [f"{figure[ndcg]:.4f}" for figure in kept] or ["", ""]
+        return row(name, made, f"{made['bytes'] / 1e6:.1f}", f"{gain[took]:.2f}" if gain else "", figures)
+
+    rows = [
+        end("released", told["after"], "ms", "candidate"),
+        end("trained", told["before"], "teacher_ms", "teacher"),
+        *(row(name, said[name], "", "", ["", ""]) for name in told["stages"]),
+    ]
+    heads = ["network", "layers × (width, channels)", "parameters", "MFLOP a list", "MB", "ms, 32 lists"]
+    heads += ["retrieval NDCG@10", "ranking NDCG@10"]
+    return _table(heads, rows, ours=0)
+
+
 def _accuracy(metrics: dict[str, Any]) -> str:
     tables = []
     for title, names in (("Full catalogue", _FULL), ("Among fifty candidates", _AMONG)):
@@ -108,10 +137,29 @@ def _accuracy(metrics: dict[str, Any]) -> str:
         tables.append(
             f"<h3>{title}</h3>" + _table(["predictor", *(c.upper() for c in columns)], rows, ours=0)
         )
+    behaviors = metrics.get("by_behavior", {})
+    if len(behaviors) > 1:
+        tables.append(f"<h3>By what the user did</h3>{_by_behavior(behaviors)}")
     bars = _bars(
         {name.replace("_", "-"): metrics[name]["hr@10"] for name in _FULL if name in metrics}, "HR@10"
     )
     return f"<p>{metrics['targets']:,} events, {escape(metrics['split'])}.</p>{bars}{''.join(tables)}"
+
+
+def _by_behavior(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{figures['targets']:,}",
+            *(
+                f"{figures[head][cut]:.4f}"
+                for head in ("retrieval", "ranking_50")
+                for cut in ("hr@10", "ndcg@10")
+            ),
+        ]
+        for name, figures in found.items()
+    ]
+    return _table(["target", "events", "HR@10", "NDCG@10", "HR@10 of 50", "NDCG@10 of 50"], rows, ours=-1)
 
 
 def _gate(verdict: dict[str, Any]) -> str:

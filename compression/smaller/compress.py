@@ -53,9 +53,9 @@ def stage(
     if name == "distil":
         small = replace(
             recipe,
-            dim=plan.student_dim or recipe.dim,
-            layers=plan.student_layers or recipe.layers,
-            ffn=plan.student_ffn or recipe.ffn,
+            dim=max(2, round(recipe.dim * plan.student_dim)),
+            layers=max(1, round(recipe.layers * plan.student_layers)),
+            ffn=max(1, round(recipe.ffn * plan.student_ffn)),
         )
         begun = student(before, small.shape(vocabulary))
         return Stage(_part(small, plan.student_share), begun, Taught(teacher, plan))

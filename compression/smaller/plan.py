@@ -11,15 +11,15 @@ class Compression:
     """Steps that are off unless they are asked for: distil into a student, take feed-forward channels
     away in rounds, round tables to 8 bits; in this order.
 
-    Sizes of the student are the teacher's where they are None. `kept_channels` is a share. `…_share` is how
-    long a step trains, by the recipe's epochs and minutes; 0 does not train.
+    Sizes of the student, and the channels that pruning keeps, are shares of what was there before.
+    `…_share` is how long a step trains, by the recipe's epochs and minutes; 0 does not train.
     """
 
     distil: bool = False
-    student_dim: int | None = None
-    student_layers: int | None = None
-    student_ffn: int | None = None
-    student_share: float = 1.0
+    student_dim: float = 0.75
+    student_layers: float = 1.0
+    student_ffn: float = 0.5
+    student_share: float = 0.5
     maps: float = 0.1
     """Weight of the attention maps' divergence (formula 3) in a lesson."""
     opinions: float = 1.0
@@ -46,8 +46,9 @@ class Compression:
 NONE: Final = Compression()
 PLANS: Final = {
     "none": NONE,
-    "distil": Compression(distil=True, student_dim=32),
+    "distil": Compression(distil=True),
     "prune": Compression(prune=True),
     "quantize": Compression(quantize=True),
-    "all": Compression(distil=True, student_dim=32, prune=True, quantize=True),
+    "prune-quantize": Compression(prune=True, quantize=True),
+    "all": Compression(distil=True, student_ffn=1.0, prune=True, quantize=True),
 }

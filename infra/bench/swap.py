@@ -19,7 +19,7 @@ import click
 import numpy as np
 import psutil
 
-from compression.releases.registry import Registry
+from compression.releases.registry import Registry, read_item_table
 from features.settings import FeatureSettings
 from inference.plane import Plane
 from inference.releases.serving import ServingModel
@@ -167,7 +167,7 @@ def perturb(folder: Path, seed: int) -> None:
         elif path.suffix == ".safetensors":
             save_file({name: moved(array) for name, array in load_file(path).items()}, path)
         elif path.name == "item_table.npy":
-            np.save(path, moved(np.load(path)))
+            np.save(path, moved(read_item_table(path.read_bytes())))
 
 
 async def measure(

@@ -31,11 +31,14 @@ Int64 = npt.NDArray[np.int64]
 def keep_rows(content: bytes, rows: Int64) -> bytes:
     """The same graph with these rows of the item table only, in this order."""
     model = onnx.ModelProto.FromString(content)
-    for tensor in model.graph.initializer:
-        if tensor.name == ITEMS:
-            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[rows], ITEMS))
-            return bytes(model.SerializeToString())
-    raise ValueError(f"the graph has no table {ITEMS}")
+    # In 8 bits, as a version may have been published, the table is codes and their steps.
+    names = (ITEMS, f"{ITEMS}.codes", f"{ITEMS}.step")
+    found = [tensor for tensor in model.graph.initializer if tensor.name in names]
+    for tensor in found:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[rows], tensor.name))
+    if not found:
+        raise ValueError(f"the graph has no table {ITEMS}")
+    return bytes(model.SerializeToString())
 
 
 def narrow(content: bytes, numbers: Numbers) -> bytes:
@@ -48,7 +51,7 @@ def narrow(content: bytes, numbers: Numbers) -> bytes:
     tables: set[str] = set()
     for tensor in model.graph.initializer:
         wanted = tensor.name in read and len(tensor.dims) == 2 and tensor.data_type == TensorProto.FLOAT
-        if wanted and np.prod(tensor.dims) >= SMALLEST:
+        if wanted and tensor.dims[1] > 1 and np.prod(tensor.dims) >= SMALLEST:
             tables.add(tensor.name)
             constants += _narrowed(tensor, numbers)
         else:

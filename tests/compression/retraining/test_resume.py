@@ -3,6 +3,7 @@
 import multiprocessing
 import random
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,13 +11,18 @@ import torch
 
 from compression.evaluation.gate import GateLimits, GateRefused
 from compression.releases.registry import Registry
-from compression.retraining.pipeline import STEPS, retrain
+from compression.retraining.pipeline import STEPS, retrain, steps_of
 from compression.retraining.runs import Run, RunInvalid, prune, runs
+from compression.smaller.plan import PLANS
 from compression.training.checkpoint import Checkpoints, Standing, Stopped
 from tests.compression.small_retraining import RECIPE, result, settings, short_log, work
 
 KILLS = 10
 MOMENT_S = 0.6
+COMPRESSED = {
+    "recipe": replace(RECIPE, epochs=2, compression=replace(PLANS["all"], round_share=0.5, aware_share=0.5)),
+    "limits": GateLimits(teacher_loss=1.0),
+}
 
 
 @pytest.fixture(scope="module")
@@ -58,16 +64,19 @@ class Killed(BaseException):
     """As sudden as a signal: nothing catches it to tidy up."""
 
 
-@pytest.mark.parametrize("step", ["read", "train", "gate"])
-def test_what_was_done_before_it_died_is_not_done_again(log, whole, tmp_path, step):
-    begun, run = [], Run.begin(tmp_path / "runs", "night")
-
-    def dies(name, fraction, note):
+def dies_after(step, run):
+    def told(name, fraction, note):
         if run.done(step) is not None:
             raise Killed
 
+    return told
+
+
+@pytest.mark.parametrize("step", ["read", "train", "gate"])
+def test_what_was_done_before_it_died_is_not_done_again(log, whole, tmp_path, step):
+    begun, run = [], Run.begin(tmp_path / "runs", "night")
     with pytest.raises(Killed):
-        retrain(settings(tmp_path, log), dies, run=run)
+        retrain(settings(tmp_path, log), dies_after(step, run), run=run)
     retrain(
         settings(tmp_path, log),
         lambda name, fraction, note: begun.append(name),
@@ -75,6 +84,71 @@ def test_what_was_done_before_it_died_is_not_done_again(log, whole, tmp_path, st
     )
     assert list(dict.fromkeys(begun)) == list(STEPS[STEPS.index(step) + 1 : -1])
     assert result(tmp_path) == whole
+
+
+@pytest.fixture(scope="module")
+def compressed(log, tmp_path_factory):
+    """What a run that compresses publishes when nobody disturbs it."""
+    folder = tmp_path_factory.mktemp("compressed")
+    work(folder, log, **COMPRESSED)
+    return result(folder)
+
+
+def test_killed_at_random_moments_of_its_compression_it_ends_with_the_same_result(log, compressed, tmp_path):
+    run = Run.begin(tmp_path / "runs", "night")
+    with pytest.raises(Killed):
+        retrain(settings(tmp_path, log, **COMPRESSED), dies_after("train", run), run=run)
+    processes = multiprocessing.get_context("forkserver")
+    rng, died, steps = random.Random(5), set(), steps_of(COMPRESSED["recipe"])
+    for _ in range(KILLS):
+        said = processes.Event()
+        child = processes.Process(target=work, args=(tmp_path, log, said), kwargs=COMPRESSED)
+        child.start()
+        assert said.wait(60)
+        child.join(rng.uniform(0.0, MOMENT_S))
+        child.kill()
+        child.join()
+        state = Run.find(tmp_path / "runs", "night").state
+        if state.outcome == "published":
+            break
+        died.add(next(step for step in steps if step not in state.steps))
+    assert died & set(PLANS["all"].stages), died
+    if state.outcome != "published":
+        work(tmp_path, log, **COMPRESSED)
+    assert result(tmp_path) == compressed
+
+
+def test_stopped_within_every_stage_it_ends_with_the_same_result(log, compressed, tmp_path):
+    rng, stopped = random.Random(3), set()
+    for _ in range(200):
+        asked = iter(range(rng.randrange(4, 16)))
+        run = Run.begin(tmp_path / "runs", "night")
+        try:
+            retrain(
+                settings(tmp_path, log, **COMPRESSED | {"checkpoint_s": 1e9}),
+                run=run,
+                stopping=lambda asked=asked: next(asked, None) is None,
+            )
+            break
+        except Stopped:
+            stopped.add(next(step for step in steps_of(COMPRESSED["recipe"]) if step not in run.state.steps))
+    assert stopped >= {"distil", "prune-1"}
+    assert result(tmp_path) == compressed
+
+
+@pytest.mark.parametrize("step", PLANS["all"].stages)
+def test_a_stage_that_was_done_before_it_died_is_not_done_again(log, compressed, tmp_path, step):
+    begun, run = [], Run.begin(tmp_path / "runs", "night")
+    with pytest.raises(Killed):
+        retrain(settings(tmp_path, log, **COMPRESSED), dies_after(step, run), run=run)
+    retrain(
+        settings(tmp_path, log, **COMPRESSED),
+        lambda name, fraction, note: begun.append(name),
+        run=Run.begin(tmp_path / "runs", "night"),
+    )
+    steps = steps_of(COMPRESSED["recipe"])
+    assert list(dict.fromkeys(begun)) == list(steps[steps.index(step) + 1 : -1])
+    assert result(tmp_path) == compressed
 
 
 def test_a_version_that_was_published_just_before_the_end_is_taken_as_it_is(log, whole, tmp_path):
