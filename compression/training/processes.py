@@ -89,7 +89,7 @@ class Local:
                 children.await_end()
                 raise
             except RuntimeError as error:
-                if lost := children.lost():
+                if lost := children.lost() or _gone(error):
                     raise ProcessLost(lost) from error
                 raise
             finally:
@@ -225,8 +225,8 @@ class Launched:
         except Stopped:
             raise
         except RuntimeError as error:
-            if "Connection" in str(error) or "peer" in str(error):
-                raise ProcessLost(f"another process of the training ended: {str(error)[:200]}") from error
+            if lost := _gone(error):
+                raise ProcessLost(lost) from error
             raise
 
     def assist(self, stopping: Callable[[], bool]) -> None:
@@ -262,6 +262,14 @@ def _process_group(rendezvous: Path, rank: int, size: int, device: str) -> Itera
             del os.environ["GLOO_SOCKET_IFNAME"]
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _gone(error: RuntimeError) -> str | None:
+    """What an error of a sum or broadcast says of another process; None where it says something else."""
+    words = str(error)
+    if not any(sign in words for sign in ("Connection", "peer", "Timed out", "timeout")):
+        return None
+    return f"another process of the training has ended or hangs: {words.splitlines()[0][:200]}"
 
 
 def _backend(device: str) -> str:
