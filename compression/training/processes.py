@@ -88,9 +88,13 @@ class Local:
             except Stopped:
                 children.await_end()
                 raise
+            except ProcessLost:
+                raise
             except RuntimeError as error:
-                if lost := children.lost() or _gone(error):
-                    raise ProcessLost(lost) from error
+                # Only what a sum or broadcast says is of another process: after any other error here the
+                # others lose their connection, and end too.
+                if gone := _gone(error):
+                    raise ProcessLost(children.lost() or gone) from error
                 raise
             finally:
                 children.close()
@@ -267,7 +271,7 @@ def _process_group(rendezvous: Path, rank: int, size: int, device: str) -> Itera
 def _gone(error: RuntimeError) -> str | None:
     """What an error of a sum or broadcast says of another process; None where it says something else."""
     words = str(error)
-    if not any(sign in words for sign in ("Connection", "peer", "Timed out", "timeout")):
+    if not any(sign in words for sign in ("Connection", "peer", "pipe", "Timed out", "timeout")):
         return None
     return f"another process of the training has ended or hangs: {words.splitlines()[0][:200]}"
 
