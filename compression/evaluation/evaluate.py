@@ -10,7 +10,7 @@ on the model, so figures of two models compare. An item the vocabulary lacks cou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from compression.evaluation.scoring import Scorer, row_categories
 from compression.evaluation.transitions import PUBLISHED
 from compression.logs.dataset import Sequences, Split
 from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from topics.messages import BEHAVIORS
 
 CANDIDATES: Final = 50
 CUTS: Final = (10, 20, 50)
@@ -136,7 +137,27 @@ def evaluate(
         "popularity_50": metrics(simple["popularity"], (1, 5, 10)),
         "item_to_item_50": metrics(simple["item_to_item"], (1, 5, 10)),
         "recent_50": metrics(simple["recent"], (1, 5, 10)),
+        "by_behavior": by_behavior(
+            sequences.behaviors[targets.positions], {"retrieval": full["retrieval"]}, {"ranking_50": ranking}
+        ),
     }
+
+
+def by_behavior(
+    behaviors: Int64, full: Mapping[str, Float64], among: Mapping[str, Float64]
+) -> dict[str, dict[str, Any]]:
+    """For each behaviour that occurs: how many targets were of it, and the figures of these alone, by
+    predictor over the `full` catalogue and `among` fifty."""
+    found: dict[str, dict[str, Any]] = {}
+    for code, name in enumerate(BEHAVIORS):
+        of_it = behaviors == code
+        if of_it.any():
+            found[name] = {
+                "targets": int(of_it.sum()),
+                **{predictor: metrics(ranks[of_it]) for predictor, ranks in full.items()},
+                **{predictor: metrics(ranks[of_it], (1, 5, 10)) for predictor, ranks in among.items()},
+            }
+    return found
 
 
 def _full_catalogue(

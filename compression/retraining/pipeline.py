@@ -51,6 +51,7 @@ from compression.training.checkpoint import EVERY_S, Checkpoints, Stopped
 from compression.training.checkpoint import FILE as CHECKPOINT
 from compression.training.export import check_parity, export
 from compression.training.model import Recommender
+from compression.training.processes import Local, Team
 from compression.training.train import Recipe, Trained, train
 from compression.training.warm_start import (
     TEACHER,
@@ -137,13 +138,15 @@ def retrain(
     guard: Guard | None = None,
     announce: Announce | None = None,
     stopping: Callable[[], bool] = lambda: False,
+    team: Team | None = None,
 ) -> Retrained:
     """Run every step that `run` has not done yet; without a run nothing is kept. `GateRefused` and
-    `Superseded` end it for good, `Stopped` until it is taken up again."""
+    `Superseded` end it for good, `Stopped` until it is taken up again. The processes of a `team` train
+    together; all else is done by this one."""
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:
         kept = run or Run.begin(Path(folder), "once")
         with kept:
-            work = _Work(settings, kept, progress, guard or _NoGuard(), stopping)
+            work = _Work(settings, kept, progress, guard or _NoGuard(), stopping, team or Local())
             try:
                 return work.all_steps(announce)
             except GateRefused as error:
@@ -166,8 +169,10 @@ class _Work:
         progress: Progress,
         guard: Guard,
         stopping: Callable[[], bool],
+        team: Team,
     ) -> None:
         self.settings, self.run, self.guard, self.stopping = settings, run, guard, stopping
+        self.team = team
         self._progress = progress
         self.registry = Registry(settings.registry)
         self.staging = run.folder / _STAGING
@@ -263,16 +268,20 @@ class _Work:
             file, _ = trained_as(base.manifest)
             weights = starting_weights(base, base.vocabulary(), self.vocabulary, file)
         recipe = replace(settings.recipe, compression=Compression())
-        trained = train(
-            self.sequences,
-            self.split,
-            self.vocabulary,
-            recipe,
-            seed=settings.seed,
-            progress=tell,
-            weights=weights,
-            checkpoints=self._checkpoints(f"{asdict(recipe)} {settings.seed} {started_from}"),
-        )
+        with self.team.joined() as group:
+            trained = train(
+                self.sequences,
+                self.split,
+                self.vocabulary,
+                recipe,
+                seed=settings.seed,
+                progress=tell,
+                weights=weights,
+                checkpoints=self._checkpoints(
+                    f"{asdict(recipe)} {settings.seed} {started_from} processes {group.size}"
+                ),
+                group=group,
+            )
         self.teacher = trained.model
         save_file(_weights(trained.model), folder / WEIGHTS)
         return _account(trained)
@@ -479,6 +488,9 @@ class _Work:
                     "started_from": read["started_from"],
                     "split": settings.split,
                     "seed": settings.seed,
+                    "goals": asdict(settings.recipe.goals),
+                    "precision": settings.recipe.precision,
+                    "processes": self.team.size,
                     "epochs": len(whole["epochs"]),
                     "best_epoch": whole["best"],
                     "stopped": whole["stopped"],

@@ -137,10 +137,29 @@ def _accuracy(metrics: dict[str, Any]) -> str:
         tables.append(
             f"<h3>{title}</h3>" + _table(["predictor", *(c.upper() for c in columns)], rows, ours=0)
         )
+    behaviors = metrics.get("by_behavior", {})
+    if len(behaviors) > 1:
+        tables.append(f"<h3>By what the user did</h3>{_by_behavior(behaviors)}")
     bars = _bars(
         {name.replace("_", "-"): metrics[name]["hr@10"] for name in _FULL if name in metrics}, "HR@10"
     )
     return f"<p>{metrics['targets']:,} events, {escape(metrics['split'])}.</p>{bars}{''.join(tables)}"
+
+
+def _by_behavior(found: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            f"{figures['targets']:,}",
+            *(
+                f"{figures[head][cut]:.4f}"
+                for head in ("retrieval", "ranking_50")
+                for cut in ("hr@10", "ndcg@10")
+            ),
+        ]
+        for name, figures in found.items()
+    ]
+    return _table(["target", "events", "HR@10", "NDCG@10", "HR@10 of 50", "NDCG@10 of 50"], rows, ours=-1)
 
 
 def _gate(verdict: dict[str, Any]) -> str:

@@ -14,7 +14,7 @@ import copy
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from compression.files import write_whole
+from compression.training.group import ALONE, Group
 
 FILE: Final = "checkpoint.safetensors"
 EVERY_S: Final = 20.0
@@ -66,52 +67,67 @@ class Standing:
 
 
 class Checkpoints:
-    """One training's checkpoint. What another `identity` left behind is not taken up. `stopping` is asked
-    after every step; once it says so the state is kept and `Stopped` is raised."""
+    """One training's checkpoint; without a folder nothing is kept. What another `identity` left behind is
+    not taken up. Once `stopping` says so, in any process of a group, the state is kept and `Stopped` is
+    raised in all of them."""
 
     def __init__(
         self,
-        folder: Path,
-        identity: str,
+        folder: Path | None = None,
+        identity: str = "",
         *,
         every_s: float = EVERY_S,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._path = folder / FILE
+        self._path = folder / FILE if folder else None
         self._identity = f"{identity} torch {torch.__version__} threads {torch.get_num_threads()}"
         self._pause_s = self._every_s = every_s
         self._stopping = stopping
         self._saved_s = time.monotonic()
         self._resumed_rng: dict[str, Any] | None = None
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Standing:
-        """What was kept, put into the model, the optimizer and torch's generator; a fresh start where
-        there is nothing, or nothing of this training."""
-        if not self._path.is_file():
+    def restore(
+        self, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], group: Group = ALONE
+    ) -> Standing:
+        """What was kept, put into the model, the optimizers and torch's generator; a fresh start where
+        there is nothing, or nothing of this training. The first process reads it for all of a group."""
+        told, tensors = group.handed(*(self._read() if group.leads else ({}, {})))
+        if not told:
             return Standing()
+        parts = _apart(tensors)
+        model.load_state_dict(parts.pop("model"))
+        kept_groups = told.pop("groups")
+        for place, optimizer in enumerate(optimizers):
+            groups = optimizer.state_dict()["param_groups"]
+            for ours, kept in zip(groups, kept_groups[place], strict=True):
+                ours.update(
+                    {name: tuple(value) if name == "betas" else value for name, value in kept.items()}
+                )
+            moments: dict[int, dict[str, Any]] = {}
+            for name, tensor in parts.pop(f"optimizer {place}", {}).items():
+                number, _, moment = name.partition("/")
+                # A count of steps that is a plain number to its optimizer.
+                plain = tensor.ndim == 0 and not tensor.is_floating_point()
+                moments.setdefault(int(number), {})[moment] = int(tensor) if plain else tensor
+            optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        torch.set_rng_state(parts.pop("random")["torch"])
+        self._resumed_rng = told.pop("rng")
+        return Standing(**told, kept=parts)
+
+    def _read(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Numbers and tensors of the file; nothing where it is not of this training."""
+        if self._path is None or not self._path.is_file():
+            return {}, {}
         try:
             with safe_open(self._path, framework="pt") as file:
                 told = json.loads((file.metadata() or {}).get("standing", "{}"))
                 if told.pop("identity", None) != self._identity:
                     log.warning("%s is of another training: this one starts anew", self._path)
-                    return Standing()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                    return {}, {}
+                return told, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, ValueError) as error:
             log.warning("%s cannot be read (%s): training starts anew", self._path, error)
-            return Standing()
-        parts = _apart(tensors)
-        model.load_state_dict(parts.pop("model"))
-        groups = optimizer.state_dict()["param_groups"]
-        for group, kept in zip(groups, told.pop("groups"), strict=True):
-            group.update({name: tuple(value) if name == "betas" else value for name, value in kept.items()})
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts.pop("optimizer", {}).items():
-            number, _, moment = name.partition("/")
-            moments.setdefault(int(number), {})[moment] = tensor
-        optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        torch.set_rng_state(parts.pop("random")["torch"])
-        self._resumed_rng = told.pop("rng")
-        return Standing(**told, kept=parts)
+            return {}, {}
 
     def resume_rng(self, rng: np.random.Generator) -> None:
         """To be called once an interrupted epoch's windows are drawn: from here on as at the checkpoint."""
@@ -119,40 +135,61 @@ class Checkpoints:
             rng.bit_generator.state = self._resumed_rng
             self._resumed_rng = None
 
+    def asked_to_end(self) -> bool:
+        """To be asked once a step, and told to `offer` for the whole group."""
+        return self._stopping()
+
     def offer(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rng: np.random.Generator, at: Standing
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        rng: np.random.Generator,
+        at: Standing,
+        *,
+        ends: bool = False,
     ) -> None:
-        """Keep the state if the last time is long enough ago, or if the process is to end."""
-        stopping = self._stopping()
+        """Keep the state if the last time is long enough ago, or if the training `ends` here."""
         began_s = time.monotonic()
-        if stopping or began_s - self._saved_s >= self._pause_s:
-            self._save(model, optimizer, rng, at)
+        if self._path is not None and (ends or began_s - self._saved_s >= self._pause_s):
+            write_whole(self._path, _packed(model, optimizers, rng, at, self._identity))
             self._saved_s = time.monotonic()
             self._pause_s = max(self._every_s, _SHARE * (self._saved_s - began_s))
-        if stopping:
+        if ends:
             raise Stopped("asked to end during training")
 
-    def _save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rng: np.random.Generator, at: Standing
-    ) -> None:
-        state = optimizer.state_dict()
-        tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+
+def _packed(
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    rng: np.random.Generator,
+    at: Standing,
+    identity: str,
+) -> bytes:
+    """The whole state as the bytes of a safetensors file."""
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items()}
+    for place, state in enumerate(states):
         for number, moments in state["state"].items():
-            tensors |= {f"optimizer/{number}/{name}": tensor for name, tensor in moments.items()}
-        for what, weights in at.kept.items():
-            tensors |= {f"{what}/{name}": tensor for name, tensor in weights.items()}
-        tensors["random/torch"] = torch.get_rng_state()
-        told = {
-            "identity": self._identity,
-            **{name: getattr(at, name) for name in Standing.__slots__ if name != "kept"},
-            "rng": rng.bit_generator.state,
-            "groups": [
+            for name, value in moments.items():
+                tensors[f"optimizer {place}/{number}/{name}"] = torch.as_tensor(value)
+    for what, weights in at.kept.items():
+        tensors |= {f"{what}/{name}": tensor for name, tensor in weights.items()}
+    tensors["random/torch"] = torch.get_rng_state()
+    told = {
+        "identity": identity,
+        **{name: getattr(at, name) for name in Standing.__slots__ if name != "kept"},
+        "rng": rng.bit_generator.state,
+        "groups": [
+            [
                 {name: value for name, value in group.items() if name != "params"}
                 for group in state["param_groups"]
-            ],
-        }
-        whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
-        write_whole(self._path, save(whole, {"standing": json.dumps(told)}))
+            ]
+            for state in states
+        ],
+    }
+    whole = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    packed: bytes = save(whole, {"standing": json.dumps(told)})
+    return packed
 
 
 @contextmanager

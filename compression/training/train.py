@@ -4,7 +4,8 @@ Retrieval loss: softmax over the whole catalogue while it is small, over negativ
 (with the logQ correction) beyond. Ranking loss: the item that came next against the user's own earlier
 items, its category, popular and any items; candidates see the history up to their position only.
 Some items of each batch stand in their hash bucket, so that buckets mean something when an item the
-vocabulary lacks turns up.
+vocabulary lacks turns up. Several processes may train one network together (`Group`): each draws the same
+batches and takes its share of every one.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Final
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Final, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from compression.evaluation.evaluate import (
     Targets,
@@ -30,22 +30,29 @@ from compression.evaluation.evaluate import (
     metrics,
 )
 from compression.evaluation.predictors import Statistics
-from compression.evaluation.scoring import TorchScorer, row_categories, to_history
+from compression.evaluation.scoring import TorchScorer, row_categories
 from compression.logs.dataset import Sequences, Split, batches, training_windows
 from compression.releases.registry import ModelShape
 from compression.smaller.plan import NONE, Compression
-from compression.training.checkpoint import Checkpoints, Standing, repeatable
-from compression.training.lesson import Asked, Lesson
-from compression.training.model import MASKED, Recommender
-from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from compression.training.checkpoint import Checkpoints, repeatable
+from compression.training.goals import Goals
+from compression.training.group import ALONE, Group, GroupBroken
+from compression.training.lesson import Lesson
+from compression.training.losses import Losses
+from compression.training.model import Recommender
+from compression.training.optimizer import Optimizer
+from features.encoding import Vocabulary, encode_histories
 
 Int64 = npt.NDArray[np.int64]
+Precision = Literal["f32", "bf16"]
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How long and how hard to train. Sizes of the network stand here too, and what is made smaller
-    afterwards."""
+    """How long, how hard and for what to train. Sizes of the network stand here too, and what is
+    made smaller afterwards. `sparse_items`: of
+    more items than that a step changes only the rows it touches (`compression.training.optimizer`);
+    `precision` is that of products, weights and losses are f32."""
 
     dim: int = 64
     layers: int = 2
@@ -68,7 +75,20 @@ class Recipe:
     ranking_positions: int = 4
     ranking_weight: float = 0.5
     judge_limit: int = 2_000
+    sparse_items: int = 100_000
+    precision: Precision = "f32"
+    goals: Goals = field(default_factory=Goals)
     compression: Compression = NONE
+
+    def __post_init__(self) -> None:
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision is {' or '.join(get_args(Precision))}, not {self.precision!r}")
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Self:
+        """From what `asdict` and JSON made of one; what it does not say is as it was before it could."""
+        goals, compression = Goals.of(told.get("goals", {})), Compression.of(told.get("compression", {}))
+        return cls(**{**told, "goals": goals, "compression": compression})
 
     def shape(self, vocabulary: Vocabulary) -> ModelShape:
         """Of the network that is trained for these items."""
@@ -115,15 +135,16 @@ class Epoch:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Trained:
-    """The best model by validation, in evaluation mode, and how it got there."""
+    """The best model by validation, in evaluation mode, and how it got there. `sent_bytes`: what each
+    process handed over to be summed."""
 
     model: Recommender
     epochs: list[Epoch]
     best: int
     stopped: str
+    sent_bytes: int = 0
 
 
-@repeatable()
 def train(
     sequences: Sequences,
     split: Split,
@@ -135,21 +156,50 @@ def train(
     weights: Mapping[str, Tensor] | None = None,
     checkpoints: Checkpoints | None = None,
     lesson: Lesson | None = None,
+    group: Group = ALONE,
 ) -> Trained:
     """Train until the epochs or the minutes are spent, or validation NDCG no longer rises. Starts from
-    `weights` where they are given; goes on where `checkpoints` left off; learns a `lesson` beside."""
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
+    `weights` where they are given; goes on where `checkpoints` left off; learns a `lesson` beside, in
+    one process only. The first process of a `group` calls this, every other one `assist`."""
+    if lesson is not None and group.size > 1:
+        raise ValueError("a lesson is learnt by one process")
+    task = _Task(sequences, split, vocabulary, recipe, seed)
+    task.handed(group)
+    return _train(task, group, checkpoints or Checkpoints(), lesson or Lesson(), progress, weights)
+
+
+def assist(group: Group, stopping: Callable[[], bool] = lambda: False) -> None:
+    """The part of every process of a group but its first: the same training, of which nothing is kept."""
+    task = _Task.handed_to(group)
+    _train(task, group, Checkpoints(stopping=stopping), Lesson(), None, None)
+
+
+@repeatable()
+def _train(
+    task: _Task,
+    group: Group,
+    checkpoints: Checkpoints,
+    lesson: Lesson,
+    progress: Callable[[float, str], None] | None,
+    weights: Mapping[str, Tensor] | None,
+) -> Trained:
+    sequences, split, vocabulary, recipe = task.sequences, task.split, task.vocabulary, task.recipe
+    torch.manual_seed(task.seed)
+    rng = np.random.default_rng(task.seed)
     model = Recommender(recipe.shape(vocabulary), recipe.dropout)
     if weights is not None:
         model.load_state_dict(weights)
-    lesson = lesson or Lesson()
     lesson.begin(model)
+    model.to(group.device)
     statistics = Statistics(sequences, split, vocabulary)
     judge = _Judge(sequences, split, vocabulary, statistics, recipe)
-    losses = _Losses(vocabulary, statistics, recipe, rng, lesson)
-    optimizer = torch.optim.AdamW(_parameter_groups(model, recipe), lr=recipe.learning_rate, fused=True)
-    at = checkpoints.restore(model, optimizer) if checkpoints else Standing()
+    losses = Losses(vocabulary, statistics, recipe, rng, lesson, group)
+    large = len(vocabulary.item_ids) > recipe.sparse_items and not losses.full_softmax
+    # A lesson may compute the table from other parameters.
+    by_rows = large and isinstance(model.items.weight, torch.nn.Parameter)
+    optimizer = Optimizer(model, recipe, group, by_rows=by_rows)
+    at = checkpoints.restore(model, optimizer.parts, group)
+    group.same_weights(model)
     best_weights = at.kept.setdefault("best", copy.deepcopy(model.state_dict()))
     done, stopped = [Epoch(**epoch) for epoch in at.done], "epochs"
     started = time.monotonic() - at.seconds
@@ -159,28 +209,34 @@ def train(
         at.begin_epoch(rng)
         starts, ends = training_windows(sequences, split.train_ends, recipe.max_history, rng)
         order = list(batches(starts, ends, recipe.batch_windows, rng))
-        if checkpoints:
-            checkpoints.resume_rng(rng)
+        checkpoints.resume_rng(rng)
         for batch_starts, batch_ends in order[at.step :]:
             length = int((batch_ends - batch_starts).max())
             windows = encode_histories(sequences.windows(batch_starts, batch_ends), vocabulary, length)
-            retrieval, ranking, taught = losses(model, windows)
-            optimizer.zero_grad(set_to_none=True)
+            drawn = losses.draw(windows)
+            if group.size > 1:
+                # Dropout differs from process to process, and is the same again after a restart.
+                told = np.random.SeedSequence([task.seed, number, at.step, group.rank])
+                torch.manual_seed(int(told.generate_state(1)[0]))
+            retrieval, ranking, taught = losses(model, drawn)
+            optimizer.zero_grad()
             torch.autograd.backward(retrieval + recipe.ranking_weight * ranking + taught)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            at.sums = [at.sums[0] + float(retrieval.detach()), at.sums[1] + float(ranking.detach())]
+            asked_to_end = checkpoints.asked_to_end()
+            late = group.leads and time.monotonic() > deadline
+            touched = None if losses.full_softmax else losses.touched(drawn)
+            said = optimizer.step(touched, [retrieval.detach(), ranking.detach(), asked_to_end, late])
+            at.sums = [at.sums[0] + said[0], at.sums[1] + said[1]]
             at.step += 1
             at.seconds = time.monotonic() - started
-            if checkpoints:
-                checkpoints.offer(model, optimizer, rng, at)
+            checkpoints.offer(model, optimizer.parts, rng, at, ends=said[2] > 0)
             if progress:
                 by_epochs = (number + at.step / len(order)) / recipe.epochs
                 by_time = at.seconds / (deadline - started)
                 progress(min(1.0, max(by_epochs, by_time)), f"epoch {number + 1}")
-            if time.monotonic() > deadline:
+            if said[3] > 0:
                 break
-        retrieval_ndcg, ranking_ndcg = judge(model)
+        group.check(model)
+        retrieval_ndcg, ranking_ndcg = judge(model, group)
         done.append(
             Epoch(
                 number + 1,
@@ -196,7 +252,7 @@ def train(
         if at.best < 0 or done[-1].judged > done[at.best].judged:
             at.best, best_weights = number, copy.deepcopy(model.state_dict())
             at.kept["best"] = best_weights
-        if time.monotonic() > deadline:
+        if group.agreed(time.monotonic() > deadline):
             stopped = "time"
             break
         if number - at.best >= recipe.patience:
@@ -204,7 +260,64 @@ def train(
             break
     model.load_state_dict(best_weights)
     lesson.end(model)
-    return Trained(model.eval(), done, at.best + 1, stopped)
+    return Trained(model.cpu().eval(), done, at.best + 1, stopped, group.sent_bytes)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Task:
+    """What is trained, as the first process hands it to the others."""
+
+    sequences: Sequences
+    split: Split
+    vocabulary: Vocabulary
+    recipe: Recipe
+    seed: int
+
+    def handed(self, group: Group) -> None:
+        vocabulary = self.vocabulary
+        told = {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "recipe": asdict(self.recipe),
+            "seed": self.seed,
+            "split": self.split.name,
+            "buckets": [vocabulary.item_buckets, vocabulary.category_buckets],
+        }
+        group.handed(told, {name: torch.from_numpy(column) for name, column in self._columns().items()})
+
+    @classmethod
+    def handed_to(cls, group: Group) -> Self:
+        told, tensors = group.handed({}, {})
+        if told["torch"] != torch.__version__:
+            raise GroupBroken(
+                f"process {group.rank} has torch {torch.__version__}, the first one {told['torch']}"
+            )
+        torch.set_num_threads(told["threads"])
+        found = {name: tensor.numpy() for name, tensor in tensors.items()}
+
+        def part(kind: type) -> dict[str, npt.NDArray[Any]]:
+            names = [one.name for one in fields(kind)]
+            return {
+                name: found[f"{kind.__name__}.{name}"] for name in names if f"{kind.__name__}.{name}" in found
+            }
+
+        item_buckets, category_buckets = told["buckets"]
+        return cls(
+            Sequences(**part(Sequences)),
+            Split(told["split"], **part(Split)),
+            Vocabulary(**part(Vocabulary), item_buckets=item_buckets, category_buckets=category_buckets),
+            Recipe.of(told["recipe"]),
+            told["seed"],
+        )
+
+    def _columns(self) -> dict[str, npt.NDArray[Any]]:
+        """Every array of it, by class and field."""
+        return {
+            f"{type(whole).__name__}.{one.name}": array
+            for whole in (self.sequences, self.split, self.vocabulary)
+            for one in fields(whole)
+            if isinstance(array := getattr(whole, one.name), np.ndarray)
+        }
 
 
 class _Judge:
@@ -226,147 +339,18 @@ class _Judge:
         self._candidates = draw_candidates(sequences, self._targets, statistics, vocabulary, seed=3)
         self._categories = row_categories(vocabulary)
 
-    def __call__(self, model: Recommender) -> tuple[float, float]:
+    def __call__(self, model: Recommender, group: Group = ALONE) -> tuple[float, float]:
+        """Each process judges by its share of the targets; the figures are of all."""
         model.eval()
-        scorer = TorchScorer(model, self._categories)
-        retrieval = full_catalogue(scorer, self._histories, self._targets, len(self._vocabulary.item_ids))
-        ranking = among_candidates(scorer, self._histories, self._targets, self._vocabulary, self._candidates)
-        return metrics(retrieval, (10,))["ndcg@10"], metrics(ranking, (10,))["ndcg@10"]
+        on_cpu = model if group.device.type == "cpu" else copy.deepcopy(model).cpu()
+        scorer = TorchScorer(on_cpu, self._categories)
+        ours = Targets(self._targets.positions[group.share], self._targets.rows[group.share])
+        candidates = self._candidates[group.share]
+        retrieval = full_catalogue(scorer, self._histories, ours, len(self._vocabulary.item_ids))
+        ranking = among_candidates(scorer, self._histories, ours, self._vocabulary, candidates)
+        count = len(self._targets.rows)
+        return _ndcg(group.whole(retrieval, count)), _ndcg(group.whole(ranking, count))
 
 
-class _Losses:
-    """Both losses of a batch of windows, and the lesson's; each window's last event is a target only."""
-
-    own, near, popular, any_item = 4, 4, 6, 4
-
-    def __init__(
-        self,
-        vocabulary: Vocabulary,
-        statistics: Statistics,
-        recipe: Recipe,
-        rng: np.random.Generator,
-        lesson: Lesson,
-    ) -> None:
-        self._recipe, self._rng, self._lesson = recipe, rng, lesson
-        self._known = len(vocabulary.item_ids)
-        self._categories = row_categories(vocabulary)
-        self._category_rows = torch.from_numpy(self._categories)
-        self._bucket_of = np.arange(vocabulary.item_rows)
-        self._bucket_of[1 : self._known + 1] = vocabulary.bucket_rows_of(vocabulary.item_ids)
-        counts = statistics.counts[1:].astype(np.float64)
-        popularity = counts**0.75 / max(1.0, (counts**0.75).sum())
-        self._popular = np.cumsum(popularity)
-        # Items the training part lacks are never negatives: they would only learn to be unlikely.
-        self._trained = 1 + np.flatnonzero(counts)
-        self._place = np.full(vocabulary.item_rows, -1)
-        self._place[self._trained] = np.arange(len(self._trained))
-        self._by_category = self._trained[np.argsort(self._categories[self._trained], kind="stable")]
-        self._category_starts = np.searchsorted(
-            self._categories[self._by_category], np.arange(vocabulary.category_rows + 1)
-        )
-        self._chance = 0.5 * popularity + np.where(counts > 0, 0.5 / len(self._trained), 0.0)
-        self._log_expected = torch.from_numpy(
-            np.log(np.concatenate([[1.0], np.maximum(self._chance, 1e-12)]) * recipe.negatives)
-        ).float()
-
-    def __call__(self, model: Recommender, windows: HistoryArrays) -> tuple[Tensor, Tensor, Tensor]:
-        rng = self._rng
-        targets = windows.items[:, 1:].astype(np.int64)
-        events = np.maximum(windows.lengths - 1, 0)
-        stands_in = rng.random(len(self._bucket_of)) < self._recipe.item_dropout
-        shown = np.where(stands_in, self._bucket_of, np.arange(len(self._bucket_of)))
-        history = to_history(
-            HistoryArrays(
-                items=shown[windows.items[:, :-1]].astype(np.int32),
-                categories=windows.categories[:, :-1],
-                behaviors=windows.behaviors[:, :-1],
-                gaps=windows.gaps[:, :-1],
-                lengths=events.astype(np.int32),
-            )
-        )
-        inside = np.arange(targets.shape[1]) < events[:, None]
-        turn, candidates = self._candidates(windows.items[:, :-1], targets, events)
-        flat = candidates.reshape(len(candidates), -1)
-        rows, categories = torch.from_numpy(shown[flat]), torch.from_numpy(self._categories[flat])
-        vectors = model.item_vectors(rows, categories)
-        seen = torch.from_numpy(np.repeat(turn + 1, candidates.shape[2], axis=1))
-        user_vectors, states = model(history, vectors, seen)
-        learnable = torch.from_numpy(inside & (targets <= self._known))
-        retrieval = self._retrieval(model, user_vectors[learnable], torch.from_numpy(targets)[learnable])
-        at = torch.from_numpy(turn)[..., None].expand(-1, -1, user_vectors.shape[-1])
-        asking = user_vectors.gather(1, at).repeat_interleave(candidates.shape[2], dim=1)
-        scores = model.readout_scores(states, vectors, asking)
-        asked = Asked(
-            history,
-            rows,
-            categories,
-            seen,
-            torch.from_numpy(turn),
-            torch.from_numpy(inside),
-            self._known,
-            self._category_rows,
-        )
-        taught = self._lesson.loss(model, asked, user_vectors, scores)
-        return retrieval, self._ranking(scores, candidates), taught
-
-    def _retrieval(self, model: Recommender, user_vectors: Tensor, targets: Tensor) -> Tensor:
-        if len(self._trained) <= self._recipe.full_softmax_items:
-            rows = torch.from_numpy(self._trained)
-            table = model.item_vectors(rows, self._category_rows[rows])
-            return F.cross_entropy(user_vectors @ table.T, torch.from_numpy(self._place)[targets])
-        count = self._recipe.negatives
-        negatives = torch.from_numpy(np.concatenate([self._draw_popular(count // 2), self._draw(count // 2)]))
-        rows = torch.cat([targets, negatives])
-        table = model.item_vectors(rows, self._category_rows[rows])
-        corrected = self._log_expected[rows]
-        own = (user_vectors * table[: len(targets)]).sum(-1, keepdim=True)
-        others = user_vectors @ table[len(targets) :].T - corrected[len(targets) :]
-        others = others.masked_fill(targets[:, None] == negatives, MASKED)
-        logits = torch.cat([own - corrected[: len(targets), None], others], dim=1)
-        return F.cross_entropy(logits, torch.zeros_like(targets))
-
-    def _ranking(self, scores: Tensor, candidates: Int64) -> Tensor:
-        users, positions, count = candidates.shape
-        scores = scores.view(users * positions, count)
-        repeats = torch.from_numpy(candidates == candidates[:, :, :1]).view(users * positions, count)
-        repeats[:, 0] = False
-        known = torch.from_numpy(candidates[:, :, 0] <= self._known).view(-1)
-        scores = scores.masked_fill(repeats, MASKED)[known]
-        return F.cross_entropy(scores, torch.zeros(len(scores), dtype=torch.long))
-
-    def _candidates(self, items: npt.NDArray[np.int32], targets: Int64, events: Int64) -> tuple[Int64, Int64]:
-        """Where candidates compete [B, P], and their rows [B, P, C], the item that came next first."""
-        rng, users, positions = self._rng, len(items), self._recipe.ranking_positions
-        turn = (rng.random((users, positions)) * events[:, None]).astype(np.int64)
-        at = np.arange(users)[:, None]
-        next_item = targets[at, turn]
-        earlier = (rng.random((users, positions, self.own)) * (turn + 1)[..., None]).astype(np.int64)
-        own = items[at[..., None], earlier]
-        near = self._draw_like(self._categories[next_item])
-        popular = self._draw_popular(users * positions * self.popular).reshape(users, positions, -1)
-        rest = self._draw(users * positions * self.any_item).reshape(users, positions, -1)
-        return turn, np.concatenate([next_item[..., None], own, near, popular, rest], axis=2)
-
-    def _draw_popular(self, count: int) -> Int64:
-        drawn = 1 + np.searchsorted(self._popular, self._rng.random(count) * self._popular[-1])
-        return np.asarray(np.minimum(drawn, self._known), np.int64)
-
-    def _draw(self, count: int) -> Int64:
-        return self._trained[self._rng.integers(0, len(self._trained), count)]
-
-    def _draw_like(self, categories: npt.NDArray[np.int32]) -> Int64:
-        """Items of each category row [...], `near` of each; any item where the category has none."""
-        start, end = self._category_starts[categories], self._category_starts[categories + 1]
-        start, end = np.where(end > start, start, 0), np.where(end > start, end, len(self._trained))
-        chance = self._rng.random((*categories.shape, self.near))
-        return np.asarray(
-            self._by_category[start[..., None] + (chance * (end - start)[..., None]).astype(np.int64)],
-            np.int64,
-        )
-
-
-def _parameter_groups(model: Recommender, recipe: Recipe) -> list[dict[str, object]]:
-    matrices = [p for n, p in model.named_parameters() if n.startswith(("blocks", "readout")) and p.ndim == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+def _ndcg(ranks: npt.NDArray[np.float64]) -> float:
+    return metrics(ranks, (10,))["ndcg@10"]

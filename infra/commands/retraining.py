@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from infra.commands import options
-from infra.commands.training import PLANS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
+from infra.commands.training import PLANS, PRECISIONS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
 
 if TYPE_CHECKING:
     from compression.retraining.pipeline import Announce, Retrained
     from compression.retraining.runs import Run
+    from compression.training.processes import Place, Team
     from infra.retraining.job import Job
 
 REFUSED, HELD, STOPPED = 3, 4, 75
@@ -51,6 +52,34 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
 @click.option(
     "--max-minutes", type=click.FloatRange(0, min_open=True), help="Of training; the recipe says otherwise."
+)
+@click.option(
+    "--goal",
+    "goals",
+    metavar="NAME=WEIGHT",
+    multiple=True,
+    help="What a pv, cart, fav or buy weighs as a target; 1 where it is not said. May be repeated.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="f32",
+    show_default=True,
+    help="Of the products in training; weights and losses are f32.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Processes that train together. Under torchrun: as many as it started.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(("cpu", "cuda")),
+    default="cpu",
+    show_default=True,
+    help="Where the network trains; no GPU has run it yet.",
 )
 @click.option("--max-events", type=click.IntRange(1), help="Keep the last rows of a longer log.")
 @click.option("--split", type=click.Choice(SPLITS), default="leave-one-out", show_default=True)
@@ -104,6 +133,10 @@ def retrain(
     plan: str | None,
     epochs: int | None,
     max_minutes: float | None,
+    goals: tuple[str, ...],
+    precision: Any,
+    processes: int,
+    device: str,
     max_events: int | None,
     split: Any,
     seed: int,
@@ -136,6 +169,8 @@ def retrain(
     tailrace retrain --log clicks.csv
     tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
     tailrace retrain --log clicks.csv --compress all
+    tailrace retrain --log clicks.csv --goal buy=4 --goal cart=2 --processes 2
+    torchrun --nproc-per-node 2 -m -- infra.cli retrain --log clicks.csv
     tailrace retrain --topic clicks --bootstrap localhost:9092 --redis-url redis://localhost:6379/0
     tailrace retrain --topic clicks --from last --from-serving --schedule '0 * * * *'
     tailrace retrain --run 20171203T101500-3f9c1a
@@ -150,10 +185,16 @@ def retrain(
     from compression.retraining.runs import Run, RunInvalid
     from compression.smaller.plan import PLANS as PLAN_NAMED
     from compression.training.export import ParityError
+    from compression.training.goals import Goals
+    from compression.training.processes import Launched, Local, ProcessLost
     from compression.training.train import RECIPES as RECIPE_NAMED
     from infra.local.endpoints import endpoints
     from infra.retraining.job import Job, compressed, job, topic_bounds
 
+    place = _place(device, processes, schedule)
+    if place is not None and place.rank > 0:
+        _assist(place, device)
+        return
     topic = topic + topic_suffix if topic else None
     if topic or schedule:
         bootstrap = bootstrap or endpoints().bootstrap
@@ -167,7 +208,11 @@ def retrain(
     chosen = RECIPE_NAMED[recipe]
     chosen = replace(chosen, epochs=epochs) if epochs is not None else chosen
     chosen = replace(chosen, max_minutes=max_minutes) if max_minutes is not None else chosen
-    chosen = replace(chosen, compression=PLAN_NAMED[plan or "none"])
+    chosen = replace(chosen, compression=PLAN_NAMED[plan or "none"], precision=precision)
+    try:
+        chosen = replace(chosen, goals=Goals.parse(goals))
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="--goal") from None
     try:
         if begun:
             run = Run.find(runs, str(run_name))
@@ -186,13 +231,19 @@ def retrain(
                     seed=seed,
                     max_events=max_events or MAX_EVENTS,
                     from_serving=from_serving,
+                    processes=place.size if place else processes,
                 )
             )
             run = Run.begin(runs, run_name, asked.model_dump(mode="json"))
         if asked.bounds is not None:  # whether the topic was named now or when the run was begun
             bootstrap = bootstrap or endpoints().bootstrap
             redis_url = redis_url or endpoints().redis_url
-        done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, quiet=as_json)
+        if place is not None and place.size != asked.processes:
+            raise RunInvalid(
+                f"run {run.state.run} is for {asked.processes} processes, torchrun has started {place.size}"
+            )
+        with Launched(place, device) if place else nullcontext(Local(asked.processes, device)) as team:
+            done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, team, quiet=as_json)
     except GateRefused as error:
         _report(runs, run, quiet=as_json)
         click.echo(str(error), err=True)
@@ -203,7 +254,7 @@ def retrain(
                 err=True,
             )
         raise SystemExit(REFUSED) from None
-    except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid) as error:
+    except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid, ProcessLost) as error:
         raise click.ClickException(str(error)) from None
     path = _report(runs, run, quiet=as_json)
     summary = _summary(done) | {"run": run.state.run, "report": str(path)}
@@ -224,6 +275,7 @@ def _work(
     topic_suffix: str,
     force: str | None,
     lease_s: float,
+    team: Team,
     *,
     quiet: bool,
 ) -> Retrained:
@@ -247,7 +299,7 @@ def _work(
     announce = _announcer(bootstrap, topic_suffix, asked.alias) if bootstrap and asked.alias else None
     try:
         with _asked_to_end() as stopping, lease(stopping) as guard, ProgressBar(quiet=quiet) as bar:
-            return work(settings, bar, run=run, guard=guard, announce=announce, stopping=stopping)
+            return work(settings, bar, run=run, guard=guard, announce=announce, stopping=stopping, team=team)
     except LeaseHeld as error:
         if not run.state.attempts:
             shutil.rmtree(run.folder)
@@ -258,6 +310,42 @@ def _work(
         raise SystemExit(STOPPED) from None
     except ReleaseRefused as error:
         raise click.ClickException(str(error)) from None
+
+
+def _place(device: str, processes: int, schedule: str | None) -> Place | None:
+    """Where torchrun put this process, if it did; a usage error where that cannot be."""
+    from compression.training.processes import ProcessesInvalid, torchrun_place
+
+    try:
+        place = torchrun_place()
+    except ProcessesInvalid as error:
+        raise click.UsageError(str(error)) from None
+    if place is not None and schedule is not None:
+        raise click.UsageError("a schedule starts processes of its own: --processes, without torchrun")
+    if place is not None and processes > 1:
+        raise click.UsageError("torchrun has started the processes already: leave out --processes")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise click.UsageError("torch finds no GPU here: --device cpu")
+        # Sums on a GPU come out the same every time only with this, set before its first product.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return place
+
+
+def _assist(place: Place, device: str) -> None:
+    """All that a process of torchrun's does whose rank is not 0."""
+    from compression.training.checkpoint import Stopped
+    from compression.training.processes import Launched
+
+    try:
+        with _asked_to_end() as stopping, Launched(place, device) as team:
+            team.assist(stopping)
+    except Stopped:
+        raise SystemExit(STOPPED) from None
+    except RuntimeError as error:
+        raise click.ClickException(f"process {place.rank} lost the one that leads: {error}") from None
 
 
 @contextmanager
@@ -351,6 +439,9 @@ def _without_schedule(context: click.Context) -> list[str]:
         if name in left_out or source in (None, click.core.ParameterSource.DEFAULT):
             continue
         value = context.params[name]
+        if isinstance(value, tuple):
+            words += [word for one in value for word in (option.opts[0], str(one))]
+            continue
         flag = isinstance(option, click.Option) and option.is_flag
         words += [option.opts[0]] if flag and value else [] if flag else [option.opts[0], str(value)]
     return words

@@ -11,6 +11,7 @@ from infra.commands import options
 
 SPLITS = ("leave-one-out", "temporal")
 RECIPES = ("laptop", "tiny", "full")
+PRECISIONS = ("f32", "bf16")
 PLANS = ("none", "distil", "prune", "quantize", "prune-quantize", "all")
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -198,6 +199,24 @@ def print_metrics(report: dict[str, Any]) -> None:
         for name, values in zip(names, figures, strict=True):
             table.add_row(name.replace("_", "-"), *(f"{value:.4f}" for value in values.values()))
         console().print(table)
+    _print_by_behavior(report.get("by_behavior", {}))
+
+
+def _print_by_behavior(found: dict[str, Any]) -> None:
+    """Nothing where all targets are of one kind, as in logs that know only one."""
+    from rich.table import Table
+
+    from infra.console import console
+
+    if len(found) < 2:
+        return
+    table = Table(title="By what the user did")
+    for column in ("target", "targets", "HR@10", "NDCG@10", "HR@10 of 50", "NDCG@10 of 50"):
+        table.add_column(column, justify="left" if column == "target" else "right")
+    for name, figures in found.items():
+        shown = [figures[head][cut] for head in ("retrieval", "ranking_50") for cut in ("hr@10", "ndcg@10")]
+        table.add_row(name, f"{figures['targets']:,}", *(f"{value:.4f}" for value in shown))
+    console().print(table)
 
 
 def print_json(value: dict[str, Any]) -> None:

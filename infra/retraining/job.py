@@ -31,6 +31,7 @@ class Job(BaseModel):
     seed: int
     max_events: int
     from_serving: bool = False
+    processes: int = 1
     log: str | None = None
     bounds: Bounds | None = None
 
@@ -51,7 +52,7 @@ class Job(BaseModel):
         return RetrainSettings(
             log=TopicLog(bootstrap, self.bounds) if self.bounds else Path(str(self.log)),
             registry=Path(self.registry),
-            recipe=Recipe(**self.recipe | {"compression": self.compression}),
+            recipe=Recipe.of(self.recipe),
             split=self.split,
             seed=self.seed,
             max_events=self.max_events,
@@ -72,6 +73,7 @@ def job(  # the command's options, as they are
     seed: int,
     max_events: int,
     from_serving: bool,
+    processes: int = 1,
 ) -> Job:
     """Absolute paths, so that it can be taken up from another folder."""
     return Job(
@@ -82,6 +84,7 @@ def job(  # the command's options, as they are
         seed=seed,
         max_events=max_events,
         from_serving=from_serving,
+        processes=processes,
         log=str(log.resolve()) if log else None,
         bounds=bounds,
     )

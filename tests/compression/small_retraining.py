@@ -9,6 +9,7 @@ from compression.logs.synth import SynthSettings, synthesize, write_log
 from compression.releases.registry import Registry
 from compression.retraining.pipeline import RetrainSettings, retrain
 from compression.retraining.runs import Run
+from compression.training.processes import Local
 from compression.training.train import TINY
 
 RECIPE = replace(TINY, dim=16, ffn=32, epochs=4, patience=4, max_minutes=30.0, judge_limit=100)
@@ -23,13 +24,13 @@ def settings(folder: Path, log: Path, **changes):
     return RetrainSettings(log, folder / "models", **({"recipe": RECIPE, "checkpoint_s": 0.0} | changes))
 
 
-def work(folder: Path, log: Path, said=None, **changes) -> None:
+def work(folder: Path, log: Path, said=None, processes=1, **changes) -> None:
     """The run "night" in `folder`, from where it stands; `said` is set once the work begins."""
     torch.set_num_threads(1)
     run = Run.begin(folder / "runs", "night")
     if said is not None:
         said.set()
-    retrain(settings(folder, log, **changes), run=run)
+    retrain(settings(folder, log, **changes), run=run, team=Local(processes))
 
 
 def result(folder: Path):

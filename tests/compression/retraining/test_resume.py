@@ -224,7 +224,7 @@ def test_ended_runs_are_kept_up_to_a_number_and_unfinished_ones_always(tmp_path)
 
 def test_a_checkpoint_of_another_training_is_not_taken_up(tmp_path):
     network = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(network.parameters())
+    optimizer = [torch.optim.AdamW(network.parameters())]
     rng = np.random.default_rng(1)
     Checkpoints(tmp_path, "one", every_s=0.0).offer(network, optimizer, rng, Standing(epoch=3))
     assert Checkpoints(tmp_path, "one").restore(network, optimizer).epoch == 3
