@@ -2,7 +2,10 @@
 
 Lists are made as they are served: candidates from the statistics of the training part and from the network,
 scored by both. A weight is changed only where that ranks the validation targets better, one source after
-the other; the test targets then say what it brings.
+the other; the test targets then say what it brings. Items that the training part lacks are as new to the
+network as any item that turns up after a release: they stand in their hash bucket and are not retrieved.
+Judged by rows of their own they would all be known, and the user's own events weigh too little (HR@10 of
+later clicks in `users_1k` 0.07 instead of 0.14).
 """
 
 from __future__ import annotations
@@ -36,8 +39,26 @@ _CELLS: Final = 25_000_000  # scores held at once
 _MISS: Final = 2**31
 
 Int64 = npt.NDArray[np.int64]
+Int32 = npt.NDArray[np.int32]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
+
+
+class Trained:
+    """Rows of items and categories as after a release: only what was trained on is known."""
+
+    def __init__(self, vocabulary: Vocabulary, items: Int64) -> None:
+        """`items` are those that were trained on."""
+        self.known = np.isin(vocabulary.item_ids, items)
+        self._vocabulary = vocabulary
+        self._seen = np.concatenate([[True], self.known, np.ones(vocabulary.item_buckets, np.bool_)])
+
+    def item_rows_of(self, ids: Int64) -> Int32:
+        rows = self._vocabulary.item_rows_of(ids)
+        return np.where(self._seen[rows], rows, self._vocabulary.bucket_rows_of(ids))
+
+    def category_rows_of(self, ids: Int64) -> Int32:
+        return self._vocabulary.category_rows_of(ids)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,13 +114,16 @@ def fuse(
     """The weights (`weights`), and HR, NDCG and MRR of the next item in the served list without and with
     them (`network`, `fused`), by at most `limit` targets of validation and as many of the test."""
     settings = settings or FeatureSettings()
-    statistics = LogStatistics(sequences, split.train_positions(sequences), settings)
+    trained = split.train_positions(sequences)
+    statistics = LogStatistics(sequences, trained, settings)
+    rows = Trained(vocabulary, sequences.items[trained])
     judged, tested = (
         lists_of(
             scorer,
             sequences,
             Targets.draw(sequences, positions, vocabulary, limit=limit, seed=seed),
             vocabulary,
+            rows,
             statistics,
             max_history=max_history,
             settings=settings,
@@ -120,6 +144,7 @@ def lists_of(
     sequences: Sequences,
     targets: Targets,
     vocabulary: Vocabulary,
+    known_rows: Trained,
     statistics: StatisticsReader,
     *,
     max_history: int,
@@ -136,7 +161,7 @@ def lists_of(
     table = scorer.item_table()[1 : known + 1].T
 
     def capped(items: Int64) -> npt.NDArray[np.integer[Any]]:
-        rows = vocabulary.item_rows_of(items)
+        rows = known_rows.item_rows_of(items)
         return np.where(rows <= known, of_row[rows], -1)
 
     size = int(np.clip(_CELLS // max(1, known), 1, _BATCH))
@@ -144,8 +169,8 @@ def lists_of(
         part = slice(start, start + size)
         positions = targets.positions[part]
         histories = sequences.before(positions, max_history)
-        arrays = encode_histories(histories, vocabulary, max_history)
-        products = scorer.user_vectors(arrays) @ table
+        arrays = encode_histories(histories, known_rows, max_history)
+        products = np.where(known_rows.known, scorer.user_vectors(arrays) @ table, -np.inf)
         nearest = np.argpartition(-products, min(_RETRIEVED, known) - 1, axis=1)[:, :_RETRIEVED]
         retrieved = vocabulary.item_ids[nearest], np.take_along_axis(products, nearest, axis=1)
         for source in SOURCES:
@@ -160,7 +185,7 @@ def lists_of(
             if found.evidence is not None:
                 evidence[source][part, : found.items.shape[1]] = found.evidence
         width = found.items.shape[1]
-        rows = vocabulary.item_rows_of(found.items).astype(np.int32)
+        rows = known_rows.item_rows_of(found.items)
         filled = np.arange(width) < found.counts[:, None]
         scores[part, :width] = np.where(filled, scorer.rank(arrays, rows, of_row[rows]), -np.inf)
         hit = filled & (found.items == sequences.items[positions][:, None])
