@@ -326,7 +326,9 @@ def _screen(
     starts, counts, cell, width = _cells(user, users)
     # Lower is better; equal scores go by item, because rows come in that order.
     dense = np.full(users * width, MAX_ID)
-    dense[cell] = ((_MOST_SCORE - union.score) << _PLACE_BITS) + cell - np.repeat(np.arange(users) * width, counts)
+    dense[cell] = (
+        ((_MOST_SCORE - union.score) << _PLACE_BITS) + cell - np.repeat(np.arange(users) * width, counts)
+    )
     ranked = np.sort(dense.reshape(users, width), axis=1) & _LAST_PLACE
     # The cap seldom reaches past twice the limit; where it does, all of them are looked at.
     depth = width if category_of is None else min(width, 2 * limit)

@@ -4,8 +4,9 @@
 
 One released version is one ranker: vocabulary, item table, retrieval index and graphs were published
 together and are opened together, so versions cannot mix. A score is the network's logit plus what the
-statistics know by now of the candidate (`features.fusion`), as the version's manifest weighs it. `rank` is synchronous and vectorised, and
-called in the thread of the lane whose warmed engine it is given (`inference.plane`).
+statistics know by now of the candidate (`features.fusion`), as the version's manifest weighs it.
+`rank` is synchronous and vectorised, and called in the thread of the lane whose warmed engine it is
+given (`inference.plane`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ later clicks in `users_1k` 0.07 instead of 0.14).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 

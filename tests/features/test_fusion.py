@@ -52,7 +52,9 @@ def test_evidence_does_not_depend_on_who_else_is_in_the_batch() -> None:
     rng = np.random.default_rng(3)
     pasts = [[(int(i), int(i) % 7) for i in rng.integers(1, 60, length)] for length in (1, 90, 5, 33, 2)]
     after = {item: rng.permutation(60)[:20].tolist() for item in range(60)}
-    known = statistics(transitions=after, categories={c: [c, c + 7, c + 14] for c in range(7)}, popular=[3, 9])
+    known = statistics(
+        transitions=after, categories={c: [c, c + 7, c + 14] for c in range(7)}, popular=[3, 9]
+    )
     together = find_candidates(histories(*pasts), known, settings=SETTINGS, fusion=FUSION)
     for user, past in enumerate(pasts):
         alone = find_candidates(histories(past), known, settings=SETTINGS, fusion=FUSION)
@@ -93,9 +95,7 @@ def test_nobody_and_nothing_to_go_by_have_no_evidence() -> None:
     assert len(find_candidates(histories(), statistics(), settings=SETTINGS, fusion=FUSION).counts) == 0
     newcomer = find_candidates(histories([]), statistics(), settings=SETTINGS, fusion=FUSION)
     assert newcomer.counts.tolist() == [0]
-    asked = find_candidates(
-        histories([]), statistics(), explicit=[[7, 8]], settings=SETTINGS, fusion=FUSION
-    )
+    asked = find_candidates(histories([]), statistics(), explicit=[[7, 8]], settings=SETTINGS, fusion=FUSION)
     assert evidence(asked) == {7: 0.0, 8: 0.0}
 
 

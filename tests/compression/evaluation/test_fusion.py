@@ -9,8 +9,7 @@ import pytest
 
 from compression.evaluation.fusion import LEAST_GAIN, SOURCES, Lists, Trained, choose, fuse
 from compression.evaluation.log_statistics import LogStatistics
-from compression.logs.dataset import Sequences, leave_one_out, to_sequences
-from compression.logs.dataset import build_vocabulary
+from compression.logs.dataset import Sequences, build_vocabulary, leave_one_out, to_sequences
 from compression.logs.log_reader import EventChunk
 from features.fusion import Fusion
 from features.memory_store import MemoryStore
@@ -132,9 +131,7 @@ class Blind:
 def test_where_items_follow_one_another_the_counts_are_weighed_and_rank_the_test_better() -> None:
     log = sequences(a_log(users=120, items=80, length=20))
     vocabulary = build_vocabulary(log, max_items=1_000, item_buckets=8, category_buckets=4)
-    told = fuse(
-        Blind(vocabulary.item_rows), log, leave_one_out(log), vocabulary, max_history=50, limit=120
-    )
+    told = fuse(Blind(vocabulary.item_rows), log, leave_one_out(log), vocabulary, max_history=50, limit=120)
     assert Fusion(**told["weights"]).transition > 0
     assert told["targets"] == 120
     assert told["fused"]["ndcg@10"] > told["network"]["ndcg@10"] + 0.1
