@@ -14,21 +14,25 @@ a user saw long ago is worth keeping.) An item that must not appear gets a debt 
 pay. Everything is one flat list of rows, sorted once by (user, item). Scores are whole numbers with
 the source in the lowest bits, so sums do not depend on the order of rows: what a user gets does
 not depend on who else is in the batch.
+
+The same rows, weighed otherwise, are the evidence that is added to the network's score of an item
+(`features.fusion`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Final, get_args
 
 import numpy as np
 import numpy.typing as npt
 
+from features.fusion import Fusion
 from features.sequence import SequenceBatch
 from features.settings import FeatureSettings
-from features.statistics import ItemStatistics, ItemWeights
+from features.statistics import ItemWeights, StatisticsReader
 from topics.messages import BEHAVIORS, MAX_ID, Source
 
 Int64 = npt.NDArray[np.int64]
@@ -50,23 +54,26 @@ class Candidates:
     """Per user at most `limit` items, best screening score first; rows are padded at the end.
 
     items int64 [users, width] (padding 0), sources uint8 [users, width] (`SOURCES`), counts int64
-    [users]. The width is that of the longest row.
+    [users]. The width is that of the longest row. evidence float32 [users, width] is what the fusion
+    adds to scores (padding 0); None where nothing is added.
     """
 
     items: Int64
     sources: npt.NDArray[np.uint8]
     counts: Int64
+    evidence: Float32 | None = None
 
 
 def find_candidates(
     histories: SequenceBatch,
-    statistics: ItemStatistics,
+    statistics: StatisticsReader,
     *,
     retrieved: tuple[Int64, Float32] | None = None,
     exclude: Sequence[Sequence[int]] = (),
     explicit: Sequence[Sequence[int] | None] = (),
     category_of: Callable[[Int64], npt.NDArray[np.integer]] | None = None,
     settings: FeatureSettings,
+    fusion: Fusion | None = None,
 ) -> Candidates:
     """Candidates of every user of the batch.
 
@@ -74,19 +81,27 @@ def find_candidates(
     and `explicit` are per user, or empty. A user with `explicit` candidates gets those (each once,
     in the order given, less `exclude`) and nothing else: no limit, no cap, no seen filter.
     `category_of` maps ids to categories for the cap; a negative category is unknown and not capped.
-    A user without history gets what is popular. At most 65,536 users in one call.
+    A user without history gets what is popular. At most 65,536 users in one call. With a `fusion` every
+    candidate comes with its evidence, whoever named it.
     """
     users = len(histories)
     if users > _MOST_USERS:
         raise ValueError(f"{users} users in one call, at most {_MOST_USERS}")
     asked = [user for user, given in enumerate(explicit) if given is not None]
-    if users and len(asked) == users:
+    everybody_asks = bool(users) and len(asked) == users
+    if everybody_asks and not fusion:
         return _given(explicit, exclude)
     rows = _Rows()
     _add_sources(rows, histories, statistics, retrieved, settings)
     _add_vetoes(rows, histories, exclude, asked, settings)
-    found = _screen(_union(rows, users), users, category_of, settings)
-    return _place_explicit(found, asked, explicit, exclude) if asked else found
+    union = _union(rows, users, fusion)
+    if everybody_asks:
+        return _with_evidence(_given(explicit, exclude), union, asked)
+    found = _screen(union, users, category_of, settings)
+    if not asked:
+        return found
+    placed = _place_explicit(found, asked, explicit, exclude)
+    return _with_evidence(placed, union, asked) if fusion else placed
 
 
 _ONE: Final = np.float32(1 << 20)
@@ -98,8 +113,25 @@ _PLACE_BITS: Final = 20
 _LAST_PLACE: Final = (1 << _PLACE_BITS) - 1
 _MOST_USERS: Final = 1 << 16
 
-Columns = tuple[Int64, Int64, npt.NDArray[np.uint8], Int64]
-"""User, item, source and score of each row."""
+_SHARE_BITS: Final = 10
+_PER_EVIDENCE: Final = np.float32(1.0 / (1 << 20 + _SHARE_BITS))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Union:
+    """Each (user, item) once, users in order, then items: its best source, its screening score (negative:
+    it must not appear) and its evidence, whole numbers both; no evidence without a fusion."""
+
+    user: Int64
+    item: Int64
+    source: npt.NDArray[np.uint8]
+    score: Int64
+    evidence: Int64 | None
+
+    def allowed(self) -> _Union:
+        kept = self.score >= 0
+        evidence = None if self.evidence is None else self.evidence[kept]
+        return _Union(self.user[kept], self.item[kept], self.source[kept], self.score[kept], evidence)
 
 
 class _Rows:
@@ -141,7 +173,7 @@ class _Rows:
 def _add_sources(
     rows: _Rows,
     histories: SequenceBatch,
-    statistics: ItemStatistics,
+    statistics: StatisticsReader,
     retrieved: tuple[Int64, Float32] | None,
     settings: FeatureSettings,
 ) -> None:
@@ -234,11 +266,10 @@ def _add_vetoes(
         rows.veto(of, items)
 
 
-def _union(rows: _Rows, users: int) -> Columns:
-    """Each (user, item) once, users in order, then items: its best source and its score."""
+def _union(rows: _Rows, users: int, fusion: Fusion | None) -> _Union:
     user, item, score = np.concatenate(rows.users), np.concatenate(rows.items), np.concatenate(rows.scores)
     if not len(item):
-        return user, item, score.astype(np.uint8), score
+        return _Union(user, item, score.astype(np.uint8), score, score if fusion else None)
     # Sorting many short rows is several times faster than one long column; 16 bits sort by radix.
     if users > 1:
         by_user = np.argsort(user.astype(np.uint16), kind="stable")
@@ -252,10 +283,22 @@ def _union(rows: _Rows, users: int) -> Columns:
     first = np.flatnonzero(np.concatenate(([True], (item[1:] != item[:-1]) | (user[1:] != user[:-1]))))
     total = np.add.reduceat(score, first)
     most = np.maximum.reduceat(score, first)
-    kept = total >= 0
-    first = first[kept]
-    source = (_LAST_SOURCE - (most[kept] & _LAST_SOURCE)).astype(np.uint8)
-    return user[first], item[first], source, total[kept]
+    evidence = None
+    if fusion:
+        shares = _shares_of(fusion).take(score & _LAST_SOURCE)
+        evidence = np.add.reduceat((score >> _SOURCE_BITS) * shares, first)
+    source = (_LAST_SOURCE - (most & _LAST_SOURCE)).astype(np.uint8)
+    return _Union(user[first], item[first], source, total, evidence)
+
+
+def _shares_of(fusion: Fusion) -> Int64:
+    """What of a row's screening score is evidence, by the lowest bits of its score; of a veto nothing."""
+    weights = np.zeros(1 << _SOURCE_BITS)
+    chosen = [(TRANSITION, fusion.transition), (RECENT, fusion.recent)]
+    chosen += [(CATEGORY, fusion.category), (POPULAR, fusion.popular)]
+    for source, weight in chosen:
+        weights[_LAST_SOURCE - source] = weight / _WEIGHT[source]
+    return np.rint(weights * (1 << _SHARE_BITS)).astype(np.int64)
 
 
 def _cells(user: Int64, users: int) -> tuple[Int64, Int64, Int64, int]:
@@ -271,18 +314,21 @@ def _cells(user: Int64, users: int) -> tuple[Int64, Int64, Int64, int]:
 
 
 def _screen(
-    columns: Columns,
+    union: _Union,
     users: int,
     category_of: Callable[[Int64], npt.NDArray[np.integer]] | None,
     settings: FeatureSettings,
 ) -> Candidates:
     """Best first within each user, at most `category_cap` of a category, at most `limit`."""
-    user, item, source, score = columns
+    union = union.allowed()
+    user, item = union.user, union.item
     limit = settings.candidate_limit
     starts, counts, cell, width = _cells(user, users)
     # Lower is better; equal scores go by item, because rows come in that order.
     dense = np.full(users * width, MAX_ID)
-    dense[cell] = ((_MOST_SCORE - score) << _PLACE_BITS) + cell - np.repeat(np.arange(users) * width, counts)
+    dense[cell] = (
+        ((_MOST_SCORE - union.score) << _PLACE_BITS) + cell - np.repeat(np.arange(users) * width, counts)
+    )
     ranked = np.sort(dense.reshape(users, width), axis=1) & _LAST_PLACE
     # The cap seldom reaches past twice the limit; where it does, all of them are looked at.
     depth = width if category_of is None else min(width, 2 * limit)
@@ -302,8 +348,12 @@ def _screen(
     items = np.zeros((users, int(counts.max(initial=0))), np.int64)
     sources = np.zeros(items.shape, np.uint8)
     items[line, place] = item[row]
-    sources[line, place] = source[row]
-    return Candidates(items, sources, counts)
+    sources[line, place] = union.source[row]
+    if union.evidence is None:
+        return Candidates(items, sources, counts)
+    evidence = np.zeros(items.shape, np.float32)
+    evidence[line, place] = union.evidence[row] * _PER_EVIDENCE
+    return Candidates(items, sources, counts, evidence)
 
 
 def _within_cap(categories: npt.NDArray[np.integer], cap: int) -> npt.NDArray[np.bool_]:
@@ -355,4 +405,27 @@ def _place_explicit(
         items[whose, :common] = part.items[:, :common]
         sources[whose] = 0
         sources[whose, :common] = part.sources[:, :common]
-    return Candidates(items, sources, counts)
+    evidence = None
+    if found.evidence is not None:
+        evidence = np.zeros(items.shape, np.float32)
+        common = min(width, found.evidence.shape[1])
+        evidence[:, :common] = found.evidence[:, :common]
+    return Candidates(items, sources, counts, evidence)
+
+
+def _with_evidence(placed: Candidates, union: _Union, asked: Sequence[int]) -> Candidates:
+    """The evidence for what was asked for by name, vetoed or not."""
+    evidence = np.zeros(placed.items.shape, np.float32) if placed.evidence is None else placed.evidence
+    if placed.items.size and len(union.item) and union.evidence is not None:
+        users = np.array(asked)
+        names, code = np.unique(union.item, return_inverse=True)
+        items = placed.items[users]
+        known = np.minimum(np.searchsorted(names, items), len(names) - 1)
+        # Rows come by user, then item, and so do these.
+        rows = union.user * len(names) + code
+        wanted = users[:, None] * len(names) + known
+        at = np.minimum(np.searchsorted(rows, wanted), len(rows) - 1)
+        filled = np.arange(items.shape[1]) < placed.counts[users][:, None]
+        there = filled & (names[known] == items) & (rows[at] == wanted)
+        evidence[users] = np.where(there, union.evidence[at] * _PER_EVIDENCE, np.float32(0))
+    return replace(placed, evidence=evidence)

@@ -17,7 +17,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,7 +28,7 @@ from features.settings import FeatureSettings
 from features.store import Append, Appended, FeatureStore, Neighbours, log2_add
 
 # A transition seen once is weak evidence: its share is weight / (sum of weights + this).
-_TRANSITION_PRIOR: Final = 2.0
+TRANSITION_PRIOR: Final = 2.0
 # A list asked for is not asked for again until then, should its answer never come.
 _READING_S: Final = 1.0
 _MOST_MISSED: Final = 4096
@@ -50,6 +50,22 @@ class ItemWeights:
 
 
 NOTHING: Final = ItemWeights(np.empty(0, np.int64), np.empty(0, np.float32))
+
+
+class StatisticsReader(Protocol):
+    """What finds candidates reads: `ItemStatistics`, or the same counted over a log."""
+
+    def transitions(self, items: Sequence[int]) -> list[ItemWeights]:
+        """What follows each item."""
+        ...
+
+    def categories(self, categories: Sequence[int]) -> list[ItemWeights]:
+        """What is popular in each category."""
+        ...
+
+    def popular(self) -> ItemWeights:
+        """What is popular."""
+        ...
 
 
 class ItemStatistics:
@@ -289,7 +305,7 @@ def _shares(
     # The bound keeps a sum finite when event time goes far back: a replay after live events.
     weights = np.exp2(np.minimum(np.concatenate(logs) - newest_log2, 900.0))
     filled = np.array([length for length in lengths if length])
-    sums = np.add.reduceat(weights, np.cumsum(filled) - filled) + _TRANSITION_PRIOR
+    sums = np.add.reduceat(weights, np.cumsum(filled) - filled) + TRANSITION_PRIOR
     return _split(lists, lengths, weights / np.repeat(sums, filled))
 
 

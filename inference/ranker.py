@@ -1,10 +1,12 @@
 """THE PAGE TO READ: packed sequences in, ranked lists out.
 
-    unpack → encode → retrieve → candidates → score → keep → select
+    unpack → encode → retrieve → candidates → score → keep → fuse and select
 
 One released version is one ranker: vocabulary, item table, retrieval index and graphs were published
-together and are opened together, so versions cannot mix. `rank` is synchronous and vectorised, and
-called in the thread of the lane whose warmed engine it is given (`inference.plane`).
+together and are opened together, so versions cannot mix. A score is the network's logit plus what the
+statistics know by now of the candidate (`features.fusion`), as the version's manifest weighs it.
+`rank` is synchronous and vectorised, and called in the thread of the lane whose warmed engine it is
+given (`inference.plane`).
 """
 
 from __future__ import annotations
@@ -100,6 +102,8 @@ class Ranker:
         self._index = index
         self._retrieved = settings.retrieved
         self._features = features
+        chosen = artefact.manifest.fusion
+        self._fusion = chosen and chosen.times(settings.fusion)
         self._model = artefact.manifest.model
         retrieved = min(settings.retrieved, len(index))
         cache = UserCache.within(
@@ -266,6 +270,7 @@ class Ranker:
             explicit=[request.candidates for request in requests],
             category_of=self._lookup.capped_categories,
             settings=self._features,
+            fusion=self._fusion,
         )
 
     def _rank_at_once(self, warmed: Warmed, histories: SequenceBatch, candidates: Candidates) -> Float32:
@@ -352,7 +357,10 @@ class Ranker:
         sound: Bool,
         clock: _Stages,
     ) -> list[RankedList | InferenceError]:
-        """The k best of each; equal scores keep the order of the candidates."""
+        """The k best of each, the network's scores and the evidence together; equal scores keep the order of
+        the candidates. What the cache keeps are the network's alone: evidence is never old."""
+        if candidates.evidence is not None:
+            scores = scores + candidates.evidence
         most = max((request.k for request in requests), default=0)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :most]
         places = best + np.arange(len(best))[:, None] * scores.shape[1]

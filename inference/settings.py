@@ -45,6 +45,10 @@ class InferenceSettings(BaseSettings):
     exact_until: Annotated[int, Field(ge=0, description="items searched exactly; IVF beyond")] = 20_000
     probes: Annotated[int, Field(ge=1, description="IVF lists searched per user")] = 16
 
+    fusion: Annotated[
+        float, Field(ge=0, le=100, description="times the manifest's weights of online counts; 0: none")
+    ] = 1.0
+
     cache_mb: Annotated[float, Field(ge=0, description="encoded histories kept, MiB a version; 0: none")] = (
         64.0
     )

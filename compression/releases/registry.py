@@ -26,6 +26,7 @@ from compression.files import fsync, read_plain, write_whole
 from compression.releases.aliases import Aliases, AliasState, Release, check_name, is_name
 from compression.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE, Signer, Trust
 from features.encoding import Vocabulary, VocabularyInvalid
+from features.fusion import Fusion
 
 __all__ = [
     "ITEM_TABLE",
@@ -91,6 +92,8 @@ class Manifest(BaseModel):
     # append is optional: without it a click is encoded with its whole history.
     graphs: dict[Literal["encode", "score", "rank", "append"], str] = {}
     files: dict[str, FileEntry] = {}
+    # What online counts add to the network's scores; without it nothing.
+    fusion: Fusion | None = None
     metrics: dict[str, Any] = {}
     data: dict[str, Any] = {}
     git_revision: str | None = None

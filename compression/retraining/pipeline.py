@@ -27,6 +27,7 @@ import torch
 
 from compression.evaluation import gate
 from compression.evaluation.evaluate import evaluate
+from compression.evaluation.fusion import fuse
 from compression.evaluation.gate import GateLimits, GateRefused, Judged, Verdict
 from compression.evaluation.scoring import ArtefactScorer, GraphScorer, TorchScorer, row_categories
 from compression.logs.dataset import MAX_EVENTS, Log, Sequences, Split, SplitName, build_vocabulary
@@ -67,6 +68,7 @@ from features.encoding import Vocabulary
 _BEFORE, _AFTER = ("read", "train"), ("evaluate", "export", "gate", "publish", "promote", "announce")
 STEPS = (*_BEFORE, *_AFTER)
 JUDGED = 2_000  # test targets; `tailrace evaluate --limit` judges by more
+FUSED = 1_000  # targets of validation, and of the test, that the weights of online counts are judged by
 _LIBRARIES = ("torch", "onnx", "onnxruntime", "numpy", "safetensors")
 _SEQUENCES = "sequences.npz"
 _STAGING = "staging"
@@ -311,7 +313,8 @@ class _Work:
         return _account(trained) | compress.figures(trained.model)
 
     def evaluate(self, _: _Step) -> dict[str, Any]:
-        return judge(self.model, self.sequences, self.split, self.vocabulary)
+        of_model = judge(self.model, self.sequences, self.split, self.vocabulary)
+        return of_model | {"lists": fuse_counts(self.model, self.sequences, self.split, self.vocabulary)}
 
     def export(self, _: _Step) -> dict[str, Any]:
         self.run.clear(_STAGING, _TEACHER_STAGING)
@@ -479,6 +482,8 @@ class _Work:
                 "parent": read["parent"],
                 "model": trained["shape"],
                 "graphs": exported["graphs"],
+                # A run that was begun before there was a fusion has none.
+                "fusion": metrics.get("lists", {}).get("weights"),
                 "metrics": metrics
                 | {"parity": exported["parity"], "gate": verdict.model_dump(mode="json")}
                 | made,
@@ -542,6 +547,14 @@ def judge(model: Recommender, sequences: Sequences, split: Split, vocabulary: Vo
     scorer = TorchScorer(model, row_categories(vocabulary))
     length = model.shape.max_history
     return evaluate(scorer, sequences, split, vocabulary, max_history=length, limit=JUDGED, count=False)
+
+
+def fuse_counts(
+    model: Recommender, sequences: Sequences, split: Split, vocabulary: Vocabulary
+) -> dict[str, Any]:
+    scorer = TorchScorer(model, row_categories(vocabulary))
+    length = model.shape.max_history
+    return fuse(scorer, sequences, split, vocabulary, max_history=length, limit=FUSED)
 
 
 def stage(

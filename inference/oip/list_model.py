@@ -1,7 +1,8 @@
 """`tailrace-lists`: histories of item ids in, ranked lists of item ids out, one list per user.
 
-This is the whole of ranking as the stream has it: candidates are found where none are given, and the
-lists go through the same batching, priorities and deadlines.
+This is ranking as the stream has it: candidates are found where none are given, and the lists go through
+the same batching, priorities and deadlines. Scores are the network's alone: the server reads what is popular,
+not what follows what, so nothing is fused (`features.fusion`).
 """
 
 from __future__ import annotations

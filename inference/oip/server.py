@@ -79,7 +79,9 @@ class InferenceServer:
         default one; rates are shared with other processes through `redis_url`."""
         self.settings = serve or ServeSettings()
         self._tls = tls.load(self.settings)
-        inference = inference or InferenceSettings()
+        # What follows what is read with appends, and nobody appends here: the weights were chosen for lists
+        # that have it.
+        inference = (inference or InferenceSettings()).model_copy(update={"fusion": 0.0})
         self.catalogue = Catalogue()
         self.service = Service(self.catalogue, max_requests=self.settings.max_requests)
         self._statistics = statistics

@@ -158,7 +158,10 @@ def ask_browser(browser: Chrome, url: str, asks: Sequence[Ask], *, warm: int = 0
 
 def ask_server(registry: Path, version: str, asks: Sequence[Ask]) -> list[dict[int, float]]:
     """The same from the ranker that serves: item → score by ask, best first."""
-    settings = InferenceSettings(engine="onnx", batches=(1, _SERVER_BATCH), candidate_sizes=(CANDIDATES,))
+    # The browser has the network alone: nothing is counted there.
+    settings = InferenceSettings(
+        engine="onnx", fusion=0.0, batches=(1, _SERVER_BATCH), candidate_sizes=(CANDIDATES,)
+    )
     ranker = Ranker.open(registry, version, settings=settings)
     warmed = ranker.warm("onnx")
     try:
