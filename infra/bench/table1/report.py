@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from compression.ranking.judging import OVER, WITHIN, losses
 from infra.bench import report
 from infra.bench.table1.measure import SERVED, Row
 from infra.bench.table1.steps import Made
@@ -18,8 +19,6 @@ PAPER: Final = {
     "Pruned + Quantized": (19.2, 19.2, 74.2, 140),
     "Distilled": (6.4, 12.8, 54.8, 180),
 }
-OVER: Final = ("hr@50", "ndcg@50", "mrr")
-WITHIN: Final = ("within_hr@10", "within_ndcg@10", "within_mrr")
 
 
 def rows_of(rows: Sequence[Row], made: Sequence[Made]) -> list[dict[str, Any]]:
@@ -110,30 +109,28 @@ def _cells(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def losses(made: Sequence[Made]) -> list[dict[str, Any]]:
-    """Accuracy of every method that was trained, and by which share it is lower than that of the Baseline
-    when it is trained on as long as they were."""
-    trained = [one for one in made if "accuracy" in one.figures]
-    if not trained or trained[0].method != "Baseline":
+def accuracy_of(made: Sequence[Made], trained_on: Made) -> list[dict[str, Any]]:
+    """Accuracy of every method, and which share of the Baseline's it lost, of the Baseline's trained on as
+    long too, each with the interval of a paired bootstrap over users."""
+    base = made[0].ranks
+    further = trained_on.ranks
+    if base is None or further is None:
         return []
-    base = trained[0].figures["trained_on"]
-    judged = [(one.method, one.zeros, one.bytes, one.figures["accuracy"]) for one in trained]
-    judged.insert(1, ("Baseline, trained on", trained[0].zeros, trained[0].bytes, base))
     return [
         {
-            "method": method,
-            "gone_or_zero": round(zeros, 4),
-            "bytes": size,
-            **accuracy,
-            "loss": {
-                name: round(1 - accuracy[name] / base[name], 4) for name in (*OVER, *WITHIN) if base[name]
-            },
+            "method": one.method,
+            "gone_or_zero": round(one.zeros, 4),
+            "bytes": one.bytes,
+            **one.ranks.metrics(),
+            "loss": losses(one.ranks, base),
+            "loss_to_trained_on": losses(one.ranks, further),
         }
-        for method, zeros, size, accuracy in judged
+        for one in (made[0], trained_on, *made[1:])
+        if one.ranks is not None
     ]
 
 
-def show_losses(found: Sequence[dict[str, Any]], *, title: str) -> None:
+def show_accuracy(found: Sequence[dict[str, Any]], *, title: str) -> None:
     report.table(
         title,
         [
@@ -142,19 +139,30 @@ def show_losses(found: Sequence[dict[str, Any]], *, title: str) -> None:
                 f"{name.removeprefix('within_')}{' of 50' * name.startswith('within')}"
                 for name in (*OVER, *WITHIN)
             ),
+            "of trained on, ndcg@50",
         ],
         [
             [
                 one["method"],
-                *(f"{one[name]:.4f} ({-one['loss'].get(name, 0.0):+.1%})" for name in (*OVER, *WITHIN)),
+                *(f"{one[name]:.4f}{_change(one['loss'].get(name))}" for name in (*OVER, *WITHIN)),
+                _change(one["loss_to_trained_on"].get("ndcg@50")),
             ]
             for one in found
         ],
     )
 
 
-def draw(figures: Sequence[dict[str, Any]], accuracy: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Figures 5 to 7: inference, accuracy and resources by method; the files that were written."""
+def _change(loss: dict[str, float] | None) -> str:
+    """As " -0.4 % [-1.0, +0.2]": what was lost is below zero."""
+    if loss is None or loss["low"] == loss["high"]:
+        return ""
+    return f" {-loss['loss']:+.1%} [{-100 * loss['high']:+.1f}, {-100 * loss['low']:+.1f}]"
+
+
+def draw(
+    figures: Sequence[dict[str, Any]], learned: Sequence[dict[str, Any]], folder: Path
+) -> list[Path]:
+    """Figures 5 to 7: inference, accuracy by log and resources by method; the files that were written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,9 +183,11 @@ def draw(figures: Sequence[dict[str, Any]], accuracy: Sequence[dict[str, Any]], 
             ("MiB in memory", apart, "memory_mib", False),
         ],
     }
-    if accuracy:
+    if learned:
         panels["figure6-accuracy"] = [
-            (name, list(accuracy), name, False) for name in ("hr@50", "ndcg@50", "mrr")
+            (f"{name}, {log['log']}", log["accuracy"], name, False)
+            for log in learned
+            for name in ("hr@50", "ndcg@50", "mrr")
         ]
     written = []
     for name, parts in panels.items():
