@@ -1,4 +1,4 @@
-"""How well a `CandidateRanker` foretells what came next: a rank per user, over the catalogue and within fifty."""
+"""How well a `CandidateRanker` foretells what came next: ranks over the catalogue and within fifty."""
 
 from __future__ import annotations
 

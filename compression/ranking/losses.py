@@ -63,8 +63,6 @@ class _TaughtSoftmax(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, *outer: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None, None, None, None]:
         of_states, of_table = ctx.saved_tensors
         return of_states * outer[0], of_table * outer[0], None, None, None, None, None

@@ -89,7 +89,7 @@ def table1(
     for log in (None, *logs) if learned_name != "none" else ():
         steps = Steps(
             SHAPES[learned_name],
-            home() / "table1" / f"{learned_name}-{_name(log)}-{epochs:g}-seed{seed}",
+            folder_of(learned_name, log, epochs, seed),
             epochs,
             seed,
             say,
@@ -146,10 +146,11 @@ def table1(
     )
 
 
-def _name(log: Path | None) -> str:
-    """A folder's name for what is learned from a log."""
-    if log is None:
-        return "synthetic"
-    from compression.retraining.pipeline import sha256_of
+def folder_of(shape: str, log: Path | None, epochs: float, seed: int) -> Path:
+    """Where what is trained on a log is kept."""
+    name = "synthetic"
+    if log is not None:
+        from compression.retraining.pipeline import sha256_of
 
-    return f"{log.name.split('.')[0]}-{sha256_of(log)[:8]}"
+        name = f"{log.name.split('.')[0]}-{sha256_of(log)[:8]}"
+    return home() / "table1" / f"{shape}-{name}-{epochs:g}-seed{seed}"

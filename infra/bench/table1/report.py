@@ -159,9 +159,7 @@ def _change(loss: dict[str, float] | None) -> str:
     return f" {-loss['loss']:+.1%} [{-100 * loss['high']:+.1f}, {-100 * loss['low']:+.1f}]"
 
 
-def draw(
-    figures: Sequence[dict[str, Any]], learned: Sequence[dict[str, Any]], folder: Path
-) -> list[Path]:
+def draw(figures: Sequence[dict[str, Any]], learned: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
     """Figures 5 to 7: inference, accuracy by log and resources by method; the files that were written."""
     import matplotlib
 

@@ -26,8 +26,8 @@ from compression.logs.dataset import Sequences, build_vocabulary, read_log
 from compression.logs.dataset import split as split_sequences
 from compression.logs.item_lists import is_item_lists
 from compression.logs.synth import SynthSettings, synthesize, write_log
-from compression.ranking.network import CandidateRanker
 from compression.ranking.judging import Data, Ranks
+from compression.ranking.network import CandidateRanker
 from compression.ranking.training import Effort, fit
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.smaller import packed, pruning, structured
@@ -77,17 +77,22 @@ class Steps:
         self._data: Data | None = None
         self._rows = shape.items + 2
 
-    def all(self) -> list[Made]:
-        """Every method, in the order of Table I."""
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
+    def baseline(self) -> Made:
+        """What the others are made from and compared with."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         if self._epochs:
             self._rows = self._count_rows()
-        baseline = self._step("Baseline", self._baseline, self._shape.config(self._rows))
+        return self._step("Baseline", self._baseline, self._shape.config(self._rows))
+
+    def all(self) -> list[Made]:
+        """Every method, in the order of Table I."""
+        baseline = self.baseline()
         quantized = self._step("Quantized", lambda: self._quantized(baseline), baseline.ranker.network.config)
         pruned = self._step("Pruned", lambda: self._pruned(baseline), baseline.ranker.network.config)
         both = self._step(
-            "Pruned + Quantized", lambda: self._pruned_quantized(pruned, baseline), baseline.ranker.network.config
+            "Pruned + Quantized",
+            lambda: self._pruned_quantized(pruned, baseline),
+            baseline.ranker.network.config,
         )
         distilled = self._step(
             "Distilled", lambda: self._distilled(baseline), self._shape.student(self._rows)
