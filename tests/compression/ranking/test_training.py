@@ -41,7 +41,7 @@ def test_a_students_maps_come_closer_to_its_teachers_than_alone():
         fit(
             student,
             log,
-            Effort(epochs=99.0, max_steps=30, learning_rate=1e-2, negatives=64, maps=weight),
+            Effort(epochs=99.0, max_steps=60, learning_rate=1e-2, candidates_every=1, maps=weight),
             teacher=teacher,
         )
         student.layers[0].attention.keep_map = True
