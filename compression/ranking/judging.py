@@ -169,13 +169,13 @@ class _RankingScorer(_Scorer):
         with torch.inference_mode():
             scores = [
                 self._ranker(some, one, some.lengths[:, None].expand_as(one))[1]
-                for some, one in zip(_parts(history), asked.split(_USERS), strict=True)
+                for some, one in zip(_parts(history), torch.split(asked, _USERS), strict=True)
             ]
         return np.asarray(torch.cat(scores))
 
 
 def _parts(history: History) -> list[History]:
-    return [History(*part) for part in zip(*(one.split(_USERS) for one in history), strict=True)]
+    return [History(*part) for part in zip(*(torch.split(one, _USERS) for one in history), strict=True)]
 
 
 def _at_least_one(history: History) -> History:

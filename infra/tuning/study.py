@@ -111,9 +111,7 @@ class Search:
                 )
         finished = len(study.get_trials(deepcopy=False))
         # Another seed after each stop, or the same would be drawn again.
-        study.sampler = optuna.samplers.TPESampler(
-            seed=self._seed + finished, n_startup_trials=STARTUP, multivariate=True, group=True
-        )
+        study.sampler = optuna.samplers.TPESampler(seed=self._seed + finished, n_startup_trials=STARTUP)
         return study
 
     def _finished(self) -> list[FrozenTrial]:
