@@ -131,32 +131,34 @@ def accuracy_of(made: Sequence[Made], trained_on: Made) -> list[dict[str, Any]]:
 
 
 def show_accuracy(found: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Changes in percent of the Baseline's; where 95 % of bootstraps lie for two of them."""
     report.table(
         title,
-        [
-            "method",
-            *(
-                f"{name.removeprefix('within_')}{' of 50' * name.startswith('within')}"
-                for name in (*OVER, *WITHIN)
-            ),
-            "of trained on, ndcg@50",
-        ],
+        ["method", "HR@50", "change", "NDCG@50", "change", "of trained on", "MRR", "", "NDCG@10 of 50", ""],
         [
             [
                 one["method"],
-                *(f"{one[name]:.4f}{_change(one['loss'].get(name))}" for name in (*OVER, *WITHIN)),
-                _change(one["loss_to_trained_on"].get("ndcg@50")),
+                f"{one['hr@50']:.4f}",
+                _change(one["loss"]["hr@50"], interval=True),
+                f"{one['ndcg@50']:.4f}",
+                _change(one["loss"]["ndcg@50"], interval=True),
+                _change(one["loss_to_trained_on"]["ndcg@50"]),
+                f"{one['mrr']:.4f}",
+                _change(one["loss"]["mrr"]),
+                f"{one['within_ndcg@10']:.4f}",
+                _change(one["loss"]["within_ndcg@10"]),
             ]
             for one in found
         ],
     )
 
 
-def _change(loss: dict[str, float] | None) -> str:
-    """As " -0.4 % [-1.0, +0.2]": what was lost is below zero."""
-    if loss is None or loss["low"] == loss["high"]:
+def _change(loss: dict[str, float], *, interval: bool = False) -> str:
+    """As "-0.4 [-1.0, +0.2]": what was lost is below zero. Nothing where nothing differs."""
+    if loss["low"] == loss["high"]:
         return ""
-    return f" {-loss['loss']:+.1%} [{-100 * loss['high']:+.1f}, {-100 * loss['low']:+.1f}]"
+    change = f"{-100 * loss['loss']:+.1f}"
+    return f"{change} [{-100 * loss['high']:+.1f}, {-100 * loss['low']:+.1f}]" if interval else change
 
 
 def draw(figures: Sequence[dict[str, Any]], learned: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
