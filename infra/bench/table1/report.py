@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from compression.ranking.judging import OVER, WITHIN, losses
+from compression.ranking.judging import losses
 from infra.bench import report
 from infra.bench.table1.measure import SERVED, Row
 from infra.bench.table1.steps import Made
