@@ -37,7 +37,8 @@ from infra.bench.table1.shapes import EIGHT, Shape, untrained
 Say = Callable[[str], None]
 FOR_BASELINE: Final = 2e-3  # learning rates
 FOR_TUNING: Final = 1e-3
-PARTS: Final = {"round": 0.12, "rounding": 0.12, "student": 1.0}  # of the Baseline's epochs
+PARTS: Final = {"round": 0.08, "rounding": 0.08, "student": 0.6}  # of the Baseline's epochs
+BATCHES: Final = {FOR_BASELINE: 16, FOR_TUNING: 32}  # windows
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -222,7 +223,7 @@ class Steps:
     ) -> None:
         if not self._epochs:
             return
-        effort = Effort(epochs=self._epochs * part, learning_rate=rate)
+        effort = Effort(epochs=self._epochs * part, learning_rate=rate, batch_windows=BATCHES[rate])
         steps = fit(ranker, self._of_log(), effort, teacher=teacher, after_step=after_step, seed=self._seed)
         self._say(f"  {steps} steps")
 
