@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,10 +35,9 @@ from compression.smaller.quantization import Grid, aware
 from infra.bench.table1.shapes import EIGHT, Shape, untrained
 
 Say = Callable[[str], None]
-FOR_BASELINE: Final = 2e-3  # learning rates
-FOR_TUNING: Final = 1e-3
+FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
+TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
 PARTS: Final = {"round": 0.08, "rounding": 0.08, "student": 0.6}  # of the Baseline's epochs
-BATCHES: Final = {FOR_BASELINE: 16, FOR_TUNING: 32}  # windows
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -112,12 +111,12 @@ class Steps:
 
     def _baseline(self) -> tuple[CandidateRanker, dict[str, Grid]]:
         ranker = untrained(self._shape.config(self._rows), self._seed)
-        self._fit(ranker, 1.0, FOR_BASELINE)
+        self._fit(ranker, 1.0, FROM_SCRATCH)
         return ranker, {}
 
     def _trained_on(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         ranker = copy(baseline.ranker)
-        self._fit(ranker, PARTS["round"] * self._shape.rounds + PARTS["rounding"], FOR_TUNING)
+        self._fit(ranker, PARTS["round"] * self._shape.rounds + PARTS["rounding"], TUNING)
         return ranker, {}
 
     def _quantized(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
@@ -137,7 +136,7 @@ class Steps:
             self._fit(
                 ranker,
                 PARTS["round"],
-                FOR_TUNING,
+                TUNING,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
             )
@@ -158,7 +157,7 @@ class Steps:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
         student = untrained(self._shape.student(self._rows), self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, PARTS["student"], FOR_BASELINE, teacher=baseline.ranker)
+        self._fit(student, PARTS["student"], FROM_SCRATCH, teacher=baseline.ranker)
         return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
 
     def _rounded(
@@ -173,7 +172,7 @@ class Steps:
             self._fit(
                 ranker,
                 PARTS["rounding"],
-                FOR_TUNING,
+                TUNING,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
             )
@@ -216,14 +215,14 @@ class Steps:
         self,
         ranker: CandidateRanker,
         part: float,
-        rate: float,
+        effort: Effort,
         *,
         teacher: CandidateRanker | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         if not self._epochs:
             return
-        effort = Effort(epochs=self._epochs * part, learning_rate=rate, batch_windows=BATCHES[rate])
+        effort = replace(effort, epochs=self._epochs * part)
         steps = fit(ranker, self._of_log(), effort, teacher=teacher, after_step=after_step, seed=self._seed)
         self._say(f"  {steps} steps")
 
