@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -14,12 +15,12 @@ from compression.attention.full import FullAttention
 from compression.ranking.graph import Form, graph
 from compression.ranking.judging import Data
 from compression.ranking.network import CandidateRanker
-from compression.ranking.training import Effort, fit
+from compression.ranking.training import fit
 from compression.retrieval.network import Layer
 from compression.smaller import packed, pruning, structured
 from compression.smaller.quantization import Grid, aware
 from infra.bench.table1.shapes import untrained
-from infra.bench.table1.steps import TABLE, copy, narrow_table
+from infra.bench.table1.steps import FROM_SCRATCH, TABLE, TUNING, copy, narrow_table
 from infra.tuning.recipe import Recipe
 
 _TIMED: Final = 15
@@ -70,7 +71,7 @@ def teach(
 ) -> None:
     """Some epochs by what the whole network says, rounded; what is zero stays zero."""
     kept = {name: weight.detach() != 0 for name, weight in ranker.named_parameters() if TABLE in name}
-    effort = Effort(epochs=epochs, learning_rate=2e-3 if recipe.kind == "student" else 1e-3)
+    effort = replace(FROM_SCRATCH if recipe.kind == "student" else TUNING, epochs=epochs)
     with aware(ranker, grids(recipe, ranker)):
         fit(ranker, data, effort, teacher=whole, after_step=lambda: pruning.apply(ranker, kept), seed=seed)
 
