@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("infra.commands.training", "A model's accuracy on a log."),
     "models": ("infra.commands.models", "Released versions: canary, promote, roll back, verify."),
     "export": ("infra.commands.export", "A version for browsers, OpenVINO, TensorRT, phones."),
+    "tune": ("infra.commands.tune", "Search for compressions that are fast, small and accurate."),
     "bench": ("infra.bench.cli", "Measure; each prints a table."),
 }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -117,10 +117,10 @@ class _Writer:
         heads = attention.heads
         query, key, value = (
             self.heads(
-                self.linear(f"{name}.attention.{part}", getattr(attention, part), given, scale), heads, perm
+                self.maps(f"{name}.attention.{part}", getattr(attention, part), given, scale), heads, perm
             )
             for part, given, scale, perm in (
-                ("query", asking, (attention.query.out_features // heads) ** -0.5, [0, 2, 1, 3]),
+                ("query", asking, (attention.out.in_features // heads) ** -0.5, [0, 2, 1, 3]),
                 ("key", normed, 1.0, [0, 2, 3, 1]),
                 ("value", normed, 1.0, [0, 2, 1, 3]),
             )
@@ -139,15 +139,27 @@ class _Writer:
         """[B, T, H w] to [B, H, T, w], or as `perm` says."""
         return self.op("Transpose", self.op("Reshape", x, self.ints([0, 0, heads, -1])), perm=perm)
 
+    def maps(self, name: str, mapped: nn.Linear | nn.Sequential, x: str, scale: float) -> str:
+        """A linear map, or one of low rank, which is a sequence of two."""
+        if isinstance(mapped, nn.Linear):
+            return self.linear(name, mapped, x, scale)
+        down, up = cast(list[nn.Linear], list(mapped))
+        return self.linear(f"{name}.1", up, self.linear(f"{name}.0", down, x), scale)
+
     def linear(self, name: str, linear: nn.Linear, x: str, scale: float = 1.0) -> str:
+        products = self.products(name, linear, x, scale)
+        if linear.bias is None:
+            return products
+        return self.op("Add", products, self.weight(linear.bias * scale))
+
+    def products(self, name: str, linear: nn.Linear, x: str, scale: float) -> str:
         grid = self.grids.get(name)
-        bias = self.weight(linear.bias * scale)
         if grid is None:
-            return self.op("Add", self.op("MatMul", x, self.weight(linear.weight.T * scale)), bias)
+            return self.op("MatMul", x, self.weight(linear.weight.T * scale))
         made = quantize(linear.weight, grid)
         if bool(((made.low > 0) | (made.low < -255)).any()):
             # Zero lies outside a row's codes (all its few weights have one sign): no zero point says that.
-            return self.op("Add", self.op("MatMul", x, self.weight(made.values().T * scale)), bias)
+            return self.op("MatMul", x, self.weight(made.values().T * scale))
         counted = (made.codes - made.low).numpy().astype(np.uint8)
         zero = (-made.low).clamp(0, 255).numpy().astype(np.uint8).reshape(-1)
         whole, step, point = self.ops("DynamicQuantizeLinear", 3, x)
@@ -159,8 +171,7 @@ class _Writer:
             self.constant(zero if grid.per_row else zero[0]),
         )
         steps = self.op("Mul", step, self.weight(made.step.reshape(-1) * scale))
-        products = self.op("Mul", self.op("Cast", products, to=TensorProto.FLOAT), steps)
-        return self.op("Add", products, bias)
+        return self.op("Mul", self.op("Cast", products, to=TensorProto.FLOAT), steps)
 
     def rows(self, name: str, places: str) -> str:
         """Rows of a table, [..., d]."""

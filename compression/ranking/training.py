@@ -1,12 +1,12 @@
-"""Training and judging a `CandidateRanker`, alone or by a teacher, for a number of minutes.
+"""Training a `CandidateRanker`, alone or by a teacher, for a number of passes over a log.
 
-Every event of a window predicts the next one over the catalogue, and at a few of them the item that came
-next competes with others as candidates. A student sees the same windows and candidates as its teacher.
+Every event of a window predicts the next one over the catalogue; in some of the steps the item that came
+next at a few of them competes with others as candidates, too. A student sees the same windows and
+candidates as its teacher. What is left in the end is a running mean of the weights.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
@@ -17,71 +17,45 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compression.evaluation.evaluate import (
-    Targets,
-    among_candidates,
-    draw_candidates,
-    full_catalogue,
-    histories_before,
-    metrics,
-)
-from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import to_history
-from compression.logs.dataset import Sequences, Split, batches, training_windows
+from compression.logs.dataset import batches, training_windows
+from compression.ranking.judging import Data
+from compression.ranking.losses import taught_softmax
 from compression.ranking.network import CandidateRanker
-from compression.retrieval.losses import Negatives, shared_negatives
+from compression.retrieval.averaging import RunningMean
+from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import RetrievalNetwork
+from compression.retrieval.step import multiplies_bf16
 from compression.smaller.distil import maps_divergence, opinion_divergence
 from compression.training.model import MASKED, History
-from features.encoding import HistoryArrays, Vocabulary, encode_histories
+from features.encoding import HistoryArrays, encode_histories
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
-Float32 = npt.NDArray[np.float32]
 OWN = 5  # of a target's rivals are the user's own earlier items
 
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """How long and how hard. `maps` and `opinions` weigh what a teacher says beside the log itself."""
+    """How long and how hard. Catalogues up to `full_softmax_items` are compared whole, larger ones by
+    `negatives`; every so many steps (`candidates_every`) candidates compete. Of a teacher: `taught` is its
+    share in what the whole softmax is to be, `opinions` and `maps` weigh what it says of candidates (and
+    negatives) and where it looks. `mean` is the decay of the running mean of weights, a step."""
 
-    minutes: float = 1.0
+    epochs: float = 1.0
     max_steps: int = 10**9
-    learning_rate: float = 1e-3
-    batch_windows: int = 32
+    learning_rate: float = 2e-3
+    batch_windows: int = 16
+    full_softmax_items: int = 20_000
+    negatives: int = 1_024
+    candidates_every: int = 4
     positions: int = 2
     rivals: int = 15
-    negatives: int = 1_024
-    maps: float = 0.1
+    taught: float = 0.7
     opinions: float = 1.0
-
-
-class Data:
-    """A log, encoded: what is learned from and what is judged by."""
-
-    def __init__(
-        self, sequences: Sequences, split: Split, vocabulary: Vocabulary, *, judged: int = 1_000
-    ) -> None:
-        self.sequences, self.split, self.vocabulary = sequences, split, vocabulary
-        self.statistics = Statistics(sequences, split, vocabulary)
-        self.known = self.statistics.known_items
-        self.targets = Targets.draw(sequences, split.test, vocabulary, limit=judged, seed=7)
-        self.candidates = draw_candidates(sequences, self.targets, self.statistics, vocabulary, seed=7)
-
-    def judge_retrieval(self, network: RetrievalNetwork) -> dict[str, float]:
-        """HR, NDCG and MRR over the catalogue."""
-        network.eval()
-        histories = histories_before(self.sequences, self.vocabulary, network.config.max_history)
-        return metrics(full_catalogue(_Scorer(network), histories, self.targets, self.known), (10, 50))
-
-    def judge(self, ranker: CandidateRanker) -> dict[str, float]:
-        """HR, NDCG and MRR over the catalogue (hr@50 …) and within fifty candidates (within_hr@10 …)."""
-        ranker.eval()
-        scorer = _RankingScorer(ranker)
-        histories = histories_before(self.sequences, self.vocabulary, ranker.network.config.max_history - 1)
-        over = metrics(full_catalogue(scorer, histories, self.targets, self.known), (10, 50))
-        within = among_candidates(scorer, histories, self.targets, self.vocabulary, self.candidates)
-        return over | {f"within_{name}": value for name, value in metrics(within, (10,)).items()}
+    maps: float = 0.1
+    mean: float = 0.99
+    bf16: bool = True
 
 
 def fit(
@@ -95,14 +69,14 @@ def fit(
 ) -> int:
     """Train a ranker, by a teacher where there is one; the steps that were taken."""
     rng = np.random.default_rng(seed)
-    losses = _Losses(data, effort, rng)
+    loss = _Losses(data, effort, rng)
     if teacher is not None:
         teacher.eval()
         _keep_maps(teacher, True)
         _keep_maps(ranker, True)
     steps = descend(
         ranker,
-        lambda windows: losses(ranker, windows, teacher),
+        lambda windows: loss(ranker, windows, teacher),
         data,
         effort,
         length=ranker.network.config.max_history - 1,
@@ -117,14 +91,13 @@ def fit(
 def fit_retrieval(network: RetrievalNetwork, data: Data, effort: Effort, *, seed: int = 1) -> int:
     """Train a network for the catalogue alone, whatever its attention; the steps that were taken."""
     rng = np.random.default_rng(seed)
-    negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
+    catalogue = _Catalogue(data, effort, rng)
 
     def loss(windows: HistoryArrays) -> Tensor:
         history, targets, inside, _ = _asked(windows, data.known)
-        table = network.items.weight[1 : data.known + 1]
-        rows = torch.from_numpy(targets)[inside] - 1
-        drawn = negatives.draw(rng)
-        return shared_negatives(network(history)[inside], table, rows, drawn, negatives.log_expected)
+        with _autocast(effort):
+            users = network(history)
+        return catalogue(network, users, targets, inside, None)
 
     return descend(network, loss, data, effort, length=network.config.max_history, rng=rng)
 
@@ -139,17 +112,22 @@ def descend(
     rng: np.random.Generator,
     after_step: Callable[[], None] = lambda: None,
 ) -> int:
-    """Train until the minutes are spent, windows again and again in new order; the steps that were taken.
-    In the second half the learning rate falls to a tenth."""
+    """Train for the epochs, windows in new order in each; the steps that were taken. The learning rate
+    rises over the first steps and falls to nothing with the last."""
     torch.manual_seed(int(rng.integers(2**62)))
+    torch.set_flush_denormal(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0, fused=True)
+    mean = RunningMean(model, effort.mean)
     model.train()
-    began, steps, done = time.process_time(), 0, 0.0
-    while done < 1.0:
+    steps, last = 0, 1
+    while steps < last:
         starts, ends = training_windows(data.sequences, data.split.train_ends, length, rng)
+        a_pass = -(-len(starts) // effort.batch_windows)
+        last = min(effort.max_steps, max(1, round(effort.epochs * a_pass))) if not steps else last
         for batch_starts, batch_ends in batches(starts, ends, effort.batch_windows, rng):
+            warm, left = (steps + 1) / min(50, 1 + last // 10), (last - steps) / last
             for group in optimizer.param_groups:
-                group["lr"] = effort.learning_rate * min(1.0, 1.9 - 1.8 * done)
+                group["lr"] = effort.learning_rate * min(1.0, warm) * left
             width = int((batch_ends - batch_starts).max())
             windows = encode_histories(
                 data.sequences.windows(batch_starts, batch_ends), data.vocabulary, width
@@ -160,13 +138,19 @@ def descend(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             after_step()
+            mean.update()
             steps += 1
-            # By processor time: a training that others push aside gets the same work done.
-            done = max((time.process_time() - began) / (60 * effort.minutes), steps / effort.max_steps)
-            if done >= 1.0:
+            if steps == last:
                 break
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(mean.weights[name])
     model.eval()
     return steps
+
+
+def _autocast(effort: Effort) -> torch.autocast:
+    return torch.autocast("cpu", torch.bfloat16, enabled=effort.bf16 and multiplies_bf16())
 
 
 def _asked(windows: HistoryArrays, known: int) -> tuple[History, Int64, Tensor, Int64]:
@@ -185,43 +169,87 @@ def _asked(windows: HistoryArrays, known: int) -> tuple[History, Int64, Tensor, 
     return to_history(history), targets, torch.from_numpy(inside), events
 
 
+class _Catalogue:
+    """How far user vectors are from the items that came next, and from a teacher's opinion of all items."""
+
+    def __init__(self, data: Data, effort: Effort, rng: np.random.Generator) -> None:
+        self._effort, self._rng = effort, rng
+        self._rows = torch.arange(1, data.known + 1)
+        self._low = torch.bfloat16 if effort.bf16 and multiplies_bf16() else torch.float32
+        self._whole = data.known <= effort.full_softmax_items
+        self._negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
+
+    def draw(self) -> Tensor:
+        """Items (rows) that are rivals of any target."""
+        return self._negatives.draw(self._rng) + 1
+
+    def __call__(
+        self,
+        network: RetrievalNetwork,
+        users: Tensor,
+        targets: Int64,
+        inside: Tensor,
+        teacher: tuple[RetrievalNetwork, Tensor] | None,
+    ) -> Tensor:
+        """`users` [B, L, d], of the teacher too."""
+        places = torch.from_numpy(targets)[inside] - 1
+        asked = users[inside].float()
+        if self._whole:
+            # Looked up, not sliced: a table that is being rounded is rounded here, too.
+            table = network.items(self._rows)
+            if teacher is None:
+                return full_softmax(asked, table, places, low=self._low)
+            known = (teacher[1][inside].float(), teacher[0].items.weight[1 : len(self._rows) + 1])
+            return taught_softmax(asked, table, places, known, share=self._effort.taught, low=self._low)
+        drawn = self._negatives.draw(self._rng)
+        table = network.items.weight[1 : len(self._rows) + 1]
+        loss = shared_negatives(asked, table, places, drawn, self._negatives.log_expected)
+        if teacher is None:
+            return loss
+        opinion = teacher[1][inside].float() @ teacher[0].items.weight[drawn + 1].T
+        said = opinion_divergence(asked @ network.items(drawn + 1).T, opinion)
+        return loss + self._effort.opinions * said
+
+
 class _Losses:
     """Catalogue and candidates of a batch of windows, and what the teacher says of both."""
 
     def __init__(self, data: Data, effort: Effort, rng: np.random.Generator) -> None:
         self._effort, self._rng, self._known = effort, rng, data.known
-        self._negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
+        self._catalogue = _Catalogue(data, effort, rng)
+        self._steps = 0
 
     def __call__(
         self, ranker: CandidateRanker, windows: HistoryArrays, teacher: CandidateRanker | None
     ) -> Tensor:
+        self._steps += 1
         history, targets, inside, events = _asked(windows, self._known)
+        if self._steps % self._effort.candidates_every:
+            with _autocast(self._effort):
+                users = ranker.network(history)
+                taught = None
+                if teacher is not None:
+                    with torch.no_grad():
+                        taught = (teacher.network, teacher.network(history))
+            return self._catalogue(ranker.network, users, targets, inside, taught)
         candidates, seen = self._candidates(windows.items[:, :-1], targets, events)
         flat = candidates.flatten(1)
         turns = seen[..., None].expand_as(candidates).flatten(1)
-        users, scores, maps = ranker(history, flat, turns)
-        drawn = self._negatives.draw(self._rng)
-        rows = torch.from_numpy(targets)[inside]
-        asked = users[inside]
-        table = ranker.network.items.weight[1 : self._known + 1]
-        loss = shared_negatives(asked, table, rows - 1, drawn, self._negatives.log_expected)
-        scores = _without_repeats(scores.view(candidates.shape), candidates)
-        loss = loss + F.cross_entropy(
-            scores.flatten(0, 1), torch.zeros(scores.shape[:2].numel(), dtype=torch.long)
-        )
+        with _autocast(self._effort):
+            users, scores, maps = ranker(history, flat, turns)
+        scores = _without_repeats(scores.float().view(candidates.shape), candidates).flatten(0, 1)
+        first = torch.zeros(len(scores), dtype=torch.long)
         if teacher is None:
-            return loss
-        with torch.no_grad():
+            among = F.cross_entropy(scores, first)
+            return self._catalogue(ranker.network, users, targets, inside, None) + among
+        with torch.no_grad(), _autocast(self._effort):
             their_users, their_scores, their_maps = teacher(history, flat, turns)
-            their_table = teacher.network.items.weight
-            their_scores = _without_repeats(their_scores.view(candidates.shape), candidates)
-            their_opinion = their_users[inside] @ their_table[drawn + 1].T
-        opinion = asked @ table[drawn].T
-        said = opinion_divergence(opinion, their_opinion)
-        said = said + opinion_divergence(scores.flatten(0, 1), their_scores.flatten(0, 1))
+        theirs = _without_repeats(their_scores.float().view(candidates.shape), candidates).flatten(0, 1)
+        loss = self._catalogue(ranker.network, users, targets, inside, (teacher.network, their_users))
+        among = F.cross_entropy(scores, first) + self._effort.opinions * opinion_divergence(scores, theirs)
         there = torch.cat([inside, torch.ones_like(flat, dtype=torch.bool)], 1).float()
         copied = maps_divergence(cast(list[Tensor], maps), cast(list[Tensor], their_maps), there)
-        return loss + self._effort.opinions * said + self._effort.maps * copied
+        return loss + among + self._effort.maps * copied
 
     def _candidates(
         self, items: Int32, targets: Int64, events: npt.NDArray[np.integer]
@@ -233,11 +261,11 @@ class _Losses:
         at = np.arange(users)[:, None]
         own = (rng.random((users, effort.positions, OWN)) * (turn + 1)[..., None]).astype(np.int64)
         count = effort.rivals - OWN
-        others = self._negatives.draw(rng)[
+        others = self._catalogue.draw()[
             torch.from_numpy(rng.integers(0, effort.negatives, (users, effort.positions, count)))
         ]
         chosen = np.concatenate(
-            [targets[at, turn][..., None], items[at[..., None], own], others.numpy() + 1], axis=2
+            [targets[at, turn][..., None], items[at[..., None], own], others.numpy()], axis=2
         )
         return torch.from_numpy(chosen.astype(np.int64)), torch.from_numpy(turn + 1)
 
@@ -252,42 +280,3 @@ def _without_repeats(scores: Tensor, candidates: Tensor) -> Tensor:
 def _keep_maps(ranker: CandidateRanker, keep: bool) -> None:
     for layer in ranker.layers:
         layer.attention.keep_map = keep
-
-
-class _Scorer:
-    """A network as evaluation over the catalogue sees it."""
-
-    def __init__(self, network: RetrievalNetwork) -> None:
-        self._network = network
-
-    def item_table(self) -> Float32:
-        table: Float32 = self._network.items.weight.detach().numpy()
-        return table
-
-    def user_vectors(self, histories: HistoryArrays) -> Float32:
-        with torch.inference_mode():
-            vectors: Float32 = self._network.user_vectors(_at_least_one(to_history(histories))).numpy()
-        return vectors
-
-    def rank(self, histories: HistoryArrays, candidates: Int32, categories: Int32) -> Float32:
-        raise TypeError("a network without a ranker scores no candidates")
-
-
-class _RankingScorer(_Scorer):
-    """A ranker as evaluation sees it."""
-
-    def __init__(self, ranker: CandidateRanker) -> None:
-        super().__init__(ranker.network)
-        self._ranker = ranker
-
-    def rank(self, histories: HistoryArrays, candidates: Int32, categories: Int32) -> Float32:
-        history = _at_least_one(to_history(histories))
-        seen = history.lengths[:, None].expand(-1, candidates.shape[1])
-        with torch.inference_mode():
-            scores: Float32 = self._ranker(history, torch.from_numpy(candidates).long(), seen)[1].numpy()
-        return scores
-
-
-def _at_least_one(history: History) -> History:
-    """A user without events has seen the padding item."""
-    return history._replace(lengths=history.lengths.clamp(min=1))

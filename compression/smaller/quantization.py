@@ -71,12 +71,13 @@ def step_size(weights: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
 def quantize(weights: Tensor, grid: Grid) -> Quantized:
     """Codes of round(w / s), clipped to the range of the non-zero weights (formula 9).
 
-    The clip is to whole steps inside the range: formula 9's own clip would leave the two ends between
-    steps, where no code is. That costs the outermost weights at most one step."""
+    The clip is to that range moved by at most half a step, so that its ends are codes: formula 9's own would
+    leave them between steps, where no code is. All codes are used, and what was rounded once stays as it
+    is when it is rounded again, as it is where it is stored."""
     weights = weights.detach().float()
     step, low, high = step_size(weights, grid)
-    # A hair wider, so that a range that is a whole number of steps is not cut short by rounding.
-    first, last = torch.ceil(low / step - 1e-3), torch.floor(high / step + 1e-3)
+    first = torch.round(low / step)
+    last = first + torch.round((high - low) / step)
     codes = torch.minimum(torch.maximum(torch.round(weights / step), first), last)
     codes = codes.masked_fill(weights == 0, 0.0)
     return Quantized(codes.to(torch.int16), step, first.to(torch.int16), last.to(torch.int16))

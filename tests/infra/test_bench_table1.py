@@ -2,20 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 
 from infra.bench.attention import attention
 from infra.bench.table1.command import table1
-from infra.bench.table1.shapes import QUICK
-from infra.bench.table1.steps import METHODS, Steps
+from infra.bench.table1.shapes import QUICK, untrained
+from infra.bench.table1.steps import METHODS, TRAINED_ON, Steps, data
 
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     folder = tmp_path_factory.mktemp("table1")
-    return folder, Steps(QUICK, folder, 0.01, 1).all()
+    return folder, Steps(QUICK, folder, 2, 1).all()
 
 
 def test_every_method_is_what_it_says(steps):
@@ -29,7 +30,7 @@ def test_every_method_is_what_it_says(steps):
     assert distilled.bytes < 0.5 * both.bytes
     levels = [row.unique().numel() for row in both.ranker.network.items.weight[1:]]
     assert max(levels) <= 2**QUICK.pruned_bits + 1
-    assert all(0 < one.figures["accuracy"]["hr@50"] <= 1 for one in made)
+    assert all(0 < one.ranks.metrics()["hr@50"] <= 1 for one in made)
 
 
 def test_steps_that_were_taken_are_not_taken_again(steps):
@@ -37,12 +38,12 @@ def test_steps_that_were_taken_are_not_taken_again(steps):
     (folder / "distilled.json").unlink()
     stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     said = []
-    again = Steps(QUICK, folder, 0.01, 1, said.append).all()
+    again = Steps(QUICK, folder, 2, 1, said.append).all()
     assert [line for line in said if ":" in line] == ["Distilled: training"]
     changed = {path.name for path in folder.iterdir() if path.stat().st_mtime_ns != stamps.get(path.name)}
-    assert changed == {"distilled.json", "distilled.packed"}
+    assert changed == {"distilled.json", "distilled.packed", "distilled.ranks"}
     for one, other in zip(made[:4], again[:4], strict=True):
-        assert one.figures == other.figures and one.bytes == other.bytes
+        assert one.ranks.metrics() == other.ranks.metrics() and one.bytes == other.bytes
         assert all(map(torch.equal, one.ranker.state_dict().values(), other.ranker.state_dict().values()))
 
 
@@ -53,14 +54,15 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
         "quick",
         "--accuracy",
         "quick",
-        "--minutes",
-        "0.01",
+        "--epochs",
+        "2",
         "--seconds",
         "0.02",
         "--rounds",
         "1",
     ]
     report, figures = tmp_path / "table1.json", tmp_path / "figures"
+    options += ["--accuracy-log", str(item_lists(tmp_path / "lists.txt"))]
     ran = CliRunner().invoke(
         table1, [*options, "--json", str(report), "--figures", str(figures)], catch_exceptions=False
     )
@@ -75,8 +77,12 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
         limit = 0.5 if method in ("Quantized", "Pruned + Quantized", "Distilled") else 1e-3
         assert apart["difference_to_torch"] < limit and together["difference_to_torch"] < limit
     assert rows["Distilled", "per candidate"]["latency_share"] < 1
-    assert {one["method"] for one in said["accuracy"]} == {*METHODS, "Baseline, trained on"}
-    assert said["accuracy"][1]["loss"]["hr@50"] == 0.0
+    assert [one["log"] for one in said["learned"]] == ["synthetic", "lists.txt"]
+    for log in said["learned"]:
+        assert {one["method"] for one in log["accuracy"]} == {*METHODS, TRAINED_ON}
+        assert log["accuracy"][0]["loss"]["hr@50"] == {"loss": 0.0, "low": 0.0, "high": 0.0}
+        lost = log["accuracy"][2]["loss"]["ndcg@50"]
+        assert lost["low"] <= lost["loss"] <= lost["high"] and lost["low"] < lost["high"]
     drawn = {path.name for path in figures.iterdir() if "<svg" in path.read_text()}
     assert drawn == {"figure5-inference.svg", "figure6-accuracy.svg", "figure7-resources.svg"}
 
@@ -84,7 +90,22 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
 def test_without_training_accuracy_is_left_open(monkeypatch, tmp_path):
     monkeypatch.setenv("TAILRACE_HOME", str(tmp_path))
     made = Steps(QUICK, tmp_path, 0.0, 1).all()
-    assert all("accuracy" not in one.figures for one in made)
+    assert all(one.ranks is None for one in made)
+
+
+def test_of_item_lists_only_the_newest_events_count_and_what_was_seen_is_not_ranked(tmp_path):
+    log = data(QUICK, 1, item_lists(tmp_path / "lists.txt"))
+    assert np.diff(log.sequences.offsets).max() == QUICK.history + 3
+    assert log.known == 40
+    made = untrained(QUICK.config(log.vocabulary.item_rows), 1)
+    # Everybody has had 21 of 40 items or more before the test item, so none can be ranked below the 19th.
+    assert log.ranks(made).over.max() <= 19
+
+
+def item_lists(path):
+    """Forty users who each take most of forty items, one after another, each from another place."""
+    path.write_text("".join(f"{user} {(user + turn) % 40 + 1}\n" for user in range(40) for turn in range(38)))
+    return path
 
 
 def test_the_attention_bench_has_a_line_for_every_way_to_attend(tmp_path):
@@ -94,8 +115,8 @@ def test_the_attention_bench_has_a_line_for_every_way_to_attend(tmp_path):
         "1",
         "--batch",
         "2",
-        "--minutes",
-        "0.001",
+        "--epochs",
+        "0.5",
         "--shape",
         "quick",
         "--json",

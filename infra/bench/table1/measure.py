@@ -54,10 +54,11 @@ def arms(
 ) -> list[Arm]:
     """Every method's graph in both forms, written to the folder; the served network's too."""
     rng = np.random.default_rng(seed)
+    items = made[0].ranker.network.config.item_rows - 1  # a log may lack some of the shape's
     feeds = tuple(
         {
-            "items": rng.integers(1, shape.items, shape.history).astype(np.int32),
-            "candidates": rng.choice(np.arange(1, shape.items), shape.candidates, False).astype(np.int32),
+            "items": rng.integers(1, items, shape.history).astype(np.int32),
+            "candidates": rng.choice(np.arange(1, items), shape.candidates, False).astype(np.int32),
         }
         for _ in range(_REQUESTS)
     )

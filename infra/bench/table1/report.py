@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from compression.ranking.judging import losses
 from infra.bench import report
 from infra.bench.table1.measure import SERVED, Row
 from infra.bench.table1.steps import Made
@@ -18,8 +19,6 @@ PAPER: Final = {
     "Pruned + Quantized": (19.2, 19.2, 74.2, 140),
     "Distilled": (6.4, 12.8, 54.8, 180),
 }
-OVER: Final = ("hr@50", "ndcg@50", "mrr")
-WITHIN: Final = ("within_hr@10", "within_ndcg@10", "within_mrr")
 
 
 def rows_of(rows: Sequence[Row], made: Sequence[Made]) -> list[dict[str, Any]]:
@@ -110,51 +109,60 @@ def _cells(one: dict[str, Any]) -> list[str]:
     ]
 
 
-def losses(made: Sequence[Made]) -> list[dict[str, Any]]:
-    """Accuracy of every method that was trained, and by which share it is lower than that of the Baseline
-    when it is trained on as long as they were."""
-    trained = [one for one in made if "accuracy" in one.figures]
-    if not trained or trained[0].method != "Baseline":
+def accuracy_of(made: Sequence[Made], trained_on: Made) -> list[dict[str, Any]]:
+    """Accuracy of every method, and which share of the Baseline's it lost, of the Baseline's trained on as
+    long too, each with the interval of a paired bootstrap over users."""
+    base = made[0].ranks
+    further = trained_on.ranks
+    if base is None or further is None:
         return []
-    base = trained[0].figures["trained_on"]
-    judged = [(one.method, one.zeros, one.bytes, one.figures["accuracy"]) for one in trained]
-    judged.insert(1, ("Baseline, trained on", trained[0].zeros, trained[0].bytes, base))
     return [
         {
-            "method": method,
-            "gone_or_zero": round(zeros, 4),
-            "bytes": size,
-            **accuracy,
-            "loss": {
-                name: round(1 - accuracy[name] / base[name], 4) for name in (*OVER, *WITHIN) if base[name]
-            },
+            "method": one.method,
+            "gone_or_zero": round(one.zeros, 4),
+            "bytes": one.bytes,
+            **one.ranks.metrics(),
+            "loss": losses(one.ranks, base),
+            "loss_to_trained_on": losses(one.ranks, further),
         }
-        for method, zeros, size, accuracy in judged
+        for one in (made[0], trained_on, *made[1:])
+        if one.ranks is not None
     ]
 
 
-def show_losses(found: Sequence[dict[str, Any]], *, title: str) -> None:
+def show_accuracy(found: Sequence[dict[str, Any]], *, title: str) -> None:
+    """Changes in percent of the Baseline's; where 95 % of bootstraps lie for two of them."""
     report.table(
         title,
-        [
-            "method",
-            *(
-                f"{name.removeprefix('within_')}{' of 50' * name.startswith('within')}"
-                for name in (*OVER, *WITHIN)
-            ),
-        ],
+        ["method", "HR@50", "change", "NDCG@50", "change", "of trained on", "MRR", "", "NDCG@10 of 50", ""],
         [
             [
                 one["method"],
-                *(f"{one[name]:.4f} ({-one['loss'].get(name, 0.0):+.1%})" for name in (*OVER, *WITHIN)),
+                f"{one['hr@50']:.4f}",
+                _change(one["loss"]["hr@50"], interval=True),
+                f"{one['ndcg@50']:.4f}",
+                _change(one["loss"]["ndcg@50"], interval=True),
+                _change(one["loss_to_trained_on"]["ndcg@50"]),
+                f"{one['mrr']:.4f}",
+                _change(one["loss"]["mrr"]),
+                f"{one['within_ndcg@10']:.4f}",
+                _change(one["loss"]["within_ndcg@10"]),
             ]
             for one in found
         ],
     )
 
 
-def draw(figures: Sequence[dict[str, Any]], accuracy: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Figures 5 to 7: inference, accuracy and resources by method; the files that were written."""
+def _change(loss: dict[str, float], *, interval: bool = False) -> str:
+    """As "-0.4 [-1.0, +0.2]": what was lost is below zero. Nothing where nothing differs."""
+    if loss["low"] == loss["high"]:
+        return ""
+    change = f"{-100 * loss['loss']:+.1f}"
+    return f"{change} [{-100 * loss['high']:+.1f}, {-100 * loss['low']:+.1f}]" if interval else change
+
+
+def draw(figures: Sequence[dict[str, Any]], learned: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Figures 5 to 7: inference, accuracy by log and resources by method; the files that were written."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -175,9 +183,11 @@ def draw(figures: Sequence[dict[str, Any]], accuracy: Sequence[dict[str, Any]], 
             ("MiB in memory", apart, "memory_mib", False),
         ],
     }
-    if accuracy:
+    if learned:
         panels["figure6-accuracy"] = [
-            (name, list(accuracy), name, False) for name in ("hr@50", "ndcg@50", "mrr")
+            (f"{name}, {log['log']}", log["accuracy"], name, False)
+            for log in learned
+            for name in ("hr@50", "ndcg@50", "mrr")
         ]
     written = []
     for name, parts in panels.items():

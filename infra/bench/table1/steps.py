@@ -1,8 +1,11 @@
 """Train, prune, quantize, distil: steps that each leave a packed file and their figures behind.
 
 A step whose files are there is not taken again, so a run that was stopped goes on, and a run after a whole
-one only measures. Without minutes to train nothing is learned: weights are random, and accuracy is left
+one only measures. Without epochs to train nothing is learned: weights are random, and accuracy is left
 open.
+
+All that is fine-tuned after it was made smaller has the Baseline for a teacher, and the Baseline itself is
+trained on for as long as the longest of them, so that what more training does is seen apart.
 """
 
 from __future__ import annotations
@@ -10,33 +13,42 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch import nn
 
 from compression.files import write_whole
-from compression.logs.dataset import build_vocabulary, read_log
+from compression.logs.dataset import Sequences, build_vocabulary, read_log
 from compression.logs.dataset import split as split_sequences
+from compression.logs.item_lists import is_item_lists
 from compression.logs.synth import SynthSettings, synthesize, write_log
+from compression.ranking.judging import Data, Ranks
 from compression.ranking.network import CandidateRanker
-from compression.ranking.training import Data, Effort, fit
+from compression.ranking.training import Effort, fit
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.smaller import packed, pruning, structured
 from compression.smaller.quantization import Grid, aware
 from infra.bench.table1.shapes import EIGHT, Shape, untrained
 
 Say = Callable[[str], None]
+FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
+TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
+PARTS: Final = {"round": 0.08, "rounding": 0.08, "student": 0.6}  # of the Baseline's epochs
+TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
+MOST_ITEMS: Final = 200_000  # of a log
 TABLE: Final = "network.items"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Made:
     """One method's network as it is stored and loaded again. `grids` by module: what its graph computes
-    with; `zeros`: the share of the Baseline's parameters that are gone or zero."""
+    with; `zeros`: the share of the Baseline's parameters that are gone or zero; `ranks`: of every target
+    that it was judged by."""
 
     method: str
     ranker: CandidateRanker
@@ -44,46 +56,71 @@ class Made:
     bytes: int
     parameters: int
     zeros: float
-    figures: dict[str, Any]
+    ranks: Ranks | None
 
 
 class Steps:
-    """The steps of one shape, in one folder. `minutes` is the Baseline's training; the others' are parts
-    of it."""
+    """The steps of one shape, in one folder. `epochs` is the Baseline's training, the others' are parts of
+    it; `log` is learned from, a synthetic one where there is none."""
 
     def __init__(
-        self, shape: Shape, folder: Path, minutes: float, seed: int, say: Say = lambda _: None
+        self,
+        shape: Shape,
+        folder: Path,
+        epochs: float,
+        seed: int,
+        say: Say = lambda _: None,
+        log: Path | None = None,
     ) -> None:
-        self._shape, self._folder, self._minutes, self._seed, self._say = shape, folder, minutes, seed, say
+        self._shape, self._folder, self._epochs, self._seed, self._say = shape, folder, epochs, seed, say
+        self._log = log
         self._data: Data | None = None
         self._rows = shape.items + 2
 
+    def baseline(self) -> Made:
+        """What the others are made from and compared with."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._epochs:
+            self._rows = self._count_rows()
+        return self._step("Baseline", self._baseline, self._shape.config(self._rows))
+
     def all(self) -> list[Made]:
         """Every method, in the order of Table I."""
-        folder = self._folder
-        folder.mkdir(parents=True, exist_ok=True)
-        if self._minutes:
-            self._rows = self._count_rows()
-        baseline = self._step("Baseline", self._baseline, self._shape.config(self._rows))
+        baseline = self.baseline()
         quantized = self._step("Quantized", lambda: self._quantized(baseline), baseline.ranker.network.config)
         pruned = self._step("Pruned", lambda: self._pruned(baseline), baseline.ranker.network.config)
         both = self._step(
-            "Pruned + Quantized", lambda: self._pruned_quantized(pruned), baseline.ranker.network.config
+            "Pruned + Quantized",
+            lambda: self._pruned_quantized(pruned, baseline),
+            baseline.ranker.network.config,
         )
         distilled = self._step(
             "Distilled", lambda: self._distilled(baseline), self._shape.student(self._rows)
         )
         return [baseline, quantized, pruned, both, distilled]
 
+    def trained_on(self, baseline: Made) -> Made:
+        """The Baseline after as many more epochs as any other method has had after it, by the log alone."""
+        return self._step(TRAINED_ON, lambda: self._trained_on(baseline), baseline.ranker.network.config)
+
+    @property
+    def items(self) -> int:
+        return self._rows - 2
+
     # Steps: each answers a network and the grids it is to be stored on ---------------------------
 
     def _baseline(self) -> tuple[CandidateRanker, dict[str, Grid]]:
         ranker = untrained(self._shape.config(self._rows), self._seed)
-        self._fit(ranker, 1.0)
+        self._fit(ranker, 1.0, FROM_SCRATCH)
+        return ranker, {}
+
+    def _trained_on(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
+        ranker = copy(baseline.ranker)
+        self._fit(ranker, PARTS["round"] * self._shape.rounds + PARTS["rounding"], TUNING)
         return ranker, {}
 
     def _quantized(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
-        return self._rounded(baseline.ranker, EIGHT)
+        return self._rounded(baseline.ranker, EIGHT, baseline.ranker)
 
     def _pruned(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Table by threshold, heads and channels for good, K rounds of both (formulas 5 to 7)."""
@@ -96,7 +133,13 @@ class Steps:
             structured.shrink(ranker.network, heads=heads, channels=channels)
             masks = self._masks(ranker, shape.pruned * part, baseline.parameters)
             pruning.apply(ranker, masks)
-            self._fit(ranker, 0.2, after_step=lambda kept=masks: pruning.apply(ranker, kept))  # type: ignore[misc]
+            self._fit(
+                ranker,
+                PARTS["round"],
+                TUNING,
+                teacher=baseline.ranker,
+                after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
+            )
         return ranker, {}
 
     def _masks(self, ranker: CandidateRanker, share: float, of: int) -> dict[str, torch.Tensor]:
@@ -106,18 +149,19 @@ class Steps:
         left = max(0.0, (share * of - gone) / table.numel())
         return {f"{TABLE}.weight": pruning.mask(table, pruning.threshold(table, left))}
 
-    def _pruned_quantized(self, pruned: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
-        return self._rounded(pruned.ranker, Grid(self._shape.pruned_bits, per_row=True))
+    def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
+        grid = Grid(self._shape.pruned_bits, per_row=True)
+        return self._rounded(pruned.ranker, grid, baseline.ranker)
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
         student = untrained(self._shape.student(self._rows), self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, 1.5, teacher=baseline.ranker)
+        self._fit(student, PARTS["student"], FROM_SCRATCH, teacher=baseline.ranker)
         return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
 
     def _rounded(
-        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker | None = None
+        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -125,7 +169,13 @@ class Steps:
         zero = {name: weight.detach() != 0 for name, weight in pruning.prunable(ranker).items()}
         kept = {name: mask for name, mask in zero.items() if name.startswith(TABLE)}
         with aware(ranker, grids):
-            self._fit(ranker, 0.25, teacher=teacher, after_step=lambda: pruning.apply(ranker, kept))
+            self._fit(
+                ranker,
+                PARTS["rounding"],
+                TUNING,
+                teacher=teacher,
+                after_step=lambda: pruning.apply(ranker, kept),
+            )
         return ranker, grids
 
     # ------------------------------------------------------------------------------------------
@@ -134,22 +184,19 @@ class Steps:
         self, method: str, make: Callable[[], tuple[CandidateRanker, dict[str, Grid]]], config: NetworkConfig
     ) -> Made:
         """What is stored of the method, made first where it is not there."""
-        name = method.lower().replace(" + ", "-")
-        weights, said = self._folder / f"{name}.packed", self._folder / f"{name}.json"
+        name = method.lower().replace(" + ", "-").replace(", ", "-").replace(" ", "-")
+        weights, said, ranks = (self._folder / f"{name}.{end}" for end in ("packed", "json", "ranks"))
         if not said.is_file():
-            self._say(f"{method}: training" if self._minutes else f"{method}: random weights")
+            self._say(f"{method}: training" if self._epochs else f"{method}: random weights")
             ranker, grids = make()
             packed.write(
                 weights, ranker.state_dict(), {f"{module}.weight": grid for module, grid in grids.items()}
             )
-            stored = load(weights, config)
-            figures: dict[str, Any] = {"grids": {m: [g.bits, g.per_row] for m, g in grids.items()}}
-            if self._minutes:
-                figures["accuracy"] = self._of_log().judge(stored)
-                if method == "Baseline":
-                    figures["trained_on"] = self._trained_on(stored)
-            write_whole(said, json.dumps(figures, indent=1).encode())
-        figures = json.loads(said.read_bytes())
+            if self._epochs:
+                self._of_log().ranks(load(weights, config)).save(ranks)
+            kept = {"grids": {module: [grid.bits, grid.per_row] for module, grid in grids.items()}}
+            write_whole(said, json.dumps(kept, indent=1).encode())
+        stored = json.loads(said.read_bytes())
         ranker = load(weights, config)
         with torch.device("meta"):
             whole = count(CandidateRanker(RetrievalNetwork(self._shape.config(self._rows))))
@@ -157,38 +204,31 @@ class Steps:
         return Made(
             method,
             ranker,
-            {module: Grid(bits, per_row) for module, (bits, per_row) in figures.pop("grids").items()},
+            {module: Grid(bits, per_row) for module, (bits, per_row) in stored["grids"].items()},
             weights.stat().st_size,
             count(ranker),
             gone / whole,
-            figures,
+            Ranks.load(ranks) if ranks.is_file() else None,
         )
-
-    def _trained_on(self, baseline: CandidateRanker) -> dict[str, float]:
-        """The Baseline's accuracy after as much more training as the others get at most: what they have
-        lost is counted from there, or training on would pass for compression."""
-        ranker = copy(baseline)
-        self._fit(ranker, 0.2 * self._shape.rounds + 0.25)
-        return self._of_log().judge(ranker)
 
     def _fit(
         self,
         ranker: CandidateRanker,
         part: float,
+        effort: Effort,
         *,
         teacher: CandidateRanker | None = None,
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
-        if not self._minutes:
+        if not self._epochs:
             return
-        rate = 1e-3 if part >= 1.0 else 5e-4
-        effort = Effort(minutes=self._minutes * part, learning_rate=rate)
+        effort = replace(effort, epochs=self._epochs * part)
         steps = fit(ranker, self._of_log(), effort, teacher=teacher, after_step=after_step, seed=self._seed)
         self._say(f"  {steps} steps")
 
     def _of_log(self) -> Data:
         if self._data is None:
-            self._data = data(self._shape, self._seed)
+            self._data = data(self._shape, self._seed, self._log)
         return self._data
 
     def _count_rows(self) -> int:
@@ -199,21 +239,46 @@ class Steps:
         return int(known.read_text())
 
 
-def data(shape: Shape, seed: int) -> Data:
-    """A synthetic log in Taobao's format, read as any other."""
-    with tempfile.TemporaryDirectory(prefix="tailrace-synth-") as folder:
-        path = Path(folder) / "log.csv"
-        settings = SynthSettings(
-            events=shape.log_events,
-            users=shape.log_users,
-            items=shape.items,
-            categories=shape.log_categories,
-            seed=seed,
-        )
-        write_log(path, synthesize(settings))
-        sequences = read_log(path).sequences
-    vocabulary = build_vocabulary(sequences, max_items=shape.items, item_buckets=1, category_buckets=2)
-    return Data(sequences, split_sequences(sequences, "leave-one-out"), vocabulary)
+def newest(sequences: Sequences, count: int) -> Sequences:
+    """Each user's last `count` events."""
+    ends, starts = sequences.offsets[1:], sequences.offsets[:-1]
+    starts = np.maximum(starts, ends - count)
+    kept = sequences.windows(starts, ends)
+    return Sequences(
+        users=sequences.users,
+        offsets=np.append(0, np.cumsum(kept.lengths)),
+        items=kept.items,
+        categories=kept.categories,
+        behaviors=kept.behaviors,
+        timestamps=kept.timestamps,
+    )
+
+
+def data(shape: Shape, seed: int, log: Path | None = None, **judging: Any) -> Data:
+    """A log, or a synthetic one in Taobao's format that is read as any other: of each user's events the
+    newest that fill a history, and the two that follow. Where nobody comes back to an item, as in lists of
+    films, what was seen is not ranked."""
+    if log is not None:
+        sequences = read_log(log).sequences
+    else:
+        with tempfile.TemporaryDirectory(prefix="tailrace-synth-") as folder:
+            path = Path(folder) / "log.csv"
+            settings = SynthSettings(
+                events=shape.log_events,
+                users=shape.log_users,
+                items=shape.items,
+                categories=shape.log_categories,
+                seed=seed,
+            )
+            write_log(path, synthesize(settings))
+            sequences = read_log(path).sequences
+    sequences = newest(sequences, shape.history + 3)
+    vocabulary = build_vocabulary(
+        sequences, max_items=max(shape.items, MOST_ITEMS), item_buckets=1, category_buckets=2
+    )
+    once = log is not None and is_item_lists(log)
+    split = split_sequences(sequences, "leave-one-out")
+    return Data(sequences, split, vocabulary, filter_seen=once, **judging)
 
 
 def grids_of(ranker: CandidateRanker, table: Grid) -> dict[str, Grid]:

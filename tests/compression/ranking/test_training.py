@@ -8,7 +8,7 @@ from compression.retrieval.network import RetrievalNetwork
 from infra.bench.table1.shapes import QUICK, untrained
 from infra.bench.table1.steps import data
 
-EFFORT = Effort(minutes=9.0, max_steps=60, learning_rate=5e-3, negatives=128)
+EFFORT = Effort(epochs=99.0, max_steps=60, learning_rate=5e-3, negatives=128)
 
 
 def test_a_ranker_and_its_student_learn_and_nothing_that_was_not_asked_for_changes():
@@ -41,7 +41,7 @@ def test_a_students_maps_come_closer_to_its_teachers_than_alone():
         fit(
             student,
             log,
-            Effort(minutes=9.0, max_steps=30, learning_rate=1e-2, negatives=64, maps=weight),
+            Effort(epochs=99.0, max_steps=60, learning_rate=1e-2, candidates_every=1, maps=weight),
             teacher=teacher,
         )
         student.layers[0].attention.keep_map = True

@@ -40,6 +40,18 @@ def test_values_are_close_zeros_stay_and_codes_fit_their_bits(bits, seed, per_ro
     assert bool((kept >= low).all()) and bool((kept <= high).all())
 
 
+@given(st.integers(2, 8), st.integers(0, 2**31 - 1), st.booleans())
+def test_what_is_rounded_once_is_not_changed_by_rounding_it_again(bits, seed, per_row):
+    torch.manual_seed(seed)
+    weights = torch.randn(6, 40)
+    weights[torch.rand(6, 40) < 0.3] = 0.0
+    grid = Grid(bits, per_row)
+    once = quantize(weights, grid)
+    again = quantize(once.values(), grid)
+    assert torch.equal(again.codes, once.codes)
+    torch.testing.assert_close(again.step, once.step)
+
+
 def test_more_bits_are_closer():
     weights = torch.randn(64, 64)
     errors = [float((quantize(weights, Grid(bits)).values() - weights).abs().mean()) for bits in (2, 4, 6, 8)]

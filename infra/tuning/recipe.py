@@ -1,0 +1,66 @@
+"""What can be chosen when a trained ranker is made smaller."""
+
+from __future__ import annotations
+
+from typing import Annotated, Final, Literal
+
+from optuna import Trial
+from pydantic import BaseModel, ConfigDict, Field
+
+from compression.retrieval.network import NetworkConfig
+
+STUDENT_HEADS: Final = 4
+_STUDENT_SHARES: Final = (0.3, 0.4, 0.5, 0.6)  # of the Baseline's dimensions
+_CHANNEL_SHARES: Final = (0.2, 0.4, 0.6, 0.8, 1.0)
+Bits = Annotated[int, Field(ge=2, le=8)]
+
+
+class Recipe(BaseModel):
+    """`shrunk`: the trained network with layers, heads and channels left out, the small weights of its
+    table zero, its query, key and value maps of a lower rank (0: as they are). `student`: a narrower network
+    that begins with the table's main directions. Both are then rounded and taught by the whole network."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["shrunk", "student"]
+    layers: Annotated[int, Field(ge=1, le=64)]
+    heads: Annotated[int, Field(ge=1, le=64)]
+    channels: Annotated[int, Field(ge=1, le=65536)]
+    dim: Annotated[int, Field(ge=2, le=4096)]
+    zeros: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: Annotated[int, Field(ge=0, le=4096)] = 0
+    matrix_bits: Bits = 8
+    table_bits: Bits = 8
+
+
+def suggest(trial: Trial, whole: NetworkConfig) -> Recipe:
+    """A recipe for a network of these sizes, as the study wants it tried."""
+    matrix_bits = trial.suggest_int("matrix_bits", 4, 8)
+    table_bits = trial.suggest_int("table_bits", 2, 8)
+    if trial.suggest_categorical("kind", ["shrunk", "student"]) == "student":
+        share = trial.suggest_categorical("dim_share", _STUDENT_SHARES)
+        dim = STUDENT_HEADS * max(1, round(share * whole.dim / STUDENT_HEADS))
+        return Recipe(
+            kind="student",
+            layers=trial.suggest_int("student_layers", 1, max(1, whole.layers - 1)),
+            heads=STUDENT_HEADS,
+            channels=4 * dim,
+            dim=dim,
+            matrix_bits=matrix_bits,
+            table_bits=table_bits,
+        )
+    heads = trial.suggest_int("heads", 1, whole.heads)
+    width = heads * whole.dim // whole.heads
+    attention = trial.suggest_categorical("attention", ["full", "low-rank"])
+    return Recipe(
+        kind="shrunk",
+        layers=trial.suggest_int("layers", 1, whole.layers),
+        heads=heads,
+        channels=round(trial.suggest_categorical("channel_share", _CHANNEL_SHARES) * whole.ffn),
+        dim=whole.dim,
+        zeros=trial.suggest_float("zeros", 0.0, 0.6, step=0.1),
+        # The rank at which two maps have half the weights of one.
+        rank=max(1, width * whole.dim // (2 * (width + whole.dim))) if attention == "low-rank" else 0,
+        matrix_bits=matrix_bits,
+        table_bits=table_bits,
+    )
