@@ -30,6 +30,15 @@ def free_port(*but: int) -> int:
     return port
 
 
+def free_ports(count: int, *but: int) -> int:
+    """The first of so many such ports that follow one another."""
+    while True:
+        first = free_port(*but)
+        ports = range(first, first + count)
+        if all(is_free(port) for port in ports) and not set(ports) & set(but):
+            return first
+
+
 def is_free(port: int) -> bool:
     """Whether a server could listen here now, on this machine's loopback and on all addresses."""
     for host in (HOST, ""):

@@ -19,7 +19,7 @@ from infra.bench.serve.payload import Padding
 from infra.bench.serve.shape import CANDIDATES, MAX_LISTS
 from infra.bench.serve.venvs import CannotInstall, ensure
 from infra.local.paths import INFRA
-from infra.local.server import ServerFailed
+from infra.local.server import ServerFailed, free_port, free_ports
 from infra.local.triton import LocalTriton, ensure_triton
 
 WAIT_MS: Final = 2
@@ -77,6 +77,10 @@ class Arm(ABC):
     def precision(self) -> Precision:
         """What it computes in: how far its scores may lie from ONNX Runtime's."""
         return "f32"
+
+    def listeners(self, served: Served) -> int:
+        """How many of its processes listen once all of it is up; 0 where whoever answers is all of it."""
+        return 0
 
     @abstractmethod
     def start(self, served: Served) -> subprocess.Popen[bytes] | None:
@@ -156,24 +160,31 @@ def our_lanes(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OurServer(Arm):
-    """`tailrace serve`, over gRPC."""
+    """`tailrace serve`, over gRPC: as many processes as there are workers, as with the others, a lane each."""
 
     @property
     def precision(self) -> Precision:
         return our_precision()
 
+    def listeners(self, served: Served) -> int:
+        return served.workers
+
     def start(self, served: Served) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "infra.cli", "serve", "--registry", str(served.registry)]
-        ports = ["--grpc-port", str(served.port), "--http-port", "0", "--admin-port", "0"]
+        http_port = free_port(served.port)
+        admin_port = free_ports(served.workers, served.port, http_port)
+        ports = ["--grpc-port", str(served.port), "--http-port", str(http_port)]
+        ports += ["--admin-port", str(admin_port)]
+        workers = ["--workers", str(served.workers)]
         told = {
-            "INFERENCE_LANES": our_lanes(served.workers),
+            "INFERENCE_LANES": our_lanes(1),
             "INFERENCE_SPARES": "0",
             "INFERENCE_BATCHES": json.dumps(BATCHES),
             "INFERENCE_HISTORIES": json.dumps(HISTORIES),
             "INFERENCE_CANDIDATE_SIZES": json.dumps(WIDTHS),
             "INFERENCE_MAX_BATCH": str(MAX_LISTS),
         }
-        return spawn_server([*command, *ports, "--log-level", "WARNING"], served.folder, told)
+        return spawn_server([*command, *ports, *workers, "--log-level", "WARNING"], served.folder, told)
 
 
 @dataclass(frozen=True, slots=True)
