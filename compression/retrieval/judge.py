@@ -12,7 +12,7 @@ import torch
 from compression.evaluation.evaluate import Targets, metrics
 from compression.evaluation.predictors import MOST_COUNTED, Statistics, Transitions, log_chances
 from compression.evaluation.scoring import to_history
-from compression.evaluation.transitions import PUBLISHED
+from compression.evaluation.transitions import COUNTS
 from compression.logs.dataset import Sequences, Split
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
@@ -85,7 +85,7 @@ class Judge:
         self._counts: list[Float32] | None = None
         self._weights: tuple[float, ...] = (0.0,)
         if recipe.counts is not None and len(sequences) <= MOST_COUNTED:
-            counts = Transitions(statistics, PUBLISHED[recipe.counts])
+            counts = Transitions(statistics, COUNTS[recipe.counts])
             self._counts = [counts.scores(targets.positions[part]) for part in self._parts]
             self._weights = tuple(sorted({0.0, *recipe.fusion_weights}))
 

@@ -42,6 +42,8 @@ class RetrievalRecipe(BaseModel):
     gaps: bool = False
     dropout: float = 0.1
 
+    start: Literal["normal", "counts"] = "normal"
+    """What the item table starts from: numbers drawn, or the counts' factors (`spectral.py`)."""
     max_items: Annotated[int, Field(ge=1)] = 500_000
     full_softmax_items: Annotated[int, Field(ge=0)] = 20_000
     negatives: Annotated[int, Field(ge=2)] = 3_000
@@ -65,7 +67,7 @@ class RetrievalRecipe(BaseModel):
     averaged: Annotated[int, Field(ge=1, le=16)] = 5
     """The weights of so many of the best epochs are averaged, where validation likes that better."""
 
-    counts: Literal["dense", "sparse"] | None = "dense"
+    counts: Literal["dense", "sparse", "walked"] | None = "dense"
     """Settings of the transition counts that the model is fused with; None: the model alone."""
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
 
@@ -90,12 +92,14 @@ RECIPES: Final = {
         dropout=0.4,
         event_dropout=0.2,
         batch_windows=128,
-        epochs=24,
+        start="counts",
+        epochs=6,
         patience=4,
         judge_every=2,
         judge_limit=6_000,
-        counts="sparse",
-        fusion_weights=(2.0, 3.0, 4.0, 5.0, 7.0),
+        averaged=2,
+        counts="walked",
+        fusion_weights=(5.0, 7.0, 10.0, 15.0, 20.0),
         ema=0.99,
     ),
     "full": RetrievalRecipe(),

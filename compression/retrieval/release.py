@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import ArtefactInvalid
-from compression.evaluation.transitions import PUBLISHED, TransitionSettings
+from compression.evaluation.transitions import COUNTS, TransitionSettings
 from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
 from compression.retraining.pipeline import git_revision
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
@@ -46,7 +46,7 @@ class RetrievalConfig(BaseModel):
 def config_of(trained: TrainedRetrieval, recipe: RetrievalRecipe, fitted: Fitted) -> RetrievalConfig:
     return RetrievalConfig(
         network=trained.network.config,
-        counts=PUBLISHED[recipe.counts] if recipe.counts else None,
+        counts=COUNTS[recipe.counts] if recipe.counts else None,
         fusion_weight=trained.selection.verdict.weight,
         fitted=fitted,
     )

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 
 from compression.evaluation.predictors import Statistics
+from compression.evaluation.transitions import COUNTS
 from compression.logs.dataset import Sequences, Split, batches, training_windows
 from compression.retrieval.averaging import RunningMean, Weights, best_of, mean, weights_of
 from compression.retrieval.judge import Judge, Verdict
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
+from compression.retrieval.spectral import start_table
 from compression.retrieval.state import TrainingState
 from compression.retrieval.step import Step, without
 from features.encoding import Vocabulary, encode_histories
@@ -129,6 +131,8 @@ class _Run:
         self._sequences, self._split, self._vocabulary = sequences, split, vocabulary
         self._recipe, self._seed, self._keep = recipe, seed, keep
         self.network = RetrievalNetwork(recipe.network(vocabulary.item_rows))
+        if recipe.start == "counts":
+            start_table(self.network, statistics, COUNTS[recipe.counts or "sparse"], seed)
         self._step = Step(self.network, recipe, statistics)
         self._mean = RunningMean(self.network, recipe.ema) if recipe.ema else None
         self.epochs: list[Epoch] = []

@@ -7,7 +7,14 @@ import pytest
 
 from compression.evaluation.evaluate import Targets, catalogue_ranks, metrics
 from compression.evaluation.predictors import Statistics, Transitions, fused
-from compression.evaluation.transitions import DENSE, PUBLISHED, SPARSE, TransitionCounts, TransitionSettings
+from compression.evaluation.transitions import (
+    COUNTS,
+    DENSE,
+    SPARSE,
+    WALKED,
+    TransitionCounts,
+    TransitionSettings,
+)
 from compression.logs.dataset import build_vocabulary, leave_one_out, read_log
 
 MOVIES = Path(__file__).parents[3] / "shared" / "data" / "ml-1m" / "ml-1m.txt.gz"
@@ -20,16 +27,26 @@ def by_the_formula(sequences, catalogue, settings, history):
     for items in sequences:
         for later, item in enumerate(items):
             often[item] += 1
+            once = 1.0
+            if settings.recency < 1:
+                once = max(0.2, settings.recency ** (len(items) - 1 - later))
             for earlier in range(max(0, later - settings.window), later):
-                counts[items[earlier], item] += (later - earlier) ** -settings.distance_power
+                counts[items[earlier], item] += once * (later - earlier) ** -settings.distance_power
+    both = counts + counts.T
+    steps = both / np.maximum(both.sum(1, keepdims=True), 1e-12)
     scores = settings.boost * np.log((often + 1) / (often.sum() + catalogue))
     newest = history[::-1][: settings.max_history]
     for weight, item in zip(settings.kernel(len(newest)), newest, strict=True):
         scores += weight * np.log1p(counts[item] * catalogue / settings.tau)
+    start = np.zeros(catalogue + 1)
+    np.add.at(start, newest, settings.kernel(len(newest)))
+    scores += settings.walk * np.log1p(start @ steps @ steps * catalogue / settings.walk_tau)
     return scores[1:]
 
 
-@pytest.mark.parametrize("settings", [DENSE, SPARSE, TransitionSettings(window=3, head=2, max_history=4)])
+@pytest.mark.parametrize(
+    "settings", [DENSE, SPARSE, WALKED, TransitionSettings(window=3, head=2, max_history=4)]
+)
 def test_counts_score_as_the_formula_says(settings):
     rng = np.random.default_rng(5)
     sequences = [rng.integers(1, 13, length) for length in (1, 2, 9, 30)]
@@ -40,6 +57,17 @@ def test_counts_score_as_the_formula_says(settings):
     scores = counts.scores(histories)
     for got, history in zip(scores, histories, strict=True):
         assert got == pytest.approx(by_the_formula(sequences, 12, settings, history), abs=1e-4)
+
+
+def test_a_walk_reaches_an_item_that_never_met_the_history():
+    rows, users = np.array([1, 2, 3, 2]), np.array([0, 0, 1, 1])
+    without, walked = (
+        TransitionCounts(rows, users, 4, TransitionSettings(boost=0.0, walk=walk)).scores([np.array([1])])[0]
+        for walk in (0.0, 1.0)
+    )
+    assert without[2] == 0.0
+    # From 1 the first step is to 2, the second from there to 1 or 3, which met 2 once each.
+    assert walked - without == pytest.approx([np.log1p(0.5 * 4 / 5), 0, np.log1p(0.5 * 4 / 5), 0])
 
 
 def test_the_kernel_gives_all_to_the_newest_where_there_is_nothing_older():
@@ -79,7 +107,7 @@ def test_published_settings_give_the_published_figures(path, settings, ndcg, hr)
     vocabulary = build_vocabulary(sequences, max_items=50_000, item_buckets=1, category_buckets=2)
     split = leave_one_out(sequences)
     statistics = Statistics(sequences, split, vocabulary)
-    counts = Transitions(statistics, PUBLISHED[settings])
+    counts = Transitions(statistics, COUNTS[settings])
     targets = Targets.draw(sequences, split.test, vocabulary, limit=100_000, seed=1)
     ranks = catalogue_ranks(counts.scores, targets, len(vocabulary.item_ids), statistics.seen)
     figures = metrics(ranks, (10,))
