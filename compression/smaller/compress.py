@@ -49,6 +49,7 @@ def stage(
     """The stage of that name (`Compression.stages`) of the recipe; `before` is what the stage before made,
     `teacher` the network as it was trained."""
     plan, sizes = recipe.compression, before.shape
+    unpruned = max(1, round(recipe.ffn * plan.student_ffn)) if plan.distil else recipe.ffn
     recipe = replace(recipe, dim=sizes.dim, layers=sizes.layers, ffn=sizes.ffn, compression=Compression())
     if name == "distil":
         small = replace(
@@ -64,7 +65,7 @@ def stage(
         lesson = Rounded(teacher, plan)
         return Stage(_part(fine, plan.aware_share), _copy(before), lesson)
     number = int(name.removeprefix("prune-"))
-    kept = pruned_channels(recipe.ffn, plan, number)
+    kept = pruned_channels(unpruned, plan, number)
     weights = keep_channels(_copy(before), kept)
     return Stage(_part(replace(fine, ffn=kept), plan.round_share), weights, Taught(teacher, plan))
 
@@ -145,10 +146,8 @@ def _turned(block: Weights, turn: Tensor, longer: float) -> Weights:
 
 
 def pruned_channels(ffn: int, plan: Compression, number: int) -> int:
-    """How many of `ffn` channels are left after the round, where rounds remove equal shares of what was
-    there at first: `ffn` is what the round before has left."""
-    whole = ffn / (1 - (1 - plan.kept_channels) * (number - 1) / plan.rounds)
-    return max(1, round(whole * (1 - (1 - plan.kept_channels) * number / plan.rounds)))
+    """How many of `ffn` channels are left after the round; rounds remove equal shares of them."""
+    return max(1, round(ffn * (1 - (1 - plan.kept_channels) * number / plan.rounds)))
 
 
 @torch.no_grad()

@@ -78,12 +78,10 @@ def test_channels_that_write_nothing_leave_and_nobody_misses_them():
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_rounds_take_equal_shares_of_what_was_there_at_first():
-    left, ffn = [], 120
-    for number in (1, 2, 3):
-        ffn = compress.pruned_channels(ffn, Compression(kept_channels=0.25), number)
-        left.append(ffn)
-    assert left == [90, 60, 30]
+@pytest.mark.parametrize(("ffn", "kept", "left"), [(120, 0.25, [90, 60, 30]), (64, 0.5, [53, 43, 32])])
+def test_rounds_take_equal_shares_of_what_was_there_at_first(ffn, kept, left):
+    plan = Compression(kept_channels=kept)
+    assert [compress.pruned_channels(ffn, plan, number) for number in (1, 2, 3)] == left
 
 
 def asked_of(network):
