@@ -136,7 +136,7 @@ def test_stopped_within_every_stage_it_ends_with_the_same_result(log, compressed
     assert result(tmp_path) == compressed
 
 
-@pytest.mark.parametrize("step", PLANS["all"].stages)
+@pytest.mark.parametrize("step", ["distil", "prune-2", "quantize"])
 def test_a_stage_that_was_done_before_it_died_is_not_done_again(log, compressed, tmp_path, step):
     begun, run = [], Run.begin(tmp_path / "runs", "night")
     with pytest.raises(Killed):
