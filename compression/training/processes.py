@@ -29,7 +29,7 @@ from typing import Final, Protocol
 import torch
 from torch import distributed as dist
 from torch.distributed import FileStore  # type: ignore[attr-defined]
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as rendezvous_at
 
 from compression.training.checkpoint import Stopped
 from compression.training.group import ALONE, Group
@@ -211,7 +211,7 @@ class Launched:
 
     def __enter__(self) -> Launched:
         timeout = timedelta(seconds=_HANGS_S)
-        self._store, rank, size = next(rendezvous("env://", timeout=timeout))
+        self._store, rank, size = next(rendezvous_at("env://", timeout=timeout))
         dist.init_process_group(
             _backend(self._device), store=self._store, rank=rank, world_size=size, timeout=timeout
         )
