@@ -56,7 +56,8 @@ class RecommendRequest(Message):
 
 
 class RankedItem(Message):
-    """One line of a ranked list; `source` names where the candidate came from."""
+    """One line of a ranked list; `source` names where the candidate came from. `score` orders the list it
+    stands in: the model's logit plus what online counts add. Scores of two lists do not compare."""
 
     item_id: EntityId
     score: float

@@ -56,6 +56,15 @@ def test_a_tiny_model_learns_what_popularity_cannot(released):
     assert figures["ranking_50"]["ndcg@10"] > 1.5 * figures["popularity_50"]["ndcg@10"]
 
 
+def test_the_release_says_what_online_counts_add_and_its_lists_are_better_for_it(released):
+    manifest = Registry(released[0].registry).open("serving").manifest
+    lists = manifest.metrics["lists"]
+    assert manifest.fusion is not None
+    assert manifest.fusion.model_dump() == lists["weights"]
+    assert manifest.fusion.transition > 0
+    assert lists["fused"]["ndcg@10"] > 1.1 * lists["network"]["ndcg@10"]
+
+
 def test_the_release_serves_and_its_manifest_says_where_it_came_from(released, log):
     settings, done, _ = released
     artefact = Registry(settings.registry).open("serving")
