@@ -23,7 +23,7 @@ BATCHES: Final = (1, 2, 4, 8, 16, 32)
 
 # What cutting, padding and putting together again cost beside the engine. It also keeps the noise of
 # a short measurement from cutting a batch for nothing.
-_PER_CUT_S: Final = 300e-6
+_PER_CUT_S: Final = 150e-6
 
 # What one appended event costs beside the engine.
 _PER_APPEND_S: Final = 50e-6

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import socket
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import psutil
 import pytest
 from aiohttp import web
 
@@ -25,7 +28,7 @@ from features.sequence import unpack
 from inference.buckets import HISTORIES
 from inference.engines.base import TOLERANCE
 from infra.bench.serve import payload
-from infra.bench.serve.arms import Arm, NoServer, Served, spawn_server
+from infra.bench.serve.arms import Arm, NoServer, OurServer, Served, spawn_server
 from infra.bench.serve.arrivals import BURST_S, bursty
 from infra.bench.serve.driver import Done, Offer, summary
 from infra.bench.serve.grpc_client import GrpcSender
@@ -36,7 +39,7 @@ from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
 from infra.bench.serve.sessions import Events, Sessions
 from infra.bench.serve.shape import CANDIDATES, HISTORY, ROW, row_ints
 from infra.bench.serve.venvs import CannotInstall, ensure
-from infra.local.server import HOST, free_port
+from infra.local.server import HOST, free_port, free_ports
 
 # Arrivals ----------------------------------------------------------------------------------------
 
@@ -394,6 +397,62 @@ def test_a_server_is_measured_with_its_cpu(registry: Path, sessions_file: Path) 
     assert found.failed == 0
     assert found.server_cpu_us > 0
     assert up.difference < 1e-4
+
+
+OF_TWO = SCRIPT.replace("print=None", "print=None, reuse_port=True").replace(
+    "async def rank(request):",
+    """if len(sys.argv) < 2:
+        # Another process listens, too, but later.
+        subprocess.Popen([sys.executable, "-c", SELF, "late"], env={**os.environ, "SELF": SELF})
+    else:
+        time.sleep(1.5)
+
+    async def rank(request):""",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class OfTwo(Arm):
+    """A server of two processes, the second of which takes longer to start."""
+
+    def listeners(self, served: Served) -> int:
+        return 2
+
+    def start(self, served: Served) -> subprocess.Popen[bytes]:
+        imports = "import os, subprocess, sys, time\nSELF = os.environ['SELF']\n"
+        script = imports + textwrap.dedent(OF_TWO).replace("{spoil}", "")
+        return spawn_server([sys.executable, "-c", script], served.folder, {**served.told(), "SELF": script})
+
+
+def most_listeners() -> int:
+    """How many of our child processes listen on one port, at most."""
+    ports = [
+        {one.laddr.port for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
+        for process in psutil.Process().children(recursive=True)
+    ]
+    return max(Counter(port for own in ports for port in own).values(), default=0)
+
+
+def test_load_begins_once_all_processes_of_a_server_listen(registry: Path, sessions_file: Path) -> None:
+    with running(OfTwo("of-two", "raw"), registry, sessions_file, lists=1, workers=2):
+        assert most_listeners() == 2
+
+
+def test_our_server_has_as_many_processes_as_the_others(registry: Path, sessions_file: Path) -> None:
+    arm = OurServer("tailrace", "oip", "tailrace-rank")
+    with running(arm, registry, sessions_file, lists=2, workers=2) as up:
+        assert most_listeners() == 2
+        found = up.step(100, seconds=1.0, seed=1)
+    assert found.failed == 0
+
+
+def test_ports_that_follow_one_another_are_none_of_those_in_use() -> None:
+    with socket.socket() as taken:
+        port = free_port()
+        taken.bind((HOST, port))
+        for _ in range(20):
+            first = free_ports(3, port + 10)
+            assert not {port, port + 10} & set(range(first, first + 3))
 
 
 def test_a_server_that_answers_with_other_scores_is_not_measured(registry: Path, sessions_file: Path) -> None:

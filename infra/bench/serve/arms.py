@@ -160,7 +160,7 @@ def our_lanes(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OurServer(Arm):
-    """`tailrace serve`, over gRPC: as many processes as there are workers, like the others, a lane each."""
+    """`tailrace serve`, over gRPC: a process for each worker, as the others have, with one lane."""
 
     @property
     def precision(self) -> Precision:
