@@ -73,7 +73,8 @@ class RetrievalRecipe(BaseModel):
 
     def trains(self) -> dict[str, Any]:
         """All of it but how long: trainings that agree in this go the same way, one further."""
-        return self.model_dump(mode="json", exclude=LIMITS)
+        later = {"start"} if self.start == "normal" else set()  # older states know nothing of it
+        return self.model_dump(mode="json", exclude=LIMITS | later)
 
     def digest(self) -> str:
         """Eight letters that a recipe which trains otherwise does not share, for names of folders."""
