@@ -73,7 +73,7 @@ class RetrievalRecipe(BaseModel):
 
     def trains(self) -> dict[str, Any]:
         """All of it but how long: trainings that agree in this go the same way, one further."""
-        later = {"start"} if self.start == "normal" else set()  # older states know nothing of it
+        later: set[str] = {"start"} if self.start == "normal" else set()  # older states know nothing of it
         return self.model_dump(mode="json", exclude=LIMITS | later)
 
     def digest(self) -> str:
