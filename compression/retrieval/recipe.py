@@ -73,7 +73,8 @@ class RetrievalRecipe(BaseModel):
 
     def trains(self) -> dict[str, Any]:
         """All of it but how long: trainings that agree in this go the same way, one further."""
-        return self.model_dump(mode="json", exclude=LIMITS)
+        later: set[str] = {"start"} if self.start == "normal" else set()  # older states know nothing of it
+        return self.model_dump(mode="json", exclude=LIMITS | later)
 
     def digest(self) -> str:
         """Eight letters that a recipe which trains otherwise does not share, for names of folders."""
@@ -93,7 +94,7 @@ RECIPES: Final = {
         event_dropout=0.2,
         batch_windows=128,
         start="counts",
-        epochs=6,
+        epochs=16,
         patience=4,
         judge_every=2,
         judge_limit=6_000,
