@@ -140,6 +140,9 @@ def _accuracy(metrics: dict[str, Any]) -> str:
     behaviors = metrics.get("by_behavior", {})
     if len(behaviors) > 1:
         tables.append(f"<h3>By what the user did</h3>{_by_behavior(behaviors)}")
+    lists = metrics.get("lists", {})
+    if lists.get("targets"):
+        tables.append(f"<h3>As served, of fifty candidates</h3>{_lists(lists)}")
     bars = _bars(
         {name.replace("_", "-"): metrics[name]["hr@10"] for name in _FULL if name in metrics}, "HR@10"
     )
@@ -160,6 +163,18 @@ def _by_behavior(found: dict[str, Any]) -> str:
         for name, figures in found.items()
     ]
     return _table(["target", "events", "HR@10", "NDCG@10", "HR@10 of 50", "NDCG@10 of 50"], rows, ours=-1)
+
+
+def _lists(found: dict[str, Any]) -> str:
+    """The list that would be served, by the network alone and with what is counted online; a miss counts."""
+    cuts = ("hr@1", "hr@10", "ndcg@10", "mrr")
+    rows = [
+        [words, *(f"{found[name][cut]:.4f}" for cut in cuts)]
+        for words, name in (("with online counts", "fused"), ("network alone", "network"))
+    ]
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in found["weights"].items())
+    words = f"<p>{found['targets']:,} events. Weights of the counts, chosen on validation: {weights}.</p>"
+    return words + _table(["score", *(cut.upper() for cut in cuts)], rows, ours=0)
 
 
 def _gate(verdict: dict[str, Any]) -> str:

@@ -200,6 +200,7 @@ def print_metrics(report: dict[str, Any]) -> None:
             table.add_row(name.replace("_", "-"), *(f"{value:.4f}" for value in values.values()))
         console().print(table)
     _print_by_behavior(report.get("by_behavior", {}))
+    _print_lists(report.get("lists", {}))
 
 
 def _print_by_behavior(found: dict[str, Any]) -> None:
@@ -216,6 +217,23 @@ def _print_by_behavior(found: dict[str, Any]) -> None:
     for name, figures in found.items():
         shown = [figures[head][cut] for head in ("retrieval", "ranking_50") for cut in ("hr@10", "ndcg@10")]
         table.add_row(name, f"{figures['targets']:,}", *(f"{value:.4f}" for value in shown))
+    console().print(table)
+
+
+def _print_lists(found: dict[str, Any]) -> None:
+    """Of what was trained only: an evaluation of a version does not weigh counts anew."""
+    from rich.table import Table
+
+    from infra.console import console
+
+    if not found.get("targets"):
+        return
+    table = Table(title=f"As served, of 50 candidates; a miss counts: {found['targets']:,} targets")
+    shown = ("hr@1", "hr@10", "ndcg@10", "mrr")
+    for column in ("score", *(name.upper() for name in shown)):
+        table.add_column(column, justify="left" if column == "score" else "right")
+    for words, name in (("network alone", "network"), ("with online counts", "fused")):
+        table.add_row(words, *(f"{found[name][cut]:.4f}" for cut in shown))
     console().print(table)
 
 
