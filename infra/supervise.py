@@ -21,12 +21,14 @@ class _Child:
     command: Sequence[str]
     process: subprocess.Popen[bytes]
     started_s: float
+    told: bool = False
 
 
 def supervise(commands: Sequence[Sequence[str]]) -> int:
     """A process for each command; one that dies is started again, at most once a second.
 
-    Returns when SIGTERM or SIGINT has been passed on and all have ended, with the worst exit code.
+    Returns when SIGTERM or SIGINT has been passed on and all have ended, with the worst exit code. A child
+    is told once: a second signal would end one that has drained and is about to go.
     """
     stopping = False
 
@@ -34,7 +36,8 @@ def supervise(commands: Sequence[Sequence[str]]) -> int:
         nonlocal stopping
         stopping = True
         for child in children:
-            if child.process.poll() is None:
+            if not child.told and child.process.poll() is None:
+                child.told = True
                 child.process.send_signal(signal.SIGTERM)
 
     children = [_start(command) for command in commands]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from compression.denormals import flushed
 from compression.evaluation.scoring import to_history
 from compression.logs.dataset import batches, training_windows
 from compression.ranking.judging import Data
@@ -102,6 +103,7 @@ def fit_retrieval(network: RetrievalNetwork, data: Data, effort: Effort, *, seed
     return descend(network, loss, data, effort, length=network.config.max_history, rng=rng)
 
 
+@flushed()
 def descend(
     model: nn.Module,
     loss_of: Callable[[HistoryArrays], Tensor],
@@ -115,7 +117,6 @@ def descend(
     """Train for the epochs, windows in new order in each; the steps that were taken. The learning rate
     rises over the first steps and falls to nothing with the last."""
     torch.manual_seed(int(rng.integers(2**62)))
-    torch.set_flush_denormal(True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0, fused=True)
     mean = RunningMean(model, effort.mean)
     model.train()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from compression.denormals import flushed
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.transitions import COUNTS
 from compression.logs.dataset import Sequences, Split, batches, training_windows
@@ -62,6 +63,7 @@ class TrainedRetrieval:
     seconds: float
 
 
+@flushed()
 def train(
     sequences: Sequences,
     split: Split,
@@ -92,6 +94,7 @@ def train(
     return run.result(selection, stopped)
 
 
+@flushed()
 def refit(
     sequences: Sequences,
     split: Split,
@@ -127,7 +130,6 @@ class _Run:
         keep: tuple[int, ...] = (),
     ) -> None:
         torch.manual_seed(seed)
-        torch.set_flush_denormal(True)
         self._sequences, self._split, self._vocabulary = sequences, split, vocabulary
         self._recipe, self._seed, self._keep = recipe, seed, keep
         self.network = RetrievalNetwork(recipe.network(vocabulary.item_rows))

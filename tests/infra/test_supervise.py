@@ -24,6 +24,34 @@ logging.basicConfig(level="INFO")
 sys.exit(supervise([[sys.executable, "-c", {FIRST_ENDS!r}, sys.argv[1]]]))
 """
 
+DRAINS = """
+import signal, sys, time
+def drain(number, frame):
+    signal.signal(number, signal.SIG_DFL)  # as an event loop leaves it that is closed
+    time.sleep(1.0)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, drain)
+print("ready", flush=True)
+time.sleep(3600)
+"""
+
+
+def test_a_process_that_drains_is_told_once(tmp_path: Path) -> None:
+    script = f"""
+import sys
+from infra.supervise import supervise
+sys.exit(supervise([[sys.executable, "-c", {DRAINS!r}]]))
+"""
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, start_new_session=True) as process:
+        try:
+            assert process.stdout and process.stdout.readline() == b"ready\n"
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(10) == 0
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
 
 def test_a_process_that_is_started_again_when_the_signal_comes_ends_too(tmp_path: Path) -> None:
     command = [sys.executable, "-c", SUPERVISOR, str(tmp_path / "has-run")]

@@ -115,6 +115,12 @@ def test_the_state_of_another_training_is_refused(world, tmp_path):
         train(*world, recipe, seed=2, folder=tmp_path)
 
 
+def test_arithmetic_is_ieee_again_after_a_training(world):
+    train(*world, change(RECIPE, {"epochs": 1}, "test"), seed=1)
+    smallest = float(np.nextafter(0.0, 1.0))
+    assert smallest * len("x") > 0
+
+
 def test_patience_ends_a_training_that_no_longer_gets_better(world):
     recipe = change(RECIPE, {"learning_rate": 1e-9, "ema": 0.0, "patience": 2}, "test")
     done = train(*world, recipe, seed=1)
