@@ -109,7 +109,9 @@ def _scores_of(answer: RankedList | InferenceError) -> dict[int, float]:
 
 async def main(registry: str, runners: str, sessions_file: str, lists: str, cache_mb: str) -> None:
     features = FeatureSettings()
+    # The other arms have the network alone: nothing is counted there.
     settings = InferenceSettings(
+        fusion=0.0,
         lanes=our_lanes(int(runners)),
         spares=0,
         max_batch=MAX_LISTS,
