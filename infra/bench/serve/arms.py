@@ -160,7 +160,7 @@ def our_lanes(count: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class OurServer(Arm):
-    """`tailrace serve`, over gRPC: a process for each worker, as the others have, with one lane."""
+    """`tailrace serve`, over gRPC: a process for each worker, which share a lane for every core."""
 
     @property
     def precision(self) -> Precision:
@@ -177,7 +177,7 @@ class OurServer(Arm):
         ports += ["--admin-port", str(admin_port)]
         workers = ["--workers", str(served.workers)]
         told = {
-            "INFERENCE_LANES": our_lanes(1),
+            "INFERENCE_LANES": our_lanes(max(1, (os.cpu_count() or 1) // served.workers)),
             "INFERENCE_SPARES": "0",
             "INFERENCE_BATCHES": json.dumps(BATCHES),
             "INFERENCE_HISTORIES": json.dumps(HISTORIES),
