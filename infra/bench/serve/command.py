@@ -48,8 +48,9 @@ def serve(
     Everybody serves the released `rank` graph with one thread a session, in batches of at most 32 lists,
     and is tried with two worker processes and one (ours with a lane a core; in process: lanes): the others
     in ONNX Runtime, ours in OpenVINO's bf16 where the processor has matrix units for it, else in ONNX
-    Runtime, too. Requests are those of a log's users: a list at every click of some thousand sessions, with the history as of
-    the click (at most 100 events) and 50 candidates. All arms get the same in the same order. Servers
+    Runtime, too. Requests are those of a log's users: a list at every click of some thousand sessions,
+    with the history as of the click (at most 100 events) and 50 candidates. All arms get the same in the
+    same order. Servers
     compute the whole graph for each list. In process, which is the path of the stream, what is known of a
     user may be kept, and a click costs one appended event; the same without that is a row of its own.
     Load is open loop and comes in bursts; rates rise until the p99, counted from when a request was due,
