@@ -54,10 +54,14 @@ def metrics(ranks: Float64 | Int64, cuts: Sequence[int] = CUTS) -> dict[str, flo
     for cut in cuts:
         hit = ranks <= cut
         figures[f"hr@{cut}"] = float(hit.mean()) if len(ranks) else 0.0
-        gain = np.where(hit, 1.0 / np.log2(ranks + 1.0), 0.0)
-        figures[f"ndcg@{cut}"] = float(gain.mean()) if len(ranks) else 0.0
+        figures[f"ndcg@{cut}"] = float(ndcg_gains(ranks, cut).mean()) if len(ranks) else 0.0
     figures["mrr"] = float(np.where(ranks < _MISS, 1.0 / ranks, 0.0).mean()) if len(ranks) else 0.0
     return {name: round(value, 5) for name, value in figures.items()}
+
+
+def ndcg_gains(ranks: Float64, cut: int) -> Float64:
+    """What each target adds to NDCG@cut before the mean."""
+    return np.where(ranks <= cut, 1.0 / np.log2(ranks + 1.0), 0.0)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

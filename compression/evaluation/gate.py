@@ -28,6 +28,7 @@ from compression.evaluation.evaluate import (
     draw_candidates,
     full_catalogue,
     histories_before,
+    ndcg_gains,
 )
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import Scorer
@@ -248,11 +249,8 @@ def _gains(
     items[:, 0] = sequences.items[targets.positions]
     candidates = own.item_rows_of(items).astype(np.int64)
     full = full_catalogue(judged.scorer, histories, at, len(own.item_ids))
-    return _ndcg(full), _ndcg(among_candidates(judged.scorer, histories, at, own, candidates))
-
-
-def _ndcg(ranks: Float64) -> Float64:
-    return np.where(ranks <= _CUT, 1.0 / np.log2(ranks + 1.0), 0.0)
+    among = among_candidates(judged.scorer, histories, at, own, candidates)
+    return ndcg_gains(full, _CUT), ndcg_gains(among, _CUT)
 
 
 # Compression ---------------------------------------------------------------------------------------

@@ -84,7 +84,6 @@ class _Writer:
         rows = self.rows("network.items", self.op("Concat", history, asked, axis=1))
         assert network.positions is not None  # a ranker's network has them
         back = torch.arange(self.events - 1, -1, -1)
-        assert network.positions is not None
         places = torch.cat([network.positions.weight[back], ranker.mark.expand(after, -1)])
         scale = self.weight(torch.tensor(network.config.dim**0.5))
         x = self.op("Add", self.op("Mul", rows, scale), self.weight(places))

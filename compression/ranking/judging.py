@@ -19,6 +19,7 @@ from compression.evaluation.evaluate import (
     draw_candidates,
     histories_before,
     metrics,
+    ndcg_gains,
     retrieval_scores,
 )
 from compression.evaluation.gate import paired_bootstrap
@@ -59,8 +60,7 @@ class Ranks:
         kind, _, cut = name.removeprefix("within_").partition("@")
         if kind == "mrr":
             return np.asarray(1.0 / ranks)
-        hit = ranks <= int(cut)
-        return np.asarray(hit, np.float64) if kind == "hr" else np.where(hit, 1.0 / np.log2(ranks + 1.0), 0.0)
+        return np.asarray(ranks <= int(cut), np.float64) if kind == "hr" else ndcg_gains(ranks, int(cut))
 
     def save(self, path: Path) -> None:
         write_whole(path, np.stack([self.over, self.within]).astype("<f8").tobytes())

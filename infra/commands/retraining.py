@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from compression.smaller.plan import PLANS
 from infra.commands import options
-from infra.commands.training import PLANS, PRECISIONS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
+from infra.commands.training import PRECISIONS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
 
 if TYPE_CHECKING:
     from compression.retraining.pipeline import Announce, Retrained
@@ -45,7 +46,7 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 @click.option(
     "--compress",
     "plan",
-    type=click.Choice(PLANS),
+    type=click.Choice(list(PLANS)),
     help="What is released of the trained network: a student of it, its feed-forward part halved, its tables "
     "in 8 bits, or all of that. With --run: anew from the network that was trained.  [default: none]",
 )
@@ -183,7 +184,6 @@ def retrain(
     from compression.logs.log_reader import LogInvalid
     from compression.releases.registry import ArtefactInvalid
     from compression.retraining.runs import Run, RunInvalid
-    from compression.smaller.plan import PLANS as PLAN_NAMED
     from compression.training.export import ParityError
     from compression.training.goals import Goals
     from compression.training.processes import Launched, Local, ProcessLost
@@ -208,7 +208,7 @@ def retrain(
     chosen = RECIPE_NAMED[recipe]
     chosen = replace(chosen, epochs=epochs) if epochs is not None else chosen
     chosen = replace(chosen, max_minutes=max_minutes) if max_minutes is not None else chosen
-    chosen = replace(chosen, compression=PLAN_NAMED[plan or "none"], precision=precision)
+    chosen = replace(chosen, compression=PLANS[plan or "none"], precision=precision)
     try:
         chosen = replace(chosen, goals=Goals.parse(goals))
     except ValueError as error:
@@ -216,7 +216,7 @@ def retrain(
     try:
         if begun:
             run = Run.find(runs, str(run_name))
-            asked = Job.of(run) if plan is None else compressed(run, PLAN_NAMED[plan])
+            asked = Job.of(run) if plan is None else compressed(run, PLANS[plan])
         else:
             asked = (
                 Job.of(Run.find(runs, repeat))

@@ -12,7 +12,6 @@ from infra.commands import options
 SPLITS = ("leave-one-out", "temporal")
 RECIPES = ("laptop", "tiny", "full")
 PRECISIONS = ("f32", "bf16")
-PLANS = ("none", "distil", "prune", "quantize", "prune-quantize", "all")
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
