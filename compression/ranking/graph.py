@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from compression.attention.full import FullAttention
 from compression.ranking.network import CandidateRanker, packed_bias
 from compression.retrieval.network import Layer
+from compression.smaller.product_codes import ProductTable
 from compression.smaller.quantization import Grid, quantize
 
 Form = Literal["per candidate", "shared history"]
@@ -175,6 +176,8 @@ class _Writer:
     def rows(self, name: str, places: str) -> str:
         """Rows of a table, [..., d]."""
         table = self.ranker.get_submodule(name)
+        if isinstance(table, ProductTable):
+            return self.coded_rows(table, places)
         assert isinstance(table, nn.Embedding)
         grid = self.grids.get(name)
         if grid is None:
@@ -191,6 +194,16 @@ class _Writer:
         return self.op(
             "Add", self.op("Mul", codes, self.op("Gather", self.weight(made.step), places)), offset
         )
+
+    def coded_rows(self, table: ProductTable, places: str) -> str:
+        """Rows [B, T, d] of a table of product codes, none of them padding: one lookup of all codes, one
+        of all pieces."""
+        splits, pieces, width = table.pieces.shape
+        codes = self.op("Gather", self.constant(table.codes.numpy()), places)
+        first = self.constant(np.arange(0, splits * pieces, pieces, dtype=np.int32))
+        which = self.op("Add", self.op("Cast", codes, to=TensorProto.INT32), first)
+        found = self.op("Gather", self.weight(table.pieces.reshape(-1, width)), which)
+        return self.op("Reshape", found, self.ints([0, 0, splits * width]))
 
     def norm(self, norm: nn.LayerNorm, x: str) -> str:
         return self.op(

@@ -2,7 +2,7 @@
 
 One safetensors file. A tensor is stored as
 
-    dense       its values, f32 or f16
+    dense       its values, f32, f16 or, of what are bytes, u8
     sparse      NAME.mask, a bit per value, and NAME.values, those that are not zero
     quantized   NAME.codes, codes of the values (of those that are not zero, where there is a mask) counted
                 from the lowest of the tensor or row, `bits` each; NAME.low and NAME.step
@@ -103,7 +103,9 @@ def read(path: Path) -> dict[str, Tensor]:
 
 
 def _put_dense(parts: Parts, name: str, tensor: Tensor, *, half: bool) -> _Entry:
-    values = tensor.detach().float().cpu().numpy().astype(np.float16 if half else np.float32)
+    values = tensor.detach().cpu().numpy()
+    if tensor.dtype != torch.uint8:
+        values = values.astype(np.float16 if half else np.float32)
     masked = bool((values == 0).mean() > _WORTH_A_MASK) if values.size else False
     if masked:
         parts[f"{name}.mask"] = np.packbits(values != 0)

@@ -74,10 +74,10 @@ def tune(
 ) -> None:
     """Search for compressions that are fast and small at a loss that is allowed.
 
-    Layers, heads, channels, rank of the attention's maps, zeros in the table, bits, or a student of fewer
-    dimensions; two goals, latency and stored bytes, as shares of the trained network's. Accuracy is
-    validation's while searching, the test's in the end. Kept in .tailrace/tuning: the same command goes on
-    where it was stopped, and with more trials after those there are.
+    Layers, heads, channels, rank of the attention's maps, weights that layers share, bits, zeros in the table
+    or product codes for it, or a student of fewer dimensions; two goals, latency and stored bytes, as shares
+    of the trained network's. Accuracy is validation's while searching, the test's in the end. Kept in
+    .tailrace/tuning: the same command goes on where it was stopped, with more trials after those there are.
 
     \b
     tailrace tune --trials 24 --json tune.json --figure tune.svg

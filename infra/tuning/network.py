@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from compression.attention.full import FullAttention
+from compression.errors import ArtefactInvalid
 from compression.ranking.graph import Form, graph
 from compression.ranking.judging import Data
 from compression.ranking.network import CandidateRanker
 from compression.ranking.training import fit
 from compression.retrieval.network import Layer
-from compression.smaller import packed, pruning, structured
+from compression.smaller import packed, product_codes, pruning, structured
 from compression.smaller.quantization import Grid, aware
 from infra.bench.table1.shapes import untrained
 from infra.bench.table1.steps import FROM_SCRATCH, TABLE, TUNING, copy, narrow_table
@@ -30,11 +32,23 @@ Run = Callable[[], Any]
 
 def begin(recipe: Recipe, whole: CandidateRanker, seed: int) -> CandidateRanker:
     """The recipe's network before it is rounded and taught."""
-    if recipe.kind == "student":
-        sizes = {"dim": recipe.dim, "layers": recipe.layers, "heads": recipe.heads, "ffn": recipe.channels}
-        student = untrained(whole.network.config.model_copy(update=sizes), seed)
-        narrow_table(student, whole)
-        return student
+    ranker = _student(recipe, whole, seed) if recipe.kind == "student" else _shrunk(recipe, whole)
+    if recipe.splits:
+        coded = product_codes.from_table(ranker.network.items.weight, recipe.splits)
+        ranker.network.items = cast(nn.Embedding, coded)  # which it stands in for
+    else:
+        pruning.apply(ranker, masks(recipe, ranker))
+    return ranker
+
+
+def _student(recipe: Recipe, whole: CandidateRanker, seed: int) -> CandidateRanker:
+    sizes = {"dim": recipe.dim, "layers": recipe.layers, "heads": recipe.heads, "ffn": recipe.channels}
+    student = untrained(whole.network.config.model_copy(update=sizes), seed)
+    narrow_table(student, whole)
+    return student
+
+
+def _shrunk(recipe: Recipe, whole: CandidateRanker) -> CandidateRanker:
     ranker = copy(whole)
     network = ranker.network
     every = len(network.layers) / recipe.layers
@@ -47,7 +61,8 @@ def begin(recipe: Recipe, whole: CandidateRanker, seed: int) -> CandidateRanker:
             attention = cast(FullAttention, layer.attention)
             for name in ("query", "key", "value"):
                 setattr(attention, name, structured.factorised(getattr(attention, name), recipe.rank))
-    pruning.apply(ranker, masks(recipe, ranker))
+    if recipe.distinct:
+        structured.share_layers(network, recipe.distinct)
     return ranker
 
 
@@ -58,12 +73,19 @@ def masks(recipe: Recipe, ranker: CandidateRanker) -> dict[str, Tensor]:
 
 
 def grids(recipe: Recipe, ranker: CandidateRanker) -> Grids:
+    """By module, under every name that it has: layers may share theirs."""
     linear = {
         name: Grid(recipe.matrix_bits, per_row=True)
-        for name, module in ranker.named_modules()
+        for name, module in ranker.named_modules(remove_duplicate=False)
         if isinstance(module, nn.Linear) and name.startswith("network.layers")
     }
-    return linear | {TABLE: Grid(recipe.table_bits, per_row=True)}
+    return linear if recipe.splits else linear | {TABLE: Grid(recipe.table_bits, per_row=True)}
+
+
+def _once(ranker: CandidateRanker, chosen: Grids) -> Grids:
+    """Of the names of a module that layers share, the first."""
+    names = {name for name, _ in ranker.named_modules()}
+    return {name: grid for name, grid in chosen.items() if name in names}
 
 
 def teach(
@@ -72,20 +94,30 @@ def teach(
     """Some epochs by what the whole network says, rounded; what is zero stays zero."""
     kept = {name: weight.detach() != 0 for name, weight in ranker.named_parameters() if TABLE in name}
     effort = replace(FROM_SCRATCH if recipe.kind == "student" else TUNING, epochs=epochs)
-    with aware(ranker, grids(recipe, ranker)):
+    with aware(ranker, _once(ranker, grids(recipe, ranker))):
         fit(ranker, data, effort, teacher=whole, after_step=lambda: pruning.apply(ranker, kept), seed=seed)
 
 
 def store(recipe: Recipe, ranker: CandidateRanker, path: Path) -> int:
     """The bytes of the stored network."""
     chosen = {f"{name}.weight": grid for name, grid in grids(recipe, ranker).items()}
-    return packed.write(path, ranker.state_dict(), chosen)
+    return packed.write(path, _tensors(ranker), chosen)
 
 
+@torch.no_grad()
 def load(recipe: Recipe, whole: CandidateRanker, path: Path) -> CandidateRanker:
     ranker = begin(recipe, whole, seed=0)
-    ranker.load_state_dict(packed.read(path))
+    stored, own = packed.read(path), _tensors(ranker)
+    if stored.keys() != own.keys():
+        raise ArtefactInvalid(f"{path.name} is not of this recipe: delete its folder to search anew")
+    for name, tensor in own.items():
+        tensor.copy_(stored[name])
     return ranker.eval()
+
+
+def _tensors(ranker: CandidateRanker) -> dict[str, Tensor]:
+    """Weights and codes by name; what layers share once."""
+    return dict(ranker.named_parameters()) | dict(ranker.named_buffers())
 
 
 class Stopwatch:

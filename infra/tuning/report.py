@@ -78,6 +78,10 @@ def words(recipe: dict[str, Any]) -> str:
         parts.append(f"zeros {recipe['zeros']:.0%}")
     if recipe["rank"]:
         parts.append(f"rank {recipe['rank']}")
+    if recipe["distinct"]:
+        parts.append(f"{recipe['distinct']} distinct")
+    if recipe["splits"]:
+        return ", ".join([*parts, f"{recipe['splits']} codes a row", f"{recipe['matrix_bits']} bits"])
     return ", ".join([*parts, f"{recipe['matrix_bits']}/{recipe['table_bits']} bits"])
 
 

@@ -27,11 +27,26 @@ Progress = Callable[[str, float, str], None]  # step, fraction of it, what it is
 HOPELESS: Final = 0.05  # beyond the allowed loss, half way
 STARTUP: Final = 8  # drawn at random before the sampler has something to go by
 
-# Where to begin: Table I's "Quantized" and "Pruned + Quantized", and half the layers.
+# Where to begin: Table I's "Quantized" and "Pruned + Quantized", half the layers, and the whole network with
+# its table as product codes or its weights shared by pairs of layers.
+_WHOLE: Final[dict[str, Any]] = {
+    "kind": "shrunk",
+    "attention": "full",
+    "weights": "own",
+    "matrix_bits": 8,
+    "layers": 1.0,
+    "heads": 1.0,
+    "channel_share": 1.0,
+    "table": "rounded",
+    "table_bits": 8,
+    "zeros": 0.0,
+}
 ANCHORS: Final[tuple[dict[str, Any], ...]] = (
-    {"table_bits": 8, "heads": 1.0, "channel_share": 1.0, "zeros": 0.0, "layers": 1.0},
-    {"table_bits": 5, "heads": 0.6, "channel_share": 0.6, "zeros": 0.4, "layers": 1.0},
-    {"table_bits": 5, "heads": 0.6, "channel_share": 0.6, "zeros": 0.0, "layers": 0.5},
+    _WHOLE,
+    _WHOLE | {"table_bits": 5, "heads": 0.6, "channel_share": 0.6, "zeros": 0.4},
+    _WHOLE | {"table_bits": 5, "heads": 0.6, "channel_share": 0.6, "layers": 0.5},
+    _WHOLE | {"table": "product codes", "piece_width": 2},
+    _WHOLE | {"weights": "shared by pairs"},
 )
 
 
@@ -106,9 +121,7 @@ class Search:
                     "heads": max(1, round(anchor["heads"] * config.heads)),
                     "layers": max(1, round(anchor["layers"] * config.layers)),
                 }
-                study.enqueue_trial(
-                    {"kind": "shrunk", "attention": "full", "matrix_bits": 8} | anchor | counted
-                )
+                study.enqueue_trial(anchor | counted)
         finished = len(study.get_trials(deepcopy=False))
         # Another seed after each stop, or the same would be drawn again.
         study.sampler = optuna.samplers.TPESampler(seed=self._seed + finished, n_startup_trials=STARTUP)

@@ -7,6 +7,7 @@ import torch
 from click.testing import CliRunner
 from optuna.trial import TrialState
 
+from compression.errors import ArtefactInvalid
 from compression.ranking.graph import FORMS
 from infra.bench.table1.shapes import QUICK, untrained
 from infra.bench.table1.steps import TABLE, Steps, data
@@ -51,7 +52,7 @@ def test_a_recipes_network_is_what_it_says_stored_and_loaded(recipe, baseline, v
     made = network.begin(recipe, baseline.ranker, 1)
     network.teach(recipe, made, baseline.ranker, validation, epochs=0.2, seed=1)
     layer = made.layers[0]
-    assert len(made.layers) == 1 and made.network.config.dim == recipe.dim
+    assert len(made.layers) == recipe.layers and made.network.config.dim == recipe.dim
     assert layer.attention.heads == recipe.heads and layer.ffn.widen.out_features == recipe.channels
     table = made.network.items.weight[1:]
     assert float((table == 0).float().mean()) == pytest.approx(recipe.zeros, abs=0.1)
@@ -64,18 +65,39 @@ def test_a_recipes_network_is_what_it_says_stored_and_loaded(recipe, baseline, v
         torch.testing.assert_close(again.state_dict()[name], weight)
 
 
+def test_layers_that_share_and_codes_are_stored_once_and_loaded(baseline, validation, tmp_path):
+    recipe = Recipe(kind="shrunk", layers=2, heads=5, channels=40, dim=20, rank=3, distinct=1, splits=10)
+    own = recipe.model_copy(update={"distinct": 0, "splits": 0})
+    made = network.begin(recipe, baseline.ranker, 1)
+    network.teach(recipe, made, baseline.ranker, validation, epochs=0.2, seed=1)
+    assert made.layers[0] is made.layers[1]
+    size = network.store(recipe, made, tmp_path / "a.packed")
+    apart = network.store(own, network.begin(own, baseline.ranker, 1), tmp_path / "b.packed")
+    # The layers' weights once instead of twice, and 10 codes a row instead of 20.
+    assert size < 0.7 * apart
+    again = network.load(recipe, baseline.ranker, tmp_path / "a.packed")
+    assert again.layers[0] is again.layers[1]
+    assert torch.equal(again.network.items.codes, made.network.items.codes)
+    for name, weight in made.state_dict().items():
+        torch.testing.assert_close(again.state_dict()[name], weight)
+    with pytest.raises(ArtefactInvalid, match=r"b\.packed is not of this recipe"):
+        network.load(recipe, baseline.ranker, tmp_path / "b.packed")
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_a_graph_with_maps_of_low_rank_answers_as_torch_does(form):
+def test_a_graph_of_low_rank_maps_shared_layers_and_product_codes_answers_as_torch_does(form):
     from infra.bench.table1.measure import _in_torch
 
     whole = untrained(QUICK.config(60), 1)
-    recipe = Recipe(kind="shrunk", layers=2, heads=5, channels=40, dim=20, rank=4)
+    recipe = Recipe(kind="shrunk", layers=2, heads=5, channels=40, dim=20, rank=4, distinct=1, splits=10)
     made = network.begin(recipe, whole, 1).eval()
     watch = network.Stopwatch(made, form, 7, 1)
     (scores,) = watch._whole()
     assert abs(scores - _in_torch(made, watch._feed)).max() < 1e-5
     share, took_ms = watch.share(made, {})
     assert 0.2 < share < 5 and took_ms > 0
+    # Every name of a shared map is rounded where it is computed.
+    assert {name.split(".")[2] for name in network.grids(recipe, made)} == {"0", "1"}
 
 
 def test_a_recipe_without_changes_is_the_network_and_zeros_stay_in_the_table(baseline):
