@@ -18,7 +18,8 @@ def small_log(path: Path) -> Path:
 
 def small_registry(folder: Path) -> Path:
     """A registry whose `serving` alias is a one-epoch model of the small log."""
-    from compression.retraining.pipeline import RetrainSettings, retrain
+    from compression.retraining.pipeline import retrain
+    from compression.retraining.settings import RetrainSettings
     from compression.training.train import TINY
 
     log = small_log(folder / "clicks.csv")

@@ -55,6 +55,17 @@ class Sequences:
         """What was known of a user just before each position: its last `length` events."""
         return self.windows(np.maximum(self.offsets[self.user_of(positions)], positions - length), positions)
 
+    def save(self, path: Path) -> None:
+        """As an .npz without pickle."""
+        with path.open("wb") as file:
+            np.savez(file, **{name: getattr(self, name) for name in self.__slots__})
+
+    @classmethod
+    def load(cls, path: Path) -> Sequences:
+        """What `save` wrote."""
+        with np.load(path, allow_pickle=False) as columns:
+            return cls(**{name: columns[name] for name in cls.__slots__})
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Split:

@@ -7,7 +7,6 @@ with, and the weights. Counts are taken anew from the log that the model is used
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -18,8 +17,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compression.errors import ArtefactInvalid
 from compression.evaluation.transitions import COUNTS, TransitionSettings
+from compression.releases.provenance import git_revision, libraries
 from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
-from compression.retraining.pipeline import git_revision
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.trainer import TrainedRetrieval
@@ -97,7 +96,7 @@ def publish(
                 "minutes": round(trained.seconds / 60, 2),
             },
             "git_revision": git_revision(),
-            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "libraries": libraries(_LIBRARIES),
         }
     )
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from compression.retraining.pipeline import RetrainSettings
 from compression.retraining.runs import Run, RunInvalid, runs
+from compression.retraining.settings import RetrainSettings
 from compression.smaller.plan import Compression
 from compression.training.train import Recipe
 from infra.retraining.topic_log import Bounds, TopicLog, bounds_now

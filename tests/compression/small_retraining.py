@@ -7,8 +7,9 @@ import torch
 
 from compression.logs.synth import SynthSettings, synthesize, write_log
 from compression.releases.registry import Registry
-from compression.retraining.pipeline import RetrainSettings, retrain
+from compression.retraining.pipeline import retrain
 from compression.retraining.runs import Run
+from compression.retraining.settings import RetrainSettings
 from compression.training.processes import Local
 from compression.training.train import TINY
 
