@@ -10,17 +10,17 @@ of integers (MatMulInteger), and rows of a table become floats after they were l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal, cast
+from dataclasses import dataclass
+from typing import Final, Literal, cast
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from compression.attention.full import FullAttention
+from compression.onnx_writer import OnnxWriter
 from compression.ranking.network import CandidateRanker, packed_bias
 from compression.retrieval.network import Layer
 from compression.smaller.product_codes import ProductTable
@@ -28,8 +28,6 @@ from compression.smaller.quantization import Grid, quantize
 
 Form = Literal["per candidate", "shared history"]
 FORMS: Final[tuple[Form, ...]] = ("per candidate", "shared history")
-OPSET: Final = 18
-IR_VERSION: Final = 8
 
 
 def graph(
@@ -46,36 +44,25 @@ def graph(
         raise ValueError("only networks with ReLU and positions are written")
     writer = _Writer(ranker, form, events, candidates, dict(grids or {}))
     writer.write()
-    made = helper.make_model(
-        helper.make_graph(
-            writer.nodes,
-            "rank",
-            [
-                helper.make_tensor_value_info("items", TensorProto.INT32, [events]),
-                helper.make_tensor_value_info("candidates", TensorProto.INT32, [candidates]),
-            ],
-            [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [candidates])],
-            list(writer.constants.values()),
-        ),
-        opset_imports=[helper.make_opsetid("", OPSET)],
-        ir_version=IR_VERSION,
-        producer_name="tailrace",
+    made = writer.model(
+        "rank",
+        [
+            helper.make_tensor_value_info("items", TensorProto.INT32, [events]),
+            helper.make_tensor_value_info("candidates", TensorProto.INT32, [candidates]),
+        ],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, [candidates])],
     )
     onnx.checker.check_model(made)
     return made
 
 
 @dataclass(slots=True)
-class _Writer:
-    """Operators and constants in the making. Methods take and return names of tensors."""
-
+class _Writer(OnnxWriter):
     ranker: CandidateRanker
     form: Form
     events: int
     candidates: int
     grids: dict[str, Grid]
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
 
     def write(self) -> None:
         ranker, network = self.ranker, self.ranker.network
@@ -162,7 +149,8 @@ class _Writer:
             return self.op("MatMul", x, self.weight(made.values().T * scale))
         counted = (made.codes - made.low).numpy().astype(np.uint8)
         zero = (-made.low).clamp(0, 255).numpy().astype(np.uint8).reshape(-1)
-        whole, step, point = self.ops("DynamicQuantizeLinear", 3, x)
+        names = [f"DynamicQuantizeLinear_{len(self.nodes)}_{number}" for number in range(3)]
+        whole, step, point = self.ops("DynamicQuantizeLinear", names, x)
         products = self.op(
             "MatMulInteger",
             whole,
@@ -214,24 +202,3 @@ class _Writer:
             axis=-1,
             epsilon=norm.eps,
         )
-
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        name = output or f"{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"make_{name}", **attributes))
-        return name
-
-    def ops(self, kind: str, outputs: int, *inputs: str) -> list[str]:
-        names = [f"{kind}_{len(self.nodes)}_{number}" for number in range(outputs)]
-        self.nodes.append(helper.make_node(kind, list(inputs), names, name=f"make_{names[0]}"))
-        return names
-
-    def weight(self, tensor: Tensor) -> str:
-        return self.constant(tensor.detach().float().numpy())
-
-    def ints(self, value: list[int]) -> str:
-        return self.constant(np.array(value, np.int64))
-
-    def constant(self, array: npt.NDArray[Any]) -> str:
-        name = f"constant_{len(self.constants)}"
-        self.constants[name] = numpy_helper.from_array(np.array(array, order="C"), name)
-        return name

@@ -17,17 +17,16 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from compression.evaluation.scoring import to_history
+from compression.onnx_writer import OnnxWriter
 from compression.releases.registry import ModelShape
 from compression.training.model import NORM_EPS, Block, Encoded, History, Recommender, reach_table
 from compression.training.weights import TABLES, codes
 from features.encoding import HistoryArrays
 
-OPSET: Final = 18
-IR_VERSION: Final = 8  # of opset 18, so that older runtimes read it
 TOLERANCE: Final = 1e-4
 GRAPHS: Final = {"encode": "encode.onnx", "score": "score.onnx", "rank": "rank.onnx", "append": "append.onnx"}
 PARITY_LENGTHS: Final = (0, 1, 2, 25, 50, 99, 100)
@@ -153,30 +152,18 @@ def _expected(model: Recommender, graph: str, arrays: Arrays) -> Mapping[str, Te
 
 
 @dataclass(slots=True)
-class _Writer:
-    """Operators and constants in the making. Methods take and return names of tensors."""
-
-    model: Recommender
+class _Writer(OnnxWriter):
+    network: Recommender
     rounded: bool = False
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     # Keys and values by layer, where they are made in the graph that reads them: never put together.
     encoded: dict[str, list[str]] = field(default_factory=dict)
 
     def graph(self, name: str) -> onnx.ModelProto:
-        shape = self.model.shape
-        graph = helper.make_graph(
-            self.nodes,
+        shape = self.network.shape
+        model = self.model(
             name,
             [_value(tensor, shape, name) for tensor in _INPUTS[name]],
             [_value(tensor, shape, name) for tensor in _OUTPUTS[name]],
-            list(self.constants.values()),
-        )
-        model = helper.make_model(
-            graph,
-            opset_imports=[helper.make_opsetid("", OPSET)],
-            ir_version=IR_VERSION,
-            producer_name="tailrace",
         )
         onnx.checker.check_model(model, full_check=True)
         return model
@@ -184,7 +171,7 @@ class _Writer:
     def encode(self, *, states: bool = True) -> None:
         """History tensors to user_vector, keys and values; without `states` these are no outputs, but
         left for `score`."""
-        blocks = [block for block in self.model.blocks if isinstance(block, Block)]
+        blocks = [block for block in self.network.blocks if isinstance(block, Block)]
         x = self.tokens()
         slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))
         keys: list[str] = []
@@ -200,9 +187,9 @@ class _Writer:
         x, normed = (self.op("GatherND", tensor, newest, batch_dims=1) for tensor in (x, normed))
         x = self.attend(blocks[-1], x, normed, key, value, reach)
         known = self.op("Greater", self.op("Unsqueeze", "lengths", self.ints([1])), self.int32(0))
-        nobody = self.weight(self.model.no_history)
+        nobody = self.weight(self.network.no_history)
         state = self.op("Where", known, self.op("Squeeze", x, self.ints([1])), nobody)
-        self.norm(self.model.final_norm, state, output="user_vector")
+        self.norm(self.network.final_norm, state, output="user_vector")
         if states:
             self.stack(keys, output="keys")
             self.stack(values, output="values")
@@ -219,7 +206,7 @@ class _Writer:
         index = self.op("Max", self.op("Sub", before, slots), self.ints(0))
         keys: list[str] = []
         values: list[str] = []
-        for layer, block in enumerate(block for block in self.model.blocks if isinstance(block, Block)):
+        for layer, block in enumerate(block for block in self.network.blocks if isinstance(block, Block)):
             normed, own_key, own_value = self.keys_values(block, x, keys, values)
             key, value = (self.layer(states, layer) for states in ("keys", "values"))
             own = self.op("ReduceSum", self.op("Mul", normed, own_key), self.ints([-1]), keepdims=1)
@@ -232,13 +219,13 @@ class _Writer:
             new = self.op("Slice", weights, self.ints([-1]), self.ints([2**62]), self.ints([2]))
             seen = self.op("Add", self.op("MatMul", old, value), self.op("Mul", new, own_value))
             x = self.feed_forward(block, self.op("Add", x, seen))
-        self.norm(self.model.final_norm, self.op("Squeeze", x, self.ints([1])), output="user_vector")
+        self.norm(self.network.final_norm, self.op("Squeeze", x, self.ints([1])), output="user_vector")
         self.stack(keys, output="new_key")
         self.stack(values, output="new_value")
 
     def score(self) -> None:
         """Candidates, lengths, user_vector, keys and values to scores."""
-        model = self.model
+        model = self.network
         item, category = self.rows("items", "candidates"), self.rows("categories", "candidate_categories")
         vectors = self.op("Add", item, category)
         x = self.op("Add", vectors, self.weight(model.candidate_mark()))
@@ -270,7 +257,7 @@ class _Writer:
 
     def readout(self, x: str, vectors: str) -> None:
         """As `Recommender.readout_scores`: v·(x - v - mark) f + v·u a is v·(x - v) f + v·(u a - mark f)."""
-        model = self.model
+        model = self.network
         learned = self.op("MatMul", self.norm(model.final_norm, x), self.weight(model.readout.weight.T))
         found = self.op("Mul", self.op("Sub", x, vectors), vectors)
         found = self.op("ReduceSum", found, self.ints([-1]), keepdims=0)
@@ -284,7 +271,7 @@ class _Writer:
     def keys_values(self, block: Block, x: str, keys: list[str], values: list[str]) -> tuple[str, str, str]:
         """What is attended with and to; keys and values are listed, too."""
         normed = self.norm(block.attention_norm, x)
-        scale = self.model.shape.dim**-0.5
+        scale = self.network.shape.dim**-0.5
         key = self.op("MatMul", normed, self.weight(block.key.weight.T * scale))
         value = self.op("MatMul", normed, self.weight(block.value.weight.T))
         keys.append(key)
@@ -333,36 +320,19 @@ class _Writer:
 
     def rows(self, table: str, places: str) -> str:
         """The rows of a table that an input asks for."""
-        weight, name = getattr(self.model, table).weight, f"{table}.weight"
+        weight, name = getattr(self.network, table).weight, f"{table}.weight"
         if not self.rounded or table not in TABLES:
             return self.op("Gather", self.weight(weight, name), places)
         counted, step = codes(weight)
-        whole = self.op("Gather", self._constant(counted.numpy(), f"{name}.codes"), places)
+        whole = self.op("Gather", self.constant(counted.numpy(), f"{name}.codes"), places)
         found = self.op("Cast", whole, to=TensorProto.FLOAT)
         return self.op("Mul", found, self.op("Gather", self.weight(step, f"{name}.step"), places))
 
     def size(self, tensor: str, axis: int) -> str:
         return self.op("Squeeze", self.op("Shape", tensor, start=axis, end=axis + 1), self.ints([0]))
 
-    def op(self, kind: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        name = output or f"{kind}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(kind, list(inputs), [name], name=f"make_{name}", **attributes))
-        return name
-
-    def weight(self, tensor: Tensor, name: str = "") -> str:
-        return self._constant(tensor.detach().float().cpu().numpy(), name)
-
-    def ints(self, value: int | list[int]) -> str:
-        return self._constant(np.array(value, np.int64))
-
     def int32(self, value: int) -> str:
-        return self._constant(np.array(value, np.int32))
-
-    def _constant(self, array: npt.NDArray[Any], name: str = "") -> str:
-        name = name or f"constant_{len(self.constants)}"
-        if name not in self.constants:
-            self.constants[name] = numpy_helper.from_array(np.array(array, order="C"), name)
-        return name
+        return self.constant(np.array(value, np.int32))
 
 
 def _value(tensor: str, shape: ModelShape, graph: str) -> onnx.ValueInfoProto:
