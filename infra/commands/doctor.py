@@ -7,9 +7,11 @@ import json
 
 import click
 
+from infra.commands import options
+
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@options.one_json
 def doctor(as_json: bool) -> None:
     """What is missing on this machine, and how to get it. Ends with 1 where something needed is.
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from infra.commands import options
+from infra.console import print_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 Command = Callable[..., Any]
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 _out = click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), required=True, help="A new or empty folder."
 )
@@ -71,7 +71,7 @@ def export() -> None:
 @_out
 @item_options
 @options.registry
-@_json
+@options.one_json
 def edge(
     *,
     version: str,
@@ -97,7 +97,7 @@ def edge(
         manifest = write(_open(registry, version), out, items=popular_items(items, log), numbers=numbers)
     total = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
-        _print_json({"out": str(out), "bytes": total} | manifest.model_dump(by_alias=True))
+        print_json({"out": str(out), "bytes": total} | manifest.model_dump(by_alias=True))
         return
     for name, entry in manifest.files.items():
         click.echo(f"{entry.bytes / 1e6:10.3f} MB  {name}")
@@ -113,7 +113,7 @@ def edge(
 @_out
 @click.option("--numbers", type=click.Choice(["f32", "f16", "int8"]), default="f32", show_default=True)
 @options.registry
-@_json
+@options.one_json
 def openvino(*, version: str, out: Path, numbers: Any, registry: Path, as_json: bool) -> None:
     """Every graph as OpenVINO IR, .xml and .bin; f16 and int8 are how weights are kept.
 
@@ -132,7 +132,7 @@ def openvino(*, version: str, out: Path, numbers: Any, registry: Path, as_json: 
 @_out
 @click.option("--numbers", type=click.Choice(["f16", "int8"]), default="f16", show_default=True)
 @options.registry
-@_json
+@options.one_json
 def tensorrt(*, version: str, out: Path, numbers: Any, registry: Path, as_json: bool) -> None:
     """Every graph as ONNX that TensorRT builds a plan from, f16 or int8 with ranges in it.
 
@@ -155,7 +155,7 @@ def tensorrt(*, version: str, out: Path, numbers: Any, registry: Path, as_json: 
 @_version
 @_out
 @options.registry
-@_json
+@options.one_json
 def litert(*, version: str, out: Path, registry: Path, as_json: bool) -> None:
     """The rank graph for phones: a LiteRT model (.tflite) of one user and 50 candidates.
 
@@ -175,7 +175,7 @@ def _report(manifest: ExportManifest, out: Path, as_json: bool) -> None:
     """Size and difference of each graph."""
     total = sum(entry.bytes for entry in manifest.files.values())
     if as_json:
-        _print_json({"out": str(out), "bytes": total} | manifest.model_dump())
+        print_json({"out": str(out), "bytes": total} | manifest.model_dump())
         return
     for graph in manifest.graphs.values():
         size = sum(manifest.files[file].bytes for file in graph.files)
@@ -237,9 +237,3 @@ def _open(registry: Path, version: str) -> Any:
     from compression.releases.registry import Registry
 
     return Registry(registry).open(version)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    import orjson
-
-    click.echo(orjson.dumps(value).decode())

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import click
 
 from infra.commands import options
+from infra.console import print_json
 from infra.local import stack
 from infra.local.endpoints import endpoints
 from infra.local.server import ServerFailed
@@ -18,7 +18,7 @@ from topics.admin import TopicMismatch
 @click.option("--kafka-port", type=click.IntRange(1, 65535), help="Default 9092, or a free one.")
 @click.option("--redis-port", type=click.IntRange(1, 65535), help="Default 6379, or a free one.")
 @options.topic_suffix
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@options.one_json
 def up(*, kafka_port: int | None, redis_port: int | None, topic_suffix: str, as_json: bool) -> None:
     """Start a Kafka broker and a Redis of this checkout's own, and create the topics.
 
@@ -34,7 +34,7 @@ def up(*, kafka_port: int | None, redis_port: int | None, topic_suffix: str, as_
     except (ServerFailed, TopicMismatch) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
-        click.echo(json.dumps(dataclasses.asdict(result)))
+        print_json(dataclasses.asdict(result))
         return
     for note in result.notes:
         click.echo(note)
@@ -54,7 +54,7 @@ def down() -> None:
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="One JSON object.")
+@options.one_json
 def status(as_json: bool) -> None:
     """What `tailrace up` started, and the addresses the other commands use.
 
@@ -67,7 +67,7 @@ def status(as_json: bool) -> None:
     servers, found = stack.status(), endpoints()
     if as_json:
         rows = [dataclasses.asdict(server) for server in servers]
-        click.echo(json.dumps({**dataclasses.asdict(found), "servers": rows}))
+        print_json({**dataclasses.asdict(found), "servers": rows})
     else:
         for server in servers:
             runs = f"process {server.pid}, {server.memory_mb:.0f} MB" if server.running else "not running"

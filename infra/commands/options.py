@@ -54,6 +54,11 @@ def registry(command: Command) -> Command:
     )(command)
 
 
+def one_json(command: Command) -> Command:
+    """--json, where a program would read what a command found."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)
+
+
 def as_json(command: Command) -> Command:
-    """--json, where a program would read the output."""
+    """--json, where a program would read line after line."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")(command)

@@ -16,7 +16,8 @@ import click
 
 from compression.smaller.plan import PLANS
 from infra.commands import options
-from infra.commands.training import PRECISIONS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
+from infra.commands.training import PRECISIONS, RECIPES, SPLITS, ProgressBar, print_metrics
+from infra.console import print_json
 
 if TYPE_CHECKING:
     from compression.retraining.pipeline import Announce, Retrained
@@ -122,7 +123,7 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
     show_default=True,
     help="With --schedule: /healthz, /metrics, /runs; 0 takes a free port.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@options.one_json
 def retrain(
     *,
     log: Path | None,

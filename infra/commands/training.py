@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from infra.commands import options
+from infra.console import console, print_json
 
 SPLITS = ("leave-one-out", "temporal")
 RECIPES = ("laptop", "tiny", "full")
@@ -15,7 +16,6 @@ PRECISIONS = ("f32", "bf16")
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
-_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 
 
 @click.command()
@@ -25,7 +25,7 @@ _json = click.option("--json", "as_json", is_flag=True, help="Print one JSON obj
 @click.option("--items", type=click.IntRange(1), default=5_000, show_default=True)
 @click.option("--categories", type=click.IntRange(1), default=100, show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
-@_json
+@options.one_json
 def synth(
     *, out: Path, events: int, users: int, items: int, categories: int, seed: int, as_json: bool
 ) -> None:
@@ -68,7 +68,7 @@ def synth(
     help="Rank no item over the full catalogue that the user has had, as published figures on films do.",
 )
 @click.option("--seed", type=int, default=7, show_default=True)
-@_json
+@options.one_json
 def evaluate(
     *,
     log: Path,
@@ -178,8 +178,6 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 def print_metrics(report: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from infra.console import console
-
     if not report.get("targets"):
         click.echo("nothing to judge by: no user of the log has enough events")
         return
@@ -206,8 +204,6 @@ def _print_by_behavior(found: dict[str, Any]) -> None:
     """Nothing where all targets are of one kind, as in logs that know only one."""
     from rich.table import Table
 
-    from infra.console import console
-
     if len(found) < 2:
         return
     table = Table(title="By what the user did")
@@ -223,8 +219,6 @@ def _print_lists(found: dict[str, Any]) -> None:
     """Of what was trained only: an evaluation of a version does not weigh counts anew."""
     from rich.table import Table
 
-    from infra.console import console
-
     if not found.get("targets"):
         return
     table = Table(title=f"As served, of 50 candidates; a miss counts: {found['targets']:,} targets")
@@ -234,9 +228,3 @@ def _print_lists(found: dict[str, Any]) -> None:
     for words, name in (("network alone", "network"), ("with online counts", "fused")):
         table.add_row(words, *(f"{found[name][cut]:.4f}" for cut in shown))
     console().print(table)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    import orjson
-
-    click.echo(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode())
