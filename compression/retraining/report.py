@@ -11,11 +11,10 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from compression.evaluation.tables import FULL, tables
 from compression.files import write_whole
 from compression.retraining.runs import REPORT, Run, RunState
 
-_FULL: Final = ("retrieval", "popularity", "item_to_item", "recent", "transitions", "fusion")
-_AMONG: Final = ("ranking_50", "popularity_50", "item_to_item_50", "recent_50")
 _BLUE, _ORANGE, _GREY = "#1f5fa8", "#c2571a", "#8a8f98"
 _STYLE: Final = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1d2127;max-width:60rem;margin:2rem auto;padding:0 1rem}
@@ -123,58 +122,17 @@ def _compression(said: dict[str, Any]) -> str:
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
-    tables = []
-    for title, names in (("Full catalogue", _FULL), ("Among fifty candidates", _AMONG)):
-        names_there = [name for name in names if name in metrics]
-        columns = list(metrics[names_there[0]])
-        rows = [
-            [
-                name.removesuffix("_50").replace("_", "-"),
-                *(f"{metrics[name][column]:.4f}" for column in columns),
-            ]
-            for name in names_there
-        ]
-        tables.append(
-            f"<h3>{title}</h3>" + _table(["predictor", *(c.upper() for c in columns)], rows, ours=0)
-        )
-    behaviors = metrics.get("by_behavior", {})
-    if len(behaviors) > 1:
-        tables.append(f"<h3>By what the user did</h3>{_by_behavior(behaviors)}")
+    shown = [
+        f"<h3>{escape(table.title)}</h3>{_table(table.heads, table.rows, table.ours)}"
+        for table in tables(metrics)
+    ]
     lists = metrics.get("lists", {})
     if lists.get("targets"):
-        tables.append(f"<h3>As served, of fifty candidates</h3>{_lists(lists)}")
-    bars = _bars(
-        {name.replace("_", "-"): metrics[name]["hr@10"] for name in _FULL if name in metrics}, "HR@10"
-    )
-    return f"<p>{metrics['targets']:,} events, {escape(metrics['split'])}.</p>{bars}{''.join(tables)}"
-
-
-def _by_behavior(found: dict[str, Any]) -> str:
-    rows = [
-        [
-            name,
-            f"{figures['targets']:,}",
-            *(
-                f"{figures[head][cut]:.4f}"
-                for head in ("retrieval", "ranking_50")
-                for cut in ("hr@10", "ndcg@10")
-            ),
-        ]
-        for name, figures in found.items()
-    ]
-    return _table(["target", "events", "HR@10", "NDCG@10", "HR@10 of 50", "NDCG@10 of 50"], rows, ours=-1)
-
-
-def _lists(found: dict[str, Any]) -> str:
-    """The list that would be served, by the network alone and with what is counted online; a miss counts."""
-    cuts = ("hr@1", "hr@10", "ndcg@10", "mrr")
-    rows = [
-        [words, *(f"{found[name][cut]:.4f}" for cut in cuts)]
-        for words, name in (("with online counts", "fused"), ("network alone", "network"))
-    ]
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in found["weights"].items())
-    words = f"<p>{found['targets']:,} events. Weights of the counts, chosen on validation: {weights}.</p>"
-    return words + _table(["score", *(cut.upper() for cut in cuts)], rows, ours=0)
+        weights = ", ".join(f"{name} {weight:g}" for name, weight in lists["weights"].items())
+        shown.append(f"<p>Weights of the counts, chosen on validation: {escape(weights)}.</p>")
+    hits = {name.replace("_", "-"): metrics[name]["hr@10"] for name in FULL if name in metrics}
+    bars = _bars(hits, "HR@10")
+    return f"<p>{metrics['targets']:,} events, {escape(metrics['split'])}.</p>{bars}{''.join(shown)}"
 
 
 def _gate(verdict: dict[str, Any]) -> str:
@@ -202,7 +160,7 @@ def _pairs(told: dict[str, str]) -> str:
     return f"<table>{rows}</table>"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], ours: int) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], ours: int | None) -> str:
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(
             f"<{tag}{' class=n' if place else ''}>{escape(value)}</{tag}>"

@@ -87,7 +87,7 @@ def command(
     from compression.releases.registry import Registry
     from compression.retrieval.fit import FitSettings, fit
     from compression.retrieval.recipe import RecipeInvalid, change, load_recipe
-    from infra.commands.training import ProgressBar
+    from infra.progress import ProgressBar
 
     changes = {"max_core_minutes": max_core_minutes, "epochs": epochs}
     runs: list[dict[str, Any]] = []

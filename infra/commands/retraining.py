@@ -16,8 +16,9 @@ import click
 
 from compression.smaller.plan import PLANS
 from infra.commands import options
-from infra.commands.training import PRECISIONS, RECIPES, SPLITS, ProgressBar, print_metrics
+from infra.commands.training import PRECISIONS, RECIPES, SPLITS, print_metrics
 from infra.console import print_json
+from infra.progress import ProgressBar
 
 if TYPE_CHECKING:
     from compression.retraining.pipeline import Announce, Retrained

@@ -136,38 +136,6 @@ def evaluate(
 commands: list[click.Command] = [synth, evaluate]
 
 
-class ProgressBar:
-    """One line per step, with the time it will still take."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._progress = Progress(
-            TextColumn("{task.description:>9}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TextColumn("ETA"),
-            TimeRemainingColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=Console(stderr=True, quiet=quiet),
-        )
-        self._tasks: dict[str, Any] = {}
-
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._progress.stop()
-
-    def __call__(self, step: str, fraction: float, note: str) -> None:
-        if step not in self._tasks:
-            self._tasks[step] = self._progress.add_task(step, total=1.0, note=note)
-        self._progress.update(self._tasks[step], completed=fraction, note=note)
-
-
 def _print_report(report: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(report)
@@ -176,55 +144,19 @@ def _print_report(report: dict[str, Any], as_json: bool) -> None:
 
 
 def print_metrics(report: dict[str, Any]) -> None:
+    """Tables for a person."""
     from rich.table import Table
+
+    from compression.evaluation.tables import tables
 
     if not report.get("targets"):
         click.echo("nothing to judge by: no user of the log has enough events")
         return
-    counted = ("transitions", "fusion") if "fusion" in report else ()
-    for title, suffix, names in (
-        ("Full catalogue", "", ("retrieval", "popularity", "item_to_item", "recent", *counted)),
-        ("Among 50 candidates", "_50", ("ranking", "popularity", "item_to_item", "recent")),
-    ):
-        table = Table(title=f"{title}: {report['targets']:,} targets, {report['split']}")
-        table.add_column("predictor")
-        if names[0] + suffix not in report:
-            continue
-        figures = [report[name + suffix] for name in names]
-        for figure in figures[0]:
-            table.add_column(figure.upper(), justify="right")
-        for name, values in zip(names, figures, strict=True):
-            table.add_row(name.replace("_", "-"), *(f"{value:.4f}" for value in values.values()))
+    click.echo(f"{report['targets']:,} targets, {report['split']}")
+    for found in tables(report):
+        table = Table(title=found.title, title_justify="left")
+        for place, head in enumerate(found.heads):
+            table.add_column(head, justify="right" if place else "left")
+        for row in found.rows:
+            table.add_row(*row)
         console().print(table)
-    _print_by_behavior(report.get("by_behavior", {}))
-    _print_lists(report.get("lists", {}))
-
-
-def _print_by_behavior(found: dict[str, Any]) -> None:
-    """Nothing where all targets are of one kind, as in logs that know only one."""
-    from rich.table import Table
-
-    if len(found) < 2:
-        return
-    table = Table(title="By what the user did")
-    for column in ("target", "targets", "HR@10", "NDCG@10", "HR@10 of 50", "NDCG@10 of 50"):
-        table.add_column(column, justify="left" if column == "target" else "right")
-    for name, figures in found.items():
-        shown = [figures[head][cut] for head in ("retrieval", "ranking_50") for cut in ("hr@10", "ndcg@10")]
-        table.add_row(name, f"{figures['targets']:,}", *(f"{value:.4f}" for value in shown))
-    console().print(table)
-
-
-def _print_lists(found: dict[str, Any]) -> None:
-    """Of what was trained only: an evaluation of a version does not weigh counts anew."""
-    from rich.table import Table
-
-    if not found.get("targets"):
-        return
-    table = Table(title=f"As served, of 50 candidates; a miss counts: {found['targets']:,} targets")
-    shown = ("hr@1", "hr@10", "ndcg@10", "mrr")
-    for column in ("score", *(name.upper() for name in shown)):
-        table.add_column(column, justify="left" if column == "score" else "right")
-    for words, name in (("network alone", "network"), ("with online counts", "fused")):
-        table.add_row(words, *(f"{found[name][cut]:.4f}" for cut in shown))
-    console().print(table)

@@ -89,7 +89,7 @@ def tune(
     from infra.bench.table1.command import folder_of
     from infra.bench.table1.shapes import SHAPES
     from infra.bench.table1.steps import Steps, data
-    from infra.commands.training import ProgressBar
+    from infra.progress import ProgressBar
     from infra.tuning import report
     from infra.tuning.study import Limits, Search
 
