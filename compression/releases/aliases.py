@@ -19,7 +19,7 @@ from typing import Annotated, Any, Final, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compression.errors import ArtefactInvalid, ReleaseRefused
+from compression.errors import ArtefactInvalid, ReleaseRefused, first_fault
 from compression.files import read_plain, write_whole
 
 MAX_ALIAS_BYTES: Final = 64 * 1024
@@ -133,9 +133,7 @@ class Aliases:
             body = json.loads(read_plain(path, MAX_ALIAS_BYTES, alias))
             state = AliasState.model_validate(body)
         except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            field = ".".join(str(part) for part in first["loc"])
-            raise ArtefactInvalid(f"alias {alias!r} cannot be read: {field}: {first['msg']}") from None
+            raise ArtefactInvalid(f"alias {alias!r} cannot be read: {first_fault(error)}") from None
         except (ValueError, RecursionError) as error:
             raise ArtefactInvalid(f"alias {alias!r} cannot be read: {error}") from None
         for release in (state, state.previous, state.canary, state.shadow):

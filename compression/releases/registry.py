@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compression.errors import ArtefactInvalid, ReleaseRefused
+from compression.errors import ArtefactInvalid, ReleaseRefused, first_fault
 from compression.files import fsync, read_plain, write_whole
 from compression.releases.aliases import Aliases, AliasState, Release, check_name, is_name
 from compression.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE, Signer, Trust
@@ -382,9 +382,7 @@ def _parse(data: bytes, version: str) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise ArtefactInvalid(f"{version}: manifest: {field}: {first['msg']}") from None
+        raise ArtefactInvalid(f"{version}: manifest: {first_fault(error)}") from None
     if manifest.version != version:
         raise ArtefactInvalid(f"{version}: the manifest is of version {manifest.version}")
     _check_complete(manifest)

@@ -23,6 +23,7 @@ from typing import Any, Final, Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from compression.errors import first_fault
 from compression.files import write_whole
 
 KEEP: Final = 20
@@ -103,7 +104,7 @@ class Run:
                 raise RunInvalid(f"{path} is larger than a run's state can be")
             return cls(root / name, RunState.model_validate_json(path.read_bytes()))
         except ValidationError as error:
-            raise RunInvalid(f"{path} cannot be read: {error.errors(include_url=False)[0]['msg']}") from None
+            raise RunInvalid(f"{path} cannot be read: {first_fault(error)}") from None
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)

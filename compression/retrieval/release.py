@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compression.errors import ArtefactInvalid
+from compression.errors import ArtefactInvalid, first_fault
 from compression.evaluation.transitions import COUNTS, TransitionSettings
 from compression.releases.provenance import git_revision, libraries
 from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
@@ -112,9 +112,7 @@ def load_config(artefact: Artefact) -> RetrievalConfig:
     try:
         config = RetrievalConfig.model_validate_json(artefact.read(NETWORK))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {field}: {first['msg']}") from None
+        raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {first_fault(error)}") from None
     if config.network.item_rows != artefact.manifest.model.item_rows:
         raise ArtefactInvalid(f"{artefact.version}: {NETWORK} and the manifest differ in rows")
     return config
