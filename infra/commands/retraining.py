@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import os
-import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from compression.home import home
 from compression.smaller.plan import PLANS
 from infra.commands import options
 from infra.commands.training import PRECISIONS, RECIPES, SPLITS, print_metrics
 from infra.console import print_json
-from infra.progress import ProgressBar
+from infra.retraining import REFUSED
 
 if TYPE_CHECKING:
-    from compression.retraining.pipeline import Announce, Retrained
-    from compression.retraining.runs import Run
-    from compression.training.processes import Place, Team
-    from infra.retraining.job import Job
+    from compression.retraining.pipeline import Retrained
 
-REFUSED, HELD, STOPPED = 3, 4, 75
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -99,7 +92,7 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
     type=click.Path(file_okay=False, path_type=Path),
     envvar="TAILRACE_RUNS",
     show_envvar=True,
-    default=lambda: _home() / "runs",
+    default=lambda: home() / "runs",
     show_default=".tailrace/runs of the checkout",
     help="Folder of runs: state, report.",
 )
@@ -192,10 +185,12 @@ def retrain(
     from compression.training.train import RECIPES as RECIPE_NAMED
     from infra.local.endpoints import endpoints
     from infra.retraining.job import Job, compressed, job, topic_bounds
+    from infra.retraining.torchrun import assist, place_of
+    from infra.retraining.work import report, work
 
-    place = _place(device, processes, schedule)
+    place = place_of(device, processes, schedule)
     if place is not None and place.rank > 0:
-        _assist(place, device)
+        assist(place, device)
         return
     topic = topic + topic_suffix if topic else None
     if topic or schedule:
@@ -245,9 +240,9 @@ def retrain(
                 f"run {run.state.run} is for {asked.processes} processes, torchrun has started {place.size}"
             )
         with Launched(place, device) if place else nullcontext(Local(asked.processes, device)) as team:
-            done = _work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, team, quiet=as_json)
+            done = work(run, asked, bootstrap, redis_url, topic_suffix, force, lease_s, team, quiet=as_json)
     except GateRefused as error:
-        _report(runs, run, quiet=as_json)
+        report(runs, run, quiet=as_json)
         click.echo(str(error), err=True)
         if asked.compression.stages:
             click.echo(
@@ -258,7 +253,7 @@ def retrain(
         raise SystemExit(REFUSED) from None
     except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid, ProcessLost) as error:
         raise click.ClickException(str(error)) from None
-    path = _report(runs, run, quiet=as_json)
+    path = report(runs, run, quiet=as_json)
     summary = _summary(done) | {"run": run.state.run, "report": str(path)}
     if as_json:
         print_json(summary)
@@ -267,137 +262,6 @@ def retrain(
 
 
 commands: list[click.Command] = [retrain]
-
-
-def _work(
-    run: Run,
-    asked: Job,
-    bootstrap: str | None,
-    redis_url: str | None,
-    topic_suffix: str,
-    force: str | None,
-    lease_s: float,
-    team: Team,
-    *,
-    quiet: bool,
-) -> Retrained:
-    """The run under its lease, until it is through or SIGTERM asks it to end."""
-    from compression.errors import ReleaseRefused
-    from compression.releases.registry import SERVING
-    from compression.retraining.pipeline import retrain as work
-    from compression.training.checkpoint import Stopped
-    from infra.retraining.lease import Lease, LeaseHeld
-
-    # Taken up again: the process that was killed has left its lease behind.
-    patience_s = 1.2 * lease_s if run.state.attempts else 0.0
-
-    def lease(stopping: Callable[[], bool]) -> Any:
-        if not redis_url:
-            return nullcontext()
-        told: dict[str, Any] = {"ttl_s": lease_s, "patience_s": patience_s, "stopping": stopping}
-        return Lease(redis_url, Path(asked.registry), asked.alias or SERVING, **told)
-
-    settings = asked.settings(bootstrap or "", force)
-    announce = _announcer(bootstrap, topic_suffix, asked.alias) if bootstrap and asked.alias else None
-    try:
-        with _asked_to_end() as stopping, lease(stopping) as guard, ProgressBar(quiet=quiet) as bar:
-            return work(settings, bar, run=run, guard=guard, announce=announce, stopping=stopping, team=team)
-    except LeaseHeld as error:
-        if not run.state.attempts:
-            shutil.rmtree(run.folder)
-        click.echo(str(error), err=True)
-        raise SystemExit(HELD) from None
-    except Stopped as error:
-        click.echo(f"{error}; `tailrace retrain --run {run.state.run}` goes on", err=True)
-        raise SystemExit(STOPPED) from None
-    except ReleaseRefused as error:
-        raise click.ClickException(str(error)) from None
-
-
-def _place(device: str, processes: int, schedule: str | None) -> Place | None:
-    """Where torchrun put this process, if it did; a usage error where that cannot be."""
-    from compression.training.processes import ProcessesInvalid, torchrun_place
-
-    try:
-        place = torchrun_place()
-    except ProcessesInvalid as error:
-        raise click.UsageError(str(error)) from None
-    if place is not None and schedule is not None:
-        raise click.UsageError("a schedule starts processes of its own: --processes, without torchrun")
-    if place is not None and processes > 1:
-        raise click.UsageError("torchrun has started the processes already: leave out --processes")
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise click.UsageError("torch finds no GPU here: --device cpu")
-        # Sums on a GPU come out the same every time only with this, set before its first product.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    return place
-
-
-def _assist(place: Place, device: str) -> None:
-    """All that a process of torchrun's does whose rank is not 0."""
-    from compression.training.checkpoint import Stopped
-    from compression.training.processes import Launched
-
-    try:
-        with _asked_to_end() as stopping, Launched(place, device) as team:
-            team.assist(stopping)
-    except Stopped:
-        raise SystemExit(STOPPED) from None
-    except RuntimeError as error:
-        raise click.ClickException(f"process {place.rank} lost the one that leads: {error}") from None
-
-
-@contextmanager
-def _asked_to_end() -> Iterator[Any]:
-    """Whether SIGTERM or Ctrl-C has come. The second one ends the process as it always does."""
-    asked = False
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        asked = True
-        signal.signal(number, before[number])
-
-    before: dict[int, Any] = {
-        number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)
-    }
-    try:
-        yield lambda: asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _announcer(bootstrap: str, topic_suffix: str, alias: str) -> Announce:
-    """Says which version the alias now stands for. Where the broker cannot be reached a sentence on
-    stderr says so: the version is promoted all the same."""
-    from infra.announce import announce
-    from topics.messages import ModelReleased
-
-    def say(manifest: Any, digest: str, path: Path) -> str | None:
-        message = ModelReleased(
-            version=manifest.version, uri=path.resolve().as_uri(), sha256=digest, stage="serving"
-        )
-        error = announce(bootstrap, topic_suffix, alias, [message])
-        if error is not None:
-            click.echo(error, err=True)
-        return error
-
-    return say
-
-
-def _report(runs: Path, run: Run, *, quiet: bool) -> Path:
-    """Write the run's page, remove what is old, say where the page is."""
-    from compression.retraining.report import write
-    from compression.retraining.runs import prune
-
-    path = write(run)
-    prune(runs)
-    if not quiet:
-        click.echo(f"report: {path}")
-    return path
 
 
 def _serve(
@@ -447,12 +311,6 @@ def _without_schedule(context: click.Context) -> list[str]:
         flag = isinstance(option, click.Option) and option.is_flag
         words += [option.opts[0]] if flag and value else [] if flag else [option.opts[0], str(value)]
     return words
-
-
-def _home() -> Path:
-    from compression.home import home
-
-    return home()
 
 
 def _need_training_extra() -> None:

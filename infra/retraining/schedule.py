@@ -23,8 +23,8 @@ from aiohttp import web
 from croniter import croniter
 
 from compression.retraining.runs import PROGRESS, Run, RunInvalid, new_name, runs
+from infra.retraining import HELD, REFUSED, STOPPED
 
-REFUSED, HELD, STOPPED = 3, 4, 75
 ATTEMPTS: Final = 3
 STALL_S: Final = 1_800.0
 _PAUSE_S: Final = 2.0
