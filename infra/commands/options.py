@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
-from pydantic import ValidationError
-from pydantic_settings import SettingsError
 
-from compression.errors import first_fault
 from infra.local.endpoints import endpoints
 from infra.local.paths import registry_dir
 
@@ -66,14 +62,3 @@ def one_json(command: Command) -> Command:
 def as_json(command: Command) -> Command:
     """--json, where a program would read line after line."""
     return click.option("--json", "as_json", is_flag=True, help="One JSON object per line.")(command)
-
-
-@contextmanager
-def checked_settings() -> Iterator[None]:
-    """What is wrong with a setting, of the command line or of the environment, is a sentence."""
-    try:
-        yield
-    except ValidationError as error:
-        raise click.ClickException(f"a setting is wrong, in {error.title}: {first_fault(error)}") from None
-    except SettingsError as error:
-        raise click.ClickException(f"a setting is wrong: it is to be JSON: {error}") from None

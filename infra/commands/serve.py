@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
 
 from infra.commands import options
 from infra.local.server import is_free
@@ -97,7 +98,7 @@ def serve(
 
     started_s = time.perf_counter()
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
-    with options.checked_settings():
+    try:
         settings = ServeSettings.model_validate(
             {
                 **ServeSettings().model_dump(),
@@ -111,6 +112,8 @@ def serve(
         features = FeatureSettings()
         admission = AdmissionSettings()
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
+    except ValidationError as error:
+        raise click.ClickException(f"a setting is wrong: {error}") from error
     if workers > 1:
         ports = [grpc_port, http_port, *(admin_port + number for number in range(workers))]
         taken = [port for port in ports if not is_free(port)]

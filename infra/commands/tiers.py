@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import click
+from pydantic import ValidationError
 
 from infra.commands import options
 from topics.messages import MAX_ID
@@ -122,8 +123,10 @@ def _amount(value: float | None) -> str:
 def _settings() -> AdmissionSettings:
     from inference.admission.settings import AdmissionSettings
 
-    with options.checked_settings():
+    try:
         return AdmissionSettings()
+    except ValidationError as error:
+        raise click.ClickException(f"a setting is wrong: {error}") from error
 
 
 def _in_store(redis_url: str, call: Callable[[FeatureStore], Awaitable[R]]) -> R:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import click
+from pydantic import ValidationError
 
 from infra.commands import options
 from infra.supervise import supervise
@@ -81,7 +82,7 @@ def worker(
     if log_level != "DEBUG":
         for chatty in ("aiokafka", "faust", "mode", "kafka", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-    with options.checked_settings():
+    try:
         stream = StreamSettings.model_validate(
             {
                 **StreamSettings().model_dump(),
@@ -100,6 +101,8 @@ def worker(
         features = FeatureSettings()
         admission = AdmissionSettings()
         inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
+    except ValidationError as error:
+        raise click.ClickException(f"a setting is wrong: {error}") from error
     if workers > 1:
         arguments = [
             *(
