@@ -1,8 +1,8 @@
 """Item tables as product codes: an item is a few code numbers, each of which picks a piece of its vector.
 
 A row of d values in `splits` pieces takes as many bytes; the pieces themselves, `splits` tables of at most
-256 rows, are shared by all items and trained like any embedding. Codes come from what items are to users
-before anything is trained (RecJPQ, Petrov and Macdonald, WSDM 2024), or from a table that is there.
+256 rows, are shared by all items and trained on like any embedding (as in RecJPQ, Petrov and Macdonald,
+WSDM 2024). Codes come from a table that is there.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 
 MOST: Final = 256  # pieces per split, so that a code is a byte
 
-Int64 = npt.NDArray[np.int64]
 Codes = npt.NDArray[np.uint8]
 
 
@@ -44,34 +41,10 @@ class ProductTable(nn.Module):
         """[rows, d]: the table that the codes stand for."""
         return cast(Tensor, self(torch.arange(len(self.codes), device=self.codes.device)))
 
-    @property
-    def stored_bytes(self) -> int:
-        """A byte per code, four per value of a piece."""
-        return self.codes.numel() + 4 * self.pieces.numel()
-
     def forward(self, rows: Tensor) -> Tensor:
         codes = self.codes[rows].long()
         splits = torch.arange(codes.shape[-1], device=codes.device)
         return self.pieces[splits, codes].flatten(-2) * (rows > 0)[..., None]
-
-
-def item_factors(
-    users: Int64, rows: Int64, table_rows: int, splits: int, *, seed: int
-) -> npt.NDArray[np.float64]:
-    """[table_rows, splits]: items in the directions in which users differ most (truncated SVD of who had
-    what). A little noise parts items that nobody had."""
-    had = csr_array((np.ones(len(rows)), (users, rows)), shape=(int(users.max()) + 1, table_rows))
-    had.data[:] = 1.0
-    rng = np.random.default_rng(seed)
-    _, sizes, directions = svds(had, k=splits, v0=rng.random(min(had.shape)))
-    factors = directions.T * sizes
-    return np.asarray(factors + 1e-9 * rng.standard_normal(factors.shape), np.float64)
-
-
-def quantile_codes(factors: npt.NDArray[np.float64], pieces: int = MOST) -> Codes:
-    """By split, the place of each item among all, in `pieces` parts of equal size."""
-    places = np.argsort(np.argsort(factors, axis=0, kind="stable"), axis=0, kind="stable")
-    return (places * pieces // len(factors)).astype(np.uint8)
 
 
 def from_table(table: Tensor, splits: int) -> ProductTable:

@@ -109,17 +109,6 @@ class _FakeQuantized(nn.Module):
         return fake_quantize(weights, self.grid)
 
 
-def grids(model: nn.Module, *, matrices: Grid, tables: Grid) -> dict[str, Grid]:
-    """By module name: a grid for every linear map and every embedding."""
-    kinds = ((nn.Linear, matrices), (nn.Embedding, tables))
-    return {
-        name: grid
-        for name, module in model.named_modules()
-        for kind, grid in kinds
-        if isinstance(module, kind)
-    }
-
-
 @contextmanager
 def aware(model: nn.Module, chosen: Mapping[str, Grid]) -> Iterator[nn.Module]:
     """Train inside this: modules by name see their weights rounded. Afterwards the weights are the rounded

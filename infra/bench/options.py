@@ -29,8 +29,7 @@ def log(command: Command) -> Command:
     )(command)
 
 
-def seed(command: Command) -> Command:
-    return click.option("--seed", default=1, show_default=True, help="Of arrivals and faults.")(command)
+seed = options.seed()
 
 
 def ranking(clicks: int) -> Callable[[Command], Command]:

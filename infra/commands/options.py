@@ -54,6 +54,13 @@ def registry(command: Command) -> Command:
     )(command)
 
 
+def seed(default: int = 1) -> Callable[[Command], Command]:
+    """--seed: the same one draws the same numbers."""
+    return click.option(
+        "--seed", type=click.IntRange(0), default=default, show_default=True, help="Of all that is drawn."
+    )
+
+
 def one_json(command: Command) -> Command:
     """--json, where a program would read what a command found."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)

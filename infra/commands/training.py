@@ -24,7 +24,7 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 @click.option("--users", type=click.IntRange(1), default=5_000, show_default=True)
 @click.option("--items", type=click.IntRange(1), default=5_000, show_default=True)
 @click.option("--categories", type=click.IntRange(1), default=100, show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=1, show_default=True)
+@options.seed()
 @options.one_json
 def synth(
     *, out: Path, events: int, users: int, items: int, categories: int, seed: int, as_json: bool
@@ -67,7 +67,7 @@ def synth(
     is_flag=True,
     help="Rank no item over the full catalogue that the user has had, as published figures on films do.",
 )
-@click.option("--seed", type=int, default=7, show_default=True)
+@options.seed(default=7)
 @options.one_json
 def evaluate(
     *,

@@ -30,7 +30,6 @@ from infra.export.folder import (
 from infra.export.parity import largest_difference, reference
 
 Types = Literal["f16", "int8"]
-TYPES: Final = ("f16", "int8")
 _TOLERANCE: Final[dict[Types, float]] = {"f16": TOLERANCE["f16"], "int8": INTEGER_TOLERANCE}
 _WIDE: Final = ("Pow", "ReduceMean", "Sqrt", "Div", "Softmax")
 _BATCHES: Final = 8

@@ -4,6 +4,7 @@ they must not."""
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from compression.attention.variants import (
     depthwise_separable,
@@ -13,7 +14,7 @@ from compression.attention.variants import (
     low_rank_heads,
 )
 from compression.ranking import graph
-from compression.smaller.quantization import Grid, aware, grids
+from compression.smaller.quantization import Grid, aware
 from compression.training.model import History
 from tests.compression.rankers import history, ranker, scores
 
@@ -71,8 +72,8 @@ def test_the_graphs_answer_as_the_network(form):
 @pytest.mark.parametrize("table", [Grid(8, per_row=True), Grid(4, per_row=True)])
 def test_graphs_of_codes_answer_nearly_as_the_rounded_network(form, table):
     made, given = ranker(dim=32, ffn=64), history([30], 30)
-    chosen = grids(made, matrices=Grid(8, per_row=True), tables=table)
-    chosen = {name: grid for name, grid in chosen.items() if "positions" not in name and name != "readout"}
+    maps = (name for name, module in made.network.layers.named_modules() if isinstance(module, nn.Linear))
+    chosen = {f"network.layers.{name}": Grid(8, per_row=True) for name in maps} | {"network.items": table}
     model = graph.graph(made, form, events=30, candidates=12, grids=chosen)
     assert sum(node.op_type == "MatMulInteger" for node in model.graph.node) == 12
     with aware(made, chosen):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from compression.smaller.product_codes import ProductTable, from_table, item_factors, quantile_codes
+from compression.smaller.product_codes import ProductTable, from_table
 
 
 def test_a_row_is_the_pieces_its_codes_name():
@@ -13,27 +13,6 @@ def test_a_row_is_the_pieces_its_codes_name():
     assert torch.equal(row, torch.cat([table.pieces[0, 1], table.pieces[1, 2]]))
     assert table(torch.tensor([0])).abs().sum() == 0
     assert table.weight.shape == (3, 6)
-
-
-def test_a_table_of_200_000_items_is_a_thirtieth():
-    table = ProductTable(np.zeros((200_000, 16), np.uint8), width=10)
-    assert table.stored_bytes < 200_000 * 160 * 4 / 30
-
-
-def test_items_that_the_same_users_had_get_the_same_codes():
-    rng = np.random.default_rng(0)
-    users = np.arange(200).repeat(5)
-    rows = 1 + 25 * (users % 4) + rng.integers(0, 25, len(users))  # four groups of users and of items
-    codes = quantile_codes(item_factors(users, rows, 101, 4, seed=1), 8).astype(int)[1:]
-    group = np.arange(100) // 25
-    same, other = group[:, None] == group, group[:, None] != group
-    apart = np.abs(codes[:, None] - codes).sum(-1)
-    assert apart[same].mean() < 0.6 * apart[other].mean()
-
-
-def test_codes_are_spread_evenly():
-    codes = quantile_codes(np.random.default_rng(0).standard_normal((1000, 3)), 8)
-    assert all(np.bincount(split, minlength=8).tolist() == [125] * 8 for split in codes.T)
 
 
 def test_codes_from_a_table_are_near_to_it_and_nearer_with_more_splits():
