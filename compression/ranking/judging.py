@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from compression.errors import ArtefactInvalid
+from compression.evaluation.comparison import paired_bootstrap
 from compression.evaluation.evaluate import (
     Targets,
     among_candidates,
@@ -22,7 +23,6 @@ from compression.evaluation.evaluate import (
     ndcg_gains,
     retrieval_scores,
 )
-from compression.evaluation.gate import paired_bootstrap
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import to_history
 from compression.files import write_whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any, Final
 
-from compression.evaluation.gate import Verdict
+from compression.evaluation.verdict import Verdict
 from compression.releases.provenance import git_revision, libraries
 from compression.releases.registry import Manifest
 from compression.retraining.runs import RunState

@@ -21,8 +21,8 @@ from typing import Any, Protocol
 from compression.evaluation import gate
 from compression.evaluation.evaluate import evaluate
 from compression.evaluation.fusion import fuse
-from compression.evaluation.gate import GateLimits, GateRefused, Judged, Verdict
 from compression.evaluation.scoring import ArtefactScorer, GraphScorer, TorchScorer, row_categories
+from compression.evaluation.verdict import GateLimits, GateRefused, Judged, Verdict
 from compression.files import sha256_of
 from compression.logs.dataset import build_vocabulary
 from compression.logs.sources import LogFile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from compression.evaluation.gate import GateLimits
+from compression.evaluation.verdict import GateLimits
 from compression.logs.dataset import MAX_EVENTS, SplitName
 from compression.logs.sources import Source
 from compression.releases.registry import SERVING

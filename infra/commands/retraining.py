@@ -174,7 +174,7 @@ def retrain(
     # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _need_training_extra()
-    from compression.evaluation.gate import GateRefused
+    from compression.evaluation.verdict import GateRefused
     from compression.logs.dataset import MAX_EVENTS
     from compression.logs.log_reader import LogInvalid
     from compression.releases.registry import ArtefactInvalid

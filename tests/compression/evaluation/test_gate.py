@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compression.evaluation.gate import GateLimits, GateRefused, coverage, paired_bootstrap, size
+from compression.evaluation.comparison import paired_bootstrap
+from compression.evaluation.gate import coverage, size
+from compression.evaluation.verdict import GateLimits, GateRefused
 from compression.releases.registry import Registry
 from compression.retraining.pipeline import retrain
 from compression.retraining.runs import Run

@@ -9,8 +9,8 @@ import torch
 from click.testing import CliRunner
 
 from compression.errors import ArtefactInvalid
-from compression.evaluation.gate import GateLimits, GateRefused
 from compression.evaluation.scoring import ArtefactScorer, TorchScorer, row_categories
+from compression.evaluation.verdict import GateLimits, GateRefused
 from compression.releases.registry import Registry
 from compression.retraining.pipeline import retrain, steps_of
 from compression.retraining.report import page

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from compression.evaluation.gate import GateLimits, GateRefused
+from compression.evaluation.verdict import GateLimits, GateRefused
 from compression.releases.registry import Registry
 from compression.retraining.pipeline import STEPS, retrain, steps_of
 from compression.retraining.runs import Run, RunInvalid, prune, runs

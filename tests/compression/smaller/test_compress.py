@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from compression.evaluation.scoring import to_history
 from compression.smaller import compress
+from compression.smaller.lessons import Rounded, Taught
 from compression.smaller.plan import PLANS, Compression
+from compression.smaller.student import keep_channels, student
 from compression.training.lesson import Asked
 from compression.training.model import Recommender
 from compression.training.weights import TABLE_GRID, codes, read, write
@@ -46,7 +48,7 @@ def half_empty(network):
 
 def test_a_student_of_the_same_sizes_begins_as_its_teacher():
     teacher = model()
-    same = built(compress.student(teacher, teacher.shape), teacher)
+    same = built(student(teacher, teacher.shape), teacher)
     for ours, theirs in zip(answers(same), answers(teacher), strict=True):
         assert torch.equal(ours, theirs)
 
@@ -54,17 +56,17 @@ def test_a_student_of_the_same_sizes_begins_as_its_teacher():
 def test_a_narrow_student_begins_as_a_teacher_that_uses_no_more_dimensions():
     teacher = half_empty(model())
     shape = teacher.shape.model_copy(update={"dim": 8})
-    narrow = built(compress.student(teacher, shape), teacher, dim=8)
+    narrow = built(student(teacher, shape), teacher, dim=8)
     assert torch.allclose(answers(narrow)[1], answers(teacher)[1], atol=1e-4)
 
 
 def test_a_student_with_fewer_layers_has_those_it_is_matched_with():
     teacher = model()
-    begun = compress.student(teacher, teacher.shape.model_copy(update={"layers": 1}))
+    begun = student(teacher, teacher.shape.model_copy(update={"layers": 1}))
     assert torch.equal(begun["blocks.0.key.weight"], teacher.blocks[1].key.weight)
     assert not any(name.startswith("blocks.1") for name in begun)
     with pytest.raises(ValueError, match="wider"):
-        compress.student(teacher, teacher.shape.model_copy(update={"dim": 32}))
+        student(teacher, teacher.shape.model_copy(update={"dim": 32}))
 
 
 def test_channels_that_write_nothing_leave_and_nobody_misses_them():
@@ -73,7 +75,7 @@ def test_channels_that_write_nothing_leave_and_nobody_misses_them():
         for block in teacher.blocks:
             block.narrow.weight[:, 1::2] = 0
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
-    smaller = built(compress.keep_channels(before, 16), teacher, ffn=16)
+    smaller = built(keep_channels(before, 16), teacher, ffn=16)
     for ours, theirs in zip(answers(smaller), answers(teacher), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-5)
 
@@ -109,7 +111,7 @@ def asked_of(network):
 def test_a_lesson_has_nothing_to_say_to_its_own_teacher_and_much_to_others(plan):
     teacher, other = model(), model(seed=1, dim=8, layers=1)
     for network, least, most in ((model(), -1e-6, 1e-5), (other, 0.05, 1e3)):
-        lesson = compress.Taught(teacher, plan)
+        lesson = Taught(teacher, plan)
         lesson.begin(network)
         asked, users, found = asked_of(network)
         loss = lesson.loss(network, asked, users, found)
@@ -123,7 +125,7 @@ def test_a_lesson_has_nothing_to_say_to_its_own_teacher_and_much_to_others(plan)
 def test_rounding_leaves_tables_on_their_grid_and_is_done_once():
     network = model()
     before = network.items.weight.detach().clone()
-    lesson = compress.Rounded(model(), Compression())
+    lesson = Rounded(model(), Compression())
     lesson.begin(network)
     lesson.end(network)
     counted, step = codes(network.items.weight)
@@ -135,7 +137,7 @@ def test_rounding_leaves_tables_on_their_grid_and_is_done_once():
 
 def test_stored_weights_come_back_and_rounded_ones_take_a_quarter(tmp_path):
     network = model(item_rows=2_000)
-    lesson = compress.Rounded(model(), Compression())
+    lesson = Rounded(model(), Compression())
     lesson.begin(network)
     lesson.end(network)
     for rounded in (False, True):
