@@ -28,12 +28,13 @@ _CELLS: Final = 4_000_000  # weights of users held at once
 
 Int64 = npt.NDArray[np.int64]
 Float64 = npt.NDArray[np.float64]
-_Gains = tuple[Float64, Float64, Int64]  # ours, theirs, and whose
+Gains = tuple[Float64, Float64, Int64]  # ours, theirs, and whose
 
 
 def both_heads(
     candidate: Judged, other: Judged, sequences: Sequences, split: Split, targets: Targets, seed: int
-) -> Iterator[tuple[str, _Gains]]:
+) -> Iterator[tuple[str, Gains]]:
+    """By head the NDCG@10 of every target: the candidate's and the other's on the same events."""
     statistics = Statistics(sequences, split, candidate.vocabulary)
     asked = draw_candidates(sequences, targets, statistics, candidate.vocabulary, seed=seed)
     ours = _gains(candidate, candidate.vocabulary, sequences, targets, asked)
@@ -55,7 +56,8 @@ def compared(
     *,
     sure: bool,
 ) -> Check:
-    """`sure`: refused is what is worse by more than the margin with confidence, not only on average."""
+    """Whether the mean difference is allowed. `sure`: refused is what is worse by more than the margin with
+    confidence, not only on average."""
     low, high = paired_bootstrap(ours - theirs, users, confidence=limits.confidence, seed=seed)
     difference, before = float((ours - theirs).mean()), float(theirs.mean())
     worst = -margin * before
