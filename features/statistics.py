@@ -27,6 +27,9 @@ from features.sequence import FENCE_BYTES, HEADER_BYTES, NARROW, NARROW_EVENT, W
 from features.settings import FeatureSettings
 from features.store import Append, Appended, FeatureStore, Neighbours, log2_add
 
+Int64 = npt.NDArray[np.int64]
+Float64 = npt.NDArray[np.float64]
+
 # A transition seen once is weak evidence: its share is weight / (sum of weights + this).
 TRANSITION_PRIOR: Final = 2.0
 # A list asked for is not asked for again until then, should its answer never come.
@@ -297,27 +300,35 @@ class _Increments:
 def _shares(
     lists: Sequence[tuple[int, Neighbours]], limit: int, newest_log2: float
 ) -> list[tuple[int, ItemWeights]]:
-    """Each weight as it stands now over their sum, all lists in one pass."""
-    lengths = [min(len(read.items), limit) for _, read in lists]
-    logs = [read.log2_weights[:limit] for _, read in lists if len(read.items)]
-    if not logs:
-        return [(id_, NOTHING) for id_, _ in lists]
-    # The bound keeps a sum finite when event time goes far back: a replay after live events.
-    weights = np.exp2(np.minimum(np.concatenate(logs) - newest_log2, 900.0))
-    filled = np.array([length for length in lengths if length])
-    sums = np.add.reduceat(weights, np.cumsum(filled) - filled) + TRANSITION_PRIOR
-    return _split(lists, lengths, weights / np.repeat(sums, filled))
+    """Each weight as it stands now over their sum."""
+
+    def shares(logs: Float64, starts: Int64, lengths: Int64) -> Float64:
+        # The bound keeps a sum finite when event time goes far back: a replay after live events.
+        weights = np.exp2(np.minimum(logs - newest_log2, 900.0))
+        sums = np.add.reduceat(weights, starts) + TRANSITION_PRIOR
+        return np.asarray(weights / np.repeat(sums, lengths))
+
+    return _weighed(lists, limit, shares)
 
 
 def _relative(lists: Sequence[tuple[int, Neighbours]], limit: int) -> list[tuple[int, ItemWeights]]:
-    """Each weight over the heaviest of its list, all lists in one pass."""
+    """Each weight over the heaviest of its list."""
+    return _weighed(
+        lists, limit, lambda logs, starts, lengths: np.exp2(logs - np.repeat(logs[starts], lengths))
+    )
+
+
+def _weighed(
+    lists: Sequence[tuple[int, Neighbours]], limit: int, weigh: Callable[[Float64, Int64, Int64], Float64]
+) -> list[tuple[int, ItemWeights]]:
+    """All lists in one pass: `weigh` has the logarithms of all, where each list that is not empty starts
+    among them, and how long it is."""
     lengths = [min(len(read.items), limit) for _, read in lists]
     logs = [read.log2_weights[:limit] for _, read in lists if len(read.items)]
     if not logs:
         return [(id_, NOTHING) for id_, _ in lists]
     filled = np.array([length for length in lengths if length])
-    joined = np.concatenate(logs)
-    return _split(lists, lengths, np.exp2(joined - np.repeat(joined[np.cumsum(filled) - filled], filled)))
+    return _split(lists, lengths, weigh(np.concatenate(logs), np.cumsum(filled) - filled, filled))
 
 
 def _split(
