@@ -27,8 +27,8 @@ Progress = Callable[[str, float, str], None]  # step, fraction of it, what it is
 HOPELESS: Final = 0.05  # beyond the allowed loss, half way
 STARTUP: Final = 8  # drawn at random before the sampler has something to go by
 
-# Where to begin: Table I's "Quantized" and "Pruned + Quantized", half the layers, and the whole network with
-# its table as product codes or its weights shared by pairs of layers.
+# Where to begin: Table I's "Quantized" and "Pruned + Quantized", half the layers of the latter, and these with
+# product codes for the table or weights that pairs of layers share.
 _WHOLE: Final[dict[str, Any]] = {
     "kind": "shrunk",
     "attention": "full",
@@ -41,12 +41,14 @@ _WHOLE: Final[dict[str, Any]] = {
     "table_bits": 8,
     "zeros": 0.0,
 }
+_PRUNED: Final = _WHOLE | {"table_bits": 5, "heads": 0.6, "channel_share": 0.6}
+_HALF: Final = _PRUNED | {"layers": 0.5}
 ANCHORS: Final[tuple[dict[str, Any], ...]] = (
     _WHOLE,
-    _WHOLE | {"table_bits": 5, "heads": 0.6, "channel_share": 0.6, "zeros": 0.4},
-    _WHOLE | {"table_bits": 5, "heads": 0.6, "channel_share": 0.6, "layers": 0.5},
-    _WHOLE | {"table": "product codes", "piece_width": 2},
-    _WHOLE | {"weights": "shared by pairs"},
+    _PRUNED | {"zeros": 0.4},
+    _HALF,
+    _HALF | {"table": "product codes", "piece_width": 2},
+    _HALF | {"weights": "shared by pairs"},
 )
 
 
