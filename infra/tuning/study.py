@@ -27,8 +27,8 @@ Progress = Callable[[str, float, str], None]  # step, fraction of it, what it is
 HOPELESS: Final = 0.05  # beyond the allowed loss, half way
 STARTUP: Final = 8  # drawn at random before the sampler has something to go by
 
-# Where to begin: Table I's "Quantized" and "Pruned + Quantized", half the layers of the latter, and these with
-# product codes for the table or weights that pairs of layers share.
+# Where to begin: Table I's "Quantized" and "Pruned + Quantized", half the layers of the latter, and that with
+# product codes for the table, or with weights that pairs of layers share.
 _WHOLE: Final[dict[str, Any]] = {
     "kind": "shrunk",
     "attention": "full",
