@@ -1,8 +1,7 @@
-"""Reading files that somebody else may have put there, their digests, and writing whole files or none."""
+"""Reading files that somebody else may have put there, and writing whole files or none."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import tempfile
@@ -38,12 +37,6 @@ def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
         fsync(path.parent)
     finally:
         work.unlink(missing_ok=True)
-
-
-def sha256_of(path: Path) -> str:
-    """Of a file's bytes, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:

@@ -1,11 +1,18 @@
-"""Which code and which libraries made a version."""
+"""What made a version: files, code, libraries."""
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def libraries(names: Iterable[str]) -> dict[str, str]:

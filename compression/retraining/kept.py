@@ -7,9 +7,9 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Any, Final
 
-from compression.files import sha256_of
 from compression.logs.dataset import Sequences, Split
 from compression.logs.dataset import split as split_sequences
+from compression.releases.provenance import sha256_of
 from compression.releases.registry import VOCABULARY, ModelShape
 from compression.retraining.runs import Run
 from compression.retraining.settings import RetrainSettings

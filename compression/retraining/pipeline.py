@@ -23,9 +23,9 @@ from compression.evaluation.evaluate import evaluate
 from compression.evaluation.fusion import fuse
 from compression.evaluation.scoring import ArtefactScorer, GraphScorer, TorchScorer, row_categories
 from compression.evaluation.verdict import GateLimits, GateRefused, Judged, Verdict
-from compression.files import sha256_of
 from compression.logs.dataset import build_vocabulary
 from compression.logs.sources import LogFile
+from compression.releases.provenance import sha256_of
 from compression.releases.registry import (
     ITEM_TABLE,
     SERVING,

@@ -13,7 +13,6 @@ from typing import Annotated, Any, Final, Literal
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compression.errors import first_fault
 from compression.files import read_plain
 from compression.retrieval.network import NetworkConfig
 
@@ -134,5 +133,7 @@ def change(recipe: RetrievalRecipe, fields: dict[str, Any], named: str) -> Retri
         changed = RetrievalRecipe.model_validate(recipe.model_dump() | fields)
         changed.network(2)
     except ValidationError as error:
-        raise RecipeInvalid(f"{named}: {first_fault(error)}") from None
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise RecipeInvalid(f"{named}: {field}: {first['msg']}") from None
     return changed

@@ -7,6 +7,7 @@ with, and the weights. Counts are taken anew from the log that the model is used
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,9 +16,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compression.errors import ArtefactInvalid, first_fault
+from compression.errors import ArtefactInvalid
 from compression.evaluation.transitions import COUNTS, TransitionSettings
-from compression.releases.provenance import git_revision, libraries
+from compression.releases.provenance import git_revision
 from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
@@ -96,7 +97,7 @@ def publish(
                 "minutes": round(trained.seconds / 60, 2),
             },
             "git_revision": git_revision(),
-            "libraries": libraries(_LIBRARIES),
+            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         }
     )
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:
@@ -112,7 +113,9 @@ def load_config(artefact: Artefact) -> RetrievalConfig:
     try:
         config = RetrievalConfig.model_validate_json(artefact.read(NETWORK))
     except ValidationError as error:
-        raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {first_fault(error)}") from None
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {field}: {first['msg']}") from None
     if config.network.item_rows != artefact.manifest.model.item_rows:
         raise ArtefactInvalid(f"{artefact.version}: {NETWORK} and the manifest differ in rows")
     return config

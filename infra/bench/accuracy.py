@@ -81,9 +81,9 @@ def command(
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from compression.errors import ArtefactInvalid
-    from compression.files import sha256_of
     from compression.logs.dataset import read_log
     from compression.logs.log_reader import LogInvalid
+    from compression.releases.provenance import sha256_of
     from compression.releases.registry import Registry
     from compression.retrieval.fit import FitSettings, fit
     from compression.retrieval.recipe import RecipeInvalid, change, load_recipe

@@ -153,7 +153,7 @@ def folder_of(shape: str, log: Path | None, epochs: float, seed: int) -> Path:
     """Where what is trained on a log is kept."""
     name = "synthetic"
     if log is not None:
-        from compression.files import sha256_of
+        from compression.releases.provenance import sha256_of
 
         name = f"{log.name.split('.')[0]}-{sha256_of(log)[:8]}"
     return home() / "table1" / f"{shape}-{name}-{epochs:g}-seed{seed}"
