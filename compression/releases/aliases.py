@@ -85,13 +85,17 @@ class AliasState(Release):
     def retired(self, version: str) -> Self:
         """The version is no canary or shadow any more."""
         if version not in {trial.version for trial in (self.canary, self.shadow) if trial is not None}:
-            raise ReleaseRefused(f"{version} is neither canary nor shadow")
+            raise ReleaseRefused(
+                f"{version} is neither canary nor shadow: `tailrace models list` shows who is"
+            )
         return self._without_trial(version)
 
     def rolled_back(self) -> Self:
         """The version before serves all users. There is no second step back: it would lead forward."""
         if self.previous is None:
-            raise ReleaseRefused(f"{self.version} has no version before it to go back to")
+            raise ReleaseRefused(
+                f"{self.version} has no version before it to go back to: `tailrace models promote` takes any"
+            )
         before = self.previous
         return self._without_trial(before.version)._with(
             version=before.version, manifest_sha256=before.manifest_sha256, previous=None, canary=None

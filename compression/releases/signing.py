@@ -77,7 +77,10 @@ class Trust:
             if not self.keys and not self.required:
                 _warn("Signatures are not checked: no key is trusted here; TAILRACE_TRUSTED_KEYS names them")
                 return None
-            raise ArtefactInvalid(f"{version}: it is signed by key {key_id[:16]}, which is not trusted here")
+            raise ArtefactInvalid(
+                f"{version}: it is signed by key {key_id[:16]}, which is not trusted here: its public key "
+                "belongs where TAILRACE_TRUSTED_KEYS says, or in .tailrace/keys"
+            )
         from cryptography.exceptions import InvalidSignature
 
         try:

@@ -98,7 +98,7 @@ class Run:
         """A run that was begun; `RunInvalid` where there is none or its state says nothing."""
         path = root / name / STATE
         if not _NAME.fullmatch(name) or not path.is_file():
-            raise RunInvalid(f"there is no run {name!r} in {root}")
+            raise RunInvalid(f"there is no run {name!r} in {root}: each folder there is one")
         try:
             if path.stat().st_size > MAX_STATE_BYTES:
                 raise RunInvalid(f"{path} is larger than a run's state can be")
@@ -113,7 +113,9 @@ class Run:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise RunInvalid(f"another process is at work on run {self.state.run}") from None
+            raise RunInvalid(
+                f"another process is at work on run {self.state.run}: let it end first"
+            ) from None
         self.state = self.find(self.folder.parent, self.folder.name).state
         self.state.attempts += 1
         self.state.outcome, self.state.detail = "running", ""

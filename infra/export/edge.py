@@ -115,7 +115,7 @@ def _places(vocabulary: Vocabulary, items: Int64 | None) -> Int64:
         return np.arange(len(vocabulary.item_ids))
     known = np.unique(items[vocabulary.is_known(items)])
     if not len(known):
-        raise ExportFailed("the version knows none of these items")
+        raise ExportFailed("the version knows none of these items: is --log the log it was trained on?")
     return np.searchsorted(vocabulary.item_ids, known)
 
 

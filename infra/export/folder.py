@@ -51,7 +51,7 @@ class ExportManifest(BaseModel):
 def check_free(out: Path) -> None:
     """Refuse to write over what is there."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ExportFailed(f"{out} is there already, and not empty")
+        raise ExportFailed(f"{out} is there already, and not empty: name another folder")
 
 
 def write_folder(out: Path, contents: Mapping[str, bytes]) -> None:

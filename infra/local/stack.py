@@ -101,7 +101,9 @@ def choose_port(name: str, given: int | None, default: int) -> tuple[int, str]:
     if given is not None:
         # `start` would refuse as well, but only after the other server is up.
         if not is_free(given):
-            raise ServerFailed(f"port {given} for {name} is taken by another program")
+            raise ServerFailed(
+                f"port {given} for {name} is taken by another program: --{name}-port takes another"
+            )
         return given, ""
     if is_free(default):
         return default, ""

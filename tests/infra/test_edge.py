@@ -309,7 +309,10 @@ def test_the_command_says_what_it_wrote(registry: Path, tmp_path: Path) -> None:
         EdgeManifest.model_validate_json((out / MANIFEST).read_bytes()).files
     )
     again = run("edge", "--registry", registry, "--out", out)
-    assert (again.exit_code, again.output) == (1, f"Error: {out} is there already, and not empty\n")
+    assert (again.exit_code, again.output) == (
+        1,
+        f"Error: {out} is there already, and not empty: name another folder\n",
+    )
 
 
 @pytest.mark.parametrize(
