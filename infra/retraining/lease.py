@@ -124,9 +124,7 @@ class Lease:
             if self.token:
                 return asked_s
             if asked_s >= patient_until_s or self._stopping():
-                raise LeaseHeld(
-                    f"another process retrains {self._alias}: try again when it is through, or name another --alias"
-                )
+                raise LeaseHeld(f"another process retrains {self._alias}: try again when it is through")
             time.sleep(_POLL_S)
 
     def _renew(self) -> None:
