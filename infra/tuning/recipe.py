@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Final, Literal
 
 from optuna import Trial
@@ -74,8 +75,8 @@ def suggest(trial: Trial, whole: NetworkConfig) -> Recipe:
 
 def _table(trial: Trial, dim: int, *, zeros: bool) -> dict[str, Any]:
     """How the table is stored: fields of a recipe."""
-    widths = [width for width in _PIECE_WIDTHS if dim % width == 0]
-    if trial.suggest_categorical("table", ["rounded", "product codes"]) == "product codes" and widths:
-        return {"splits": dim // trial.suggest_categorical("piece_width", widths)}
+    if trial.suggest_categorical("table", ["rounded", "product codes"]) == "product codes":
+        width = trial.suggest_categorical("piece_width", _PIECE_WIDTHS)
+        return {"splits": dim // math.gcd(dim, width)}
     stored: dict[str, Any] = {"table_bits": trial.suggest_int("table_bits", 2, 8)}
     return stored | ({"zeros": trial.suggest_float("zeros", 0.0, 0.6, step=0.1)} if zeros else {})
