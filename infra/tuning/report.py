@@ -116,6 +116,7 @@ def draw(trials: Sequence[dict[str, Any]], path: Path, *, limit: float) -> None:
         )
     front = sorted((one["latency_share"], one["size_share"]) for one in trials if one["front"])
     axis.plot([100 * x for x, _ in front], [100 * y for _, y in front], color="#4c78a8", linewidth=1)
+    axis.set(xlim=(0, None), ylim=(0, None))
     axis.set_xlabel("latency, % of the whole network's")
     axis.set_ylabel("stored bytes, %")
     axis.legend(fontsize=8)
