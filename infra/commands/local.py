@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import click
 
 from infra.commands import options
-from infra.console import print_json
 from infra.local import stack
 from infra.local.endpoints import endpoints
 from infra.local.server import ServerFailed
@@ -34,7 +34,7 @@ def up(*, kafka_port: int | None, redis_port: int | None, topic_suffix: str, as_
     except (ServerFailed, TopicMismatch) as error:
         raise click.ClickException(str(error)) from error
     if as_json:
-        print_json(dataclasses.asdict(result))
+        click.echo(json.dumps(dataclasses.asdict(result)))
         return
     for note in result.notes:
         click.echo(note)
@@ -67,7 +67,7 @@ def status(as_json: bool) -> None:
     servers, found = stack.status(), endpoints()
     if as_json:
         rows = [dataclasses.asdict(server) for server in servers]
-        print_json({**dataclasses.asdict(found), "servers": rows})
+        click.echo(json.dumps({**dataclasses.asdict(found), "servers": rows}))
     else:
         for server in servers:
             runs = f"process {server.pid}, {server.memory_mb:.0f} MB" if server.running else "not running"
