@@ -110,18 +110,18 @@ def retrain(
     `Superseded` end it for good, `Stopped` until it is taken up again. The processes of a `team` train
     together; all else is done by this one."""
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:
-        kept = run or Run.begin(Path(folder), "once")
-        with kept:
-            work = _Work(settings, kept, progress, guard or _NoGuard(), stopping, team or Local())
+        begun = run or Run.begin(Path(folder), "once")
+        with begun:
+            work = _Work(settings, begun, progress, guard or _NoGuard(), stopping, team or Local())
             try:
                 return work.all_steps(announce)
             except GateRefused as error:
-                kept.end("refused", str(error))
+                begun.end("refused", str(error))
                 raise
             except Stopped:
                 raise
             except Exception as error:
-                kept.end("failed", f"{type(error).__name__}: {error}"[:2_000])
+                begun.end("failed", f"{type(error).__name__}: {error}"[:2_000])
                 raise
 
 
