@@ -99,7 +99,7 @@ def watch(
 @click.option("--exclude", type=USER, multiple=True, help="Never this item; repeatable.")
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), default="normal", show_default=True)
 @click.option("--deadline-ms", type=click.IntRange(1, 60_000), help="Past it, a degraded list at once.")
-@click.option("--timeout-s", type=click.FloatRange(0.1), default=10.0, show_default=True)
+@click.option("--timeout-s", type=options.FiniteRange(0.1), default=10.0, show_default=True)
 @options.as_json
 def recommend(
     *,

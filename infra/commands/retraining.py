@@ -52,7 +52,9 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 )
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
 @click.option(
-    "--max-minutes", type=click.FloatRange(0, min_open=True), help="Of training; the recipe says otherwise."
+    "--max-minutes",
+    type=options.FiniteRange(0, min_open=True),
+    help="Of training; the recipe says otherwise.",
 )
 @click.option(
     "--goal",
@@ -103,11 +105,16 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 )
 @click.option("--bootstrap", help="Announce the release on this broker; the topic is read from there too.")
 @options.topic_suffix
-@click.option("--redis-url", help="Hold the lease there, so that one process retrains an alias at a time.")
+@click.option(
+    "--redis-url",
+    envvar="RETRAIN_REDIS_URL",
+    callback=options.redis_address,
+    help="Hold the lease there, so that one process retrains an alias at a time.",
+)
 @click.option(
     "--lease-seconds",
     "lease_s",
-    type=click.FloatRange(0.1),
+    type=options.FiniteRange(0.1),
     envvar="RETRAIN_LEASE_S",
     default=30.0,
     show_default=True,
@@ -253,6 +260,9 @@ def retrain(
                 "network as it was trained before the gate, another --compress compresses it anew",
                 err=True,
             )
+        click.echo(
+            f"`tailrace retrain --run {run.state.run} --force NOTE` publishes it all the same", err=True
+        )
         raise SystemExit(REFUSED) from None
     except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid, ProcessLost) as error:
         raise click.ClickException(str(error)) from None
@@ -421,7 +431,9 @@ def _serve(
     except ScheduleInvalid as error:
         raise click.UsageError(str(error)) from None
     command = [sys.executable, "-m", "infra.cli", "retrain", *_without_schedule(click.get_current_context())]
-    command += ["--bootstrap", bootstrap, "--redis-url", redis_url, "--runs", str(runs), "--json"]
+    command += ["--bootstrap", bootstrap, "--runs", str(runs), "--json"]
+    # Not on the command line: others may read that, and the address may hold a password.
+    os.environ["RETRAIN_REDIS_URL"] = redis_url
     service = Service(cron, command, runs, alias)
     raise SystemExit(asyncio.run(service.run(host, port)))
 
