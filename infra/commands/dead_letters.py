@@ -152,19 +152,22 @@ def replay(
             if letter.get("dropped"):
                 left_out += 1
                 continue
-            topic = letter.get("topic", "")
-            if topic not in known:
-                raise click.ClickException(
-                    f"a letter says it came from {topic!r}, which is not one of {sorted(known)}"
-                )
+            topic = str(letter.get("topic", ""))
             try:
+                if topic not in known:
+                    raise ValueError(f"it came from {topic!r}, which is not one of {sorted(known)}")
                 value = _bytes(letter, "value")
                 key = _key(letter, value)
+                # kafka-python sends no header without a value.
                 kept = [
-                    (str(header["name"]), _bytes(header, "value")) for header in letter.get("headers", [])
+                    (str(header["name"]), _bytes(header, "value") or b"")
+                    for header in letter.get("headers", [])
                 ]
-            except (binascii.Error, TypeError, ValueError) as error:
-                raise click.ClickException(f"letter {letter.get('offset')}: no base64: {error}") from error
+            except (binascii.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+                raise click.ClickException(
+                    f"letter {letter.get('offset')} is not as `list --json` writes them: {error!r}; "
+                    f"{sum(sent.values()):,} before it were sent"
+                ) from None
             attempts = str(letter.get("attempts", "1")).encode()
             outgoing.send(topic, key=key, value=value, headers=[*kept, ("attempts", attempts)])
             sent[topic] += 1

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compression.smaller.plan import PLANS
-from infra.commands import options
+from infra.commands import options, settings
 from infra.commands.training import PRECISIONS, RECIPES, SPLITS, ProgressBar, print_json, print_metrics
 
 if TYPE_CHECKING:
@@ -186,9 +186,10 @@ def retrain(
     # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _need_training_extra()
-    from compression.evaluation.gate import GateRefused
+    from compression.evaluation.gate import GateLimits, GateRefused
     from compression.logs.dataset import MAX_EVENTS
     from compression.logs.log_reader import LogInvalid
+    from compression.releases.aliases import check_name
     from compression.releases.registry import ArtefactInvalid
     from compression.retraining.runs import Run, RunInvalid
     from compression.training.export import ParityError
@@ -198,6 +199,12 @@ def retrain(
     from infra.local.endpoints import endpoints
     from infra.retraining.job import Job, compressed, job, topic_bounds
 
+    # What would be stumbled over after the training.
+    settings.read(GateLimits)
+    try:
+        check_name(alias)
+    except ArtefactInvalid as error:
+        raise click.BadParameter(str(error), param_hint="--alias") from None
     place = _place(device, processes, schedule)
     if place is not None and place.rank > 0:
         _assist(place, device)
@@ -208,7 +215,8 @@ def retrain(
         redis_url = redis_url or endpoints().redis_url
     begun = run_name is not None and (runs / run_name / "run.json").is_file()
     if not (begun or repeat) and (log is None) == (topic is None):
-        raise click.UsageError("one of --log and --topic says what to learn from")
+        absent = f"there is no run {run_name!r} in {runs}; to begin it, " if run_name else ""
+        raise click.UsageError(f"{absent}one of --log and --topic says what to learn from")
     if schedule is not None:
         _serve(schedule, runs, str(bootstrap), str(redis_url), topic_suffix, alias, http_host, http_port)
         return

@@ -7,15 +7,11 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Final
 
 import click
 
 from infra.commands import options, settings
 from infra.supervise import supervise
-
-# A worker that starts while Kafka is away ends; its supervisor starts it again.
-BROKER_S: Final = 5.0
 
 
 @click.command()
@@ -41,8 +37,22 @@ BROKER_S: Final = 5.0
     show_default=True,
     help="/healthz, /readyz, /metrics; 0 takes a free port; with --workers the next ones too.",
 )
-@click.option("--trigger", envvar="STREAM_TRIGGER", type=click.Choice(["click", "user"]), default="click")
-@click.option("--k", envvar="STREAM_K", type=click.IntRange(1, 1000), default=10, show_default=True)
+@click.option(
+    "--trigger",
+    envvar="STREAM_TRIGGER",
+    type=click.Choice(["click", "user"]),
+    default="click",
+    show_default=True,
+    help="A list for every click, or one for all clicks of a user that are in hand together.",
+)
+@click.option(
+    "--k",
+    envvar="STREAM_K",
+    type=click.IntRange(1, 1000),
+    default=10,
+    show_default=True,
+    help="Length of a list; at most FEATURES_CANDIDATE_LIMIT (50) are ranked.",
+)
 @click.option(
     "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
 )
@@ -81,7 +91,7 @@ def worker(
     from inference.settings import InferenceSettings
     from stream.settings import StreamSettings
     from stream.worker import run
-    from topics.admin import topic_epoch
+    from topics.admin import check_listens
 
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level != "DEBUG":
@@ -106,7 +116,7 @@ def worker(
     ports = range(http_port, http_port + workers) if http_port else ()
     for port in ports:
         _check_listens(http_host, port)
-    topic_epoch(bootstrap, stream.topics.clicks, timeout_s=BROKER_S)
+    check_listens(bootstrap)
     if workers > 1:
         # Not on the command line: others may read that, and the address may hold a password.
         os.environ["TAILRACE_REDIS_URL"] = redis_url

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 
@@ -21,6 +22,7 @@ from infra.commands.replay import replay
 from infra.commands.retraining import retrain
 from infra.commands.worker import worker
 from infra.local.server import HOST, free_port
+from infra.retraining import schedule
 from stream.settings import StreamSettings
 from topics import admin
 
@@ -122,7 +124,7 @@ def test_the_address_of_redis_is_on_no_command_line_of_a_child(monkeypatch):
     started = []
     monkeypatch.setattr(processes_beside, "supervise", lambda commands: started.extend(commands) or 0)
     monkeypatch.setattr(sys.modules[worker.callback.__module__], "supervise", processes_beside.supervise)
-    monkeypatch.setattr(admin, "topic_epoch", lambda *_, **__: 1)
+    monkeypatch.setattr(admin, "check_listens", lambda _: None)
     monkeypatch.setenv("TAILRACE_REDIS_URL", "redis://elsewhere/0")
     done = CliRunner().invoke(
         worker, ["--workers", "2", "--http-port", "0", "--redis-url", "redis://u:secret@h/0"]
@@ -133,11 +135,79 @@ def test_the_address_of_redis_is_on_no_command_line_of_a_child(monkeypatch):
 
 
 @pytest.mark.integration
-def test_a_worker_or_a_replay_without_topics_ends_with_a_sentence(bootstrap, tmp_path):
+def test_a_replay_without_topics_ends_with_a_sentence(bootstrap, tmp_path):
     log = tmp_path / "clicks.csv"
     log.write_text("1,2,3,pv,1511600000\n")
-    for words in (["worker", "--http-port", "0"], ["replay", str(log)]):
-        done = CliRunner().invoke(main, [*words, "--bootstrap", bootstrap, "--topic-suffix", ".nobodys"])
-        assert done.exit_code == 1
-        assert "no topic 'clicks.nobodys'" in done.output
-        assert "`tailrace up` creates the topics" in done.output
+    done = CliRunner().invoke(
+        main, ["replay", str(log), "--bootstrap", bootstrap, "--topic-suffix", ".nobodys"]
+    )
+    assert done.exit_code == 1
+    assert "no topic 'clicks.nobodys'" in done.output
+    assert "`tailrace up` creates the topics" in done.output
+
+
+def test_the_service_of_retraining_tells_its_runs_where_redis_is_and_nobody_else(monkeypatch, tmp_path):
+    told = []
+
+    class Service:
+        def __init__(self, cron, command, runs, alias):
+            told.extend(command)
+
+        async def run(self, host, port):
+            return 0
+
+    monkeypatch.setattr(schedule, "Service", Service)
+    monkeypatch.setenv("RETRAIN_REDIS_URL", "redis://elsewhere/0")
+    words = ["--topic", "clicks", "--schedule", "0 * * * *", "--runs", str(tmp_path)]
+    done = CliRunner().invoke(retrain, [*words, "--redis-url", "redis://u:secret@h/0"])
+    assert done.exit_code == 0, done.output
+    assert "secret" not in " ".join(told)
+    assert os.environ["RETRAIN_REDIS_URL"] == "redis://u:secret@h/0"
+
+
+def refused(tmp_path, **told):
+    words = [word for name, value in told.items() for word in (f"--{name}", str(value))]
+    given = {"--registry": tmp_path / "models", "--runs": tmp_path / "runs"}
+    words += [str(word) for pair in given.items() if pair[0] not in words for word in pair]
+    done = CliRunner().invoke(retrain, words)
+    assert done.exit_code in (1, 2)
+    assert isinstance(done.exception, SystemExit)
+    return done.output
+
+
+@pytest.fixture
+def log(tmp_path):
+    path = tmp_path / "clicks.csv"
+    path.write_text("1,2,3,pv,1511600000\n")
+    return path
+
+
+def test_a_limit_of_the_gate_that_does_not_parse_is_said_before_the_training(log, monkeypatch, tmp_path):
+    monkeypatch.setenv("GATE_MARGIN", "two")
+    assert "GATE_MARGIN should be a valid number" in refused(tmp_path, log=log)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("option", ["registry", "runs"])
+def test_a_folder_that_cannot_be_written_is_said_before_the_training(option, log, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    folder = tmp_path / "file" / option
+    assert f"{folder} cannot be written: Not a directory" in refused(tmp_path, log=log, **{option: folder})
+
+
+def test_a_run_that_was_never_begun_is_named(tmp_path):
+    assert "there is no run 'nightly' in" in refused(tmp_path, run="nightly")
+
+
+def test_an_alias_that_is_no_name_is_said_before_the_training(log, tmp_path):
+    assert "'../serving' is not a version or alias" in refused(tmp_path, log=log, alias="../serving")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("user", ["u", ""])
+def test_a_password_is_not_shown_on_the_screen(user, monkeypatch, tmp_path):
+    monkeypatch.setenv("TAILRACE_HOME", str(tmp_path))
+    monkeypatch.setenv("TAILRACE_REDIS_URL", f"redis://{user}:secret@redis.example:6379/0")
+    done = CliRunner().invoke(main, ["status"])
+    assert f"redis://{user}:***@redis.example:6379/0" in done.output
+    assert "secret" not in done.output
