@@ -13,6 +13,7 @@ import click
 import orjson
 
 from infra.commands import options
+from infra.printable import printable
 
 SHOWN_BYTES = 60
 # Letters may be megabytes each.
@@ -100,12 +101,14 @@ def list_(bootstrap: str, topic_suffix: str, reason: str | None, limit: int | No
             click.echo(orjson.dumps(letter).decode())
             continue
         value = letter.get("value") or letter.get("value_base64") or ""
-        shown = value if len(value) <= SHOWN_BYTES else f"{value[:SHOWN_BYTES]}… ({len(value):,} characters)"
-        place = f"{letter['topic']}/{letter['partition']}@{letter['source_offset']}"
-        click.echo(f"{letter['offset']:>6}  {place:<24} {letter['detail']}\n        {shown}")
+        shown = printable(value[:SHOWN_BYTES])
+        if len(value) > SHOWN_BYTES:
+            shown += f"… ({len(value):,} characters)"
+        place = printable(f"{letter['topic']}/{letter['partition']}@{letter['source_offset']}")
+        click.echo(f"{letter['offset']:>6}  {place:<24} {printable(letter['detail'])}\n        {shown}")
     if not as_json:
         for name, count in counts.most_common():
-            click.echo(f"{count:>8,}  {name}")
+            click.echo(f"{count:>8,}  {printable(name)}")
         if not counts:
             click.echo("no dead letters")
 

@@ -8,7 +8,11 @@ import pytest
 from click.testing import CliRunner
 
 from infra import clients
+from infra.commands import dead_letters as commands
+from infra.commands import lists
 from infra.commands.dead_letters import dead_letters
+from infra.printable import printable
+from topics.messages import Recommendation, Trigger
 
 GOOD = {"offset": 7, "topic": "clicks", "key": "5", "value": '{"user_id": 5}', "headers": [], "attempts": "2"}
 
@@ -82,3 +86,42 @@ def test_a_letter_of_another_form_is_a_sentence_that_says_how_far_it_came(
     assert "1 before it were sent" in done.output
     assert isinstance(done.exception, SystemExit)
     assert len(producer.sent) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("\x1b]0;mine\x07", r"\x1b]0;mine\x07"),
+        ("\x9b31m", r"\x9b31m"),
+        ("a\r\nb", r"a\r\nb"),
+        ("\u202eevil", r"\u202eevil"),
+        ("Käse 🧀", "Käse 🧀"),
+    ],
+)
+def test_what_would_steer_a_terminal_is_escaped_and_letters_are_not(text, shown):
+    assert printable(text) == shown
+
+
+def test_a_letter_and_a_list_of_strangers_do_not_steer_the_terminal(monkeypatch, capsys):
+    evil = "\x1b[2J"
+    letter = {"offset": 1, "topic": "clicks", "partition": "0", "source_offset": "5", "reason": evil}
+    monkeypatch.setattr(
+        commands, "_letters", lambda *_: iter([{**letter, "detail": f"key {evil}", "value": f"{{{evil}"}])
+    )
+    done = CliRunner().invoke(dead_letters, ["list", "--bootstrap", "x:1"])
+    assert done.exit_code == 0, done.output
+    assert "\x1b" not in done.output
+    assert done.output.count(r"\x1b[2J") == 3
+    lists._print(
+        Recommendation(
+            recommendation_id="r",
+            user_id=7,
+            trigger=Trigger(kind="request", request_id=evil),
+            items=[],
+            model_version=evil,
+            engine="onnx",
+            generated_at=0.0,
+        ),
+        as_json=False,
+    )
+    assert capsys.readouterr().out.count(r"\x1b[2J") == 2
