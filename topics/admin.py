@@ -166,7 +166,11 @@ def _epoch(described: dict[str, Any]) -> int:
 
 
 def main(bootstrap: str = "localhost:9092", suffix: str = "") -> None:
-    for state in ensure_topics(bootstrap, suffixed(suffix)):
+    try:
+        states = ensure_topics(bootstrap, suffixed(suffix))
+    except (TopicsUnavailable, TopicMismatch) as error:
+        raise SystemExit(str(error)) from None
+    for state in states:
         made = "created" if state.created else "present"
         sys.stdout.write(f"{state.name}: {made}, {state.partitions} partitions, epoch {state.epoch}\n")
 

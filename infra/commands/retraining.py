@@ -108,6 +108,7 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 @click.option(
     "--redis-url",
     envvar="RETRAIN_REDIS_URL",
+    show_envvar=True,
     callback=options.redis_address,
     help="Hold the lease there, so that one process retrains an alias at a time.",
 )

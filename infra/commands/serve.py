@@ -47,6 +47,8 @@ _PORT = click.IntRange(0, 65535)
 )
 @click.option(
     "--redis-url",
+    envvar="SERVE_REDIS_URL",
+    show_envvar=True,
     default="",
     callback=options.redis_address,
     help="Where the workers keep what is popular and who is in which tier; rates are shared there.",
@@ -120,8 +122,10 @@ def serve(
         arguments = [
             *("--registry", str(registry), "--version", version, "--host", host, "--admin-host", admin_host),
             *("--grpc-port", str(grpc_port), "--http-port", str(http_port), "--engine", engine),
-            *("--redis-url", redis_url, "--log-level", log_level),
+            *("--log-level", log_level),
         ]
+        # Not on the command line: others may read that, and the address may hold a password.
+        os.environ["SERVE_REDIS_URL"] = redis_url
         command = ["env", "SERVE_REUSE_PORT=true", sys.executable, "-m", "infra.cli", "serve", *arguments]
         commands = [[*command, "--admin-port", str(admin_port + number)] for number in range(workers)]
         raise SystemExit(supervise(commands))

@@ -15,11 +15,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from features.settings import FeatureSettings
 from inference.admission.settings import AdmissionSettings
 from inference.settings import InferenceSettings
-from infra import supervise as processes_beside
 from infra.cli import main
 from infra.commands import settings
 from infra.commands.replay import replay
 from infra.commands.retraining import retrain
+from infra.commands.serve import serve
 from infra.commands.worker import worker
 from infra.local.server import HOST, free_port
 from infra.retraining import schedule
@@ -120,18 +120,25 @@ def test_a_worker_without_a_broker_ends_with_a_sentence():
     ]
 
 
-def test_the_address_of_redis_is_on_no_command_line_of_a_child(monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "ports", "variable"),
+    [
+        (worker, ["--http-port", "0"], "TAILRACE_REDIS_URL"),
+        (serve, [], "SERVE_REDIS_URL"),
+    ],
+)
+def test_the_address_of_redis_is_on_no_command_line_of_a_child(command, ports, variable, monkeypatch):
     started = []
-    monkeypatch.setattr(processes_beside, "supervise", lambda commands: started.extend(commands) or 0)
-    monkeypatch.setattr(sys.modules[worker.callback.__module__], "supervise", processes_beside.supervise)
+    module = sys.modules[command.callback.__module__]
+    monkeypatch.setattr(module, "supervise", lambda commands: started.extend(commands) or 0)
+    monkeypatch.setattr(sys.modules[serve.callback.__module__], "is_free", lambda _: True)
     monkeypatch.setattr(admin, "check_listens", lambda _: None)
-    monkeypatch.setenv("TAILRACE_REDIS_URL", "redis://elsewhere/0")
-    done = CliRunner().invoke(
-        worker, ["--workers", "2", "--http-port", "0", "--redis-url", "redis://u:secret@h/0"]
-    )
+    monkeypatch.setenv(variable, "redis://elsewhere/0")
+    done = CliRunner().invoke(command, ["--workers", "2", *ports, "--redis-url", "redis://u:secret@h/0"])
     assert done.exit_code == 0, done.output
     assert len(started) == 2
     assert "secret" not in " ".join(word for command in started for word in command)
+    assert os.environ[variable] == "redis://u:secret@h/0"
 
 
 @pytest.mark.integration
