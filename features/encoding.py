@@ -7,7 +7,6 @@ process gives an unknown id the same row. The first category bucket is kept for 
 
 from __future__ import annotations
 
-import io
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from features.npy import read_npz
 from features.sequence import SequenceBatch
 
 Int32 = npt.NDArray[np.int32]
@@ -127,15 +127,15 @@ class Vocabulary:
         """Read what `save` wrote, from a file or from its bytes."""
         data = source if isinstance(source, bytes) else source.read_bytes()
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                item_buckets, category_buckets = (int(count) for count in arrays["buckets"])
-                return cls(
-                    item_ids=arrays["item_ids"].astype(np.int64, casting="safe"),
-                    item_categories=arrays["item_categories"].astype(np.int32, casting="safe"),
-                    category_ids=arrays["category_ids"].astype(np.int64, casting="safe"),
-                    item_buckets=item_buckets,
-                    category_buckets=category_buckets,
-                )
+            arrays = read_npz(data, ("item_ids", "item_categories", "category_ids", "buckets"))
+            item_buckets, category_buckets = (int(count) for count in arrays["buckets"])
+            return cls(
+                item_ids=arrays["item_ids"].astype(np.int64, casting="safe"),
+                item_categories=arrays["item_categories"].astype(np.int32, casting="safe"),
+                category_ids=arrays["category_ids"].astype(np.int64, casting="safe"),
+                item_buckets=item_buckets,
+                category_buckets=category_buckets,
+            )
         except VocabularyInvalid:
             raise
         except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile) as error:

@@ -15,7 +15,7 @@ def announce(bootstrap: str, topic_suffix: str, alias: str, releases: list[Model
     from topics.codec import encode
 
     try:
-        producer = KafkaProducer(bootstrap_servers=bootstrap.split(","), acks="all")
+        producer = KafkaProducer(bootstrap_servers=bootstrap.split(","), acks="all", max_block_ms=15_000)
         try:
             for release in releases:
                 value, headers = encode(release)

@@ -24,7 +24,11 @@ def producer(bootstrap: str, **options: Any) -> KafkaProducer:
     """An idempotent producer that waits for all replicas."""
     try:
         return KafkaProducer(
-            bootstrap_servers=bootstrap, request_timeout_ms=REQUEST_TIMEOUT_MS, **{"linger_ms": 5, **options}
+            bootstrap_servers=bootstrap,
+            request_timeout_ms=REQUEST_TIMEOUT_MS,
+            # For a topic's whereabouts; a minute otherwise.
+            max_block_ms=REQUEST_TIMEOUT_MS,
+            **{"linger_ms": 5, **options},
         )
     except KafkaError as error:
         raise _unavailable(bootstrap, error) from error

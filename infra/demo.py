@@ -8,6 +8,7 @@ after each of three clicks. Ends with an account of every click.
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,7 @@ def demo(log: Path | None, max_minutes: float) -> None:
         account = Account.of(story.sent, collecting.finish())
         sent = story.intended_s()
     _summary(account, sent, story, time.monotonic() - started_s)
+    _what_next(folder)
     if account.lost or account.other_ids:
         raise click.ClickException("clicks were lost: this should not happen, please report it")
 
@@ -141,7 +143,7 @@ def _play(
     _step(f"{len(cold):,} clicks, answered with what is popular: there is no model yet")
     story.click(cold[:cut], COLD_RATE)
     story.before = story.judged(cold[cut:], COLD_RATE / 2)
-    console.print(_hits("what is popular", story.before))
+    console.print(_hits("filled with what is popular", story.before))
     _step("A model is trained on the clicks in the topic, passes its gate, and goes into the running worker")
     _tailrace(
         *("retrain", "--topic", CLICKS.name, "--bootstrap", story.bootstrap, "--redis-url", redis_url),
@@ -155,7 +157,7 @@ def _play(
     story.click(ranked[:warm_up], RATE)
     story.measured = slice(story.sent, story.sent + len(ranked) - warm_up)
     story.after = story.judged(ranked[warm_up:], RATE)
-    console.print(_hits("the model", story.after))
+    console.print(_hits("ranked by the model", story.after))
     _step("One user's list, before and after each click")
     _show_changes(story, events, ranked or events)
 
@@ -167,7 +169,9 @@ def _parts(events: list[BehaviorEvent]) -> tuple[list[BehaviorEvent], list[Behav
 
 
 def _hits(who: str, found: OnlineHits) -> str:
-    return f"{found.rate:.1%} of {found.asked:,} next clicks were on one of the {K} items {who} had listed"
+    return (
+        f"{found.rate:.1%} of {found.asked:,} clicks were on one of the {K} items of the list before, {who}"
+    )
 
 
 def _show_changes(story: _Story, events: list[BehaviorEvent], recent: list[BehaviorEvent]) -> None:
@@ -244,7 +248,7 @@ def _summary(account: Account, intended_s: np.ndarray, story: _Story, elapsed_s:
         ("clicks in", f"{account.clicks:,}"),
         ("lists out", f"{account.lists:,}"),
         ("lost", str(account.lost)),
-        ("duplicated", str(account.duplicated)),
+        ("sent again, under the same id", f"{account.duplicated:,}"),
         ("answered from popularity, before the model", f"{account.degraded:,}"),
         (f"online HR@{K} before, by popularity", f"{story.before.rate:.4f}"),
         (f"online HR@{K} after, by the model", f"{story.after.rate:.4f}"),
@@ -254,6 +258,14 @@ def _summary(account: Account, intended_s: np.ndarray, story: _Story, elapsed_s:
     ):
         table.add_row(name, value)
     console.print(table)
+
+
+def _what_next(folder: Path) -> None:
+    reports = sorted((folder / "runs").glob("*/report.html"))
+    if reports:
+        console.print(f"how the training went: {reports[-1]}", soft_wrap=True)
+    words = ", ".join(f"[bold]tailrace {word}[/]" for word in ("up", "worker", "watch"))
+    console.print(f"the same by hand: {words} (README, By hand)")
 
 
 def _step(text: str) -> None:
@@ -266,7 +278,10 @@ def _with_topics(bootstrap: str) -> str:
 
 
 def _tailrace(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "infra.cli", *arguments], cwd=Path.cwd(), check=False)
+    # Beside a broker and a worker on a slow machine the gate would refuse the model for its latency.
+    environment = {"GATE_LATENCY_MS": "500", **os.environ}
+    command = [sys.executable, "-m", "infra.cli", *arguments]
+    done = subprocess.run(command, cwd=Path.cwd(), env=environment, check=False)
     if done.returncode:
         raise click.ClickException(f"`tailrace {arguments[0]}` failed")
 

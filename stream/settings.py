@@ -36,7 +36,7 @@ class StreamSettings(BaseSettings):
     redis_url: str = "redis://localhost:6379/0"
     registry: str = ".tailrace/models"
     alias: str = "serving"
-    group: str = "tailrace"
+    group: str = Field(default="tailrace", min_length=1, max_length=200)
     topic_suffix: str = Field(default="", pattern=r"^[A-Za-z0-9._-]{0,64}$")
     """Appended to every topic's name: `.staging` keeps an environment of its own on one broker."""
 

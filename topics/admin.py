@@ -82,12 +82,17 @@ def ping(bootstrap: str, *, timeout_s: float = 5.0) -> int:
         return len(admin.describe_cluster()["brokers"])
 
 
+def check_listens(bootstrap: str, *, timeout_s: float = 5.0) -> None:
+    """`TopicsUnavailable` where no port of the list takes connections."""
+    if not any(_listens(server, timeout_s) for server in bootstrap.split(",")):
+        raise TopicsUnavailable(f"no Kafka broker listens at {bootstrap}; `tailrace up` starts one")
+
+
 @contextmanager
 def _admin(bootstrap: str, timeout_s: float) -> Iterator[KafkaAdminClient]:
     # KafkaAdminClient retries a refused connection until its timeout and leaves its thread behind
     # when it gives up: ask the port first.
-    if not any(_listens(server, timeout_s) for server in bootstrap.split(",")):
-        raise TopicsUnavailable(f"no Kafka broker listens at {bootstrap}; `tailrace up` starts one")
+    check_listens(bootstrap, timeout_s=timeout_s)
     timeout_ms = int(timeout_s * 1000)
     try:
         admin = KafkaAdminClient(
@@ -161,7 +166,11 @@ def _epoch(described: dict[str, Any]) -> int:
 
 
 def main(bootstrap: str = "localhost:9092", suffix: str = "") -> None:
-    for state in ensure_topics(bootstrap, suffixed(suffix)):
+    try:
+        states = ensure_topics(bootstrap, suffixed(suffix))
+    except (TopicsUnavailable, TopicMismatch) as error:
+        raise SystemExit(str(error)) from None
+    for state in states:
         made = "created" if state.created else "present"
         sys.stdout.write(f"{state.name}: {made}, {state.partitions} partitions, epoch {state.epoch}\n")
 

@@ -13,7 +13,6 @@ import hashlib
 import os
 import shutil
 import tempfile
-from io import BytesIO
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -27,6 +26,7 @@ from compression.releases.aliases import Aliases, AliasState, Release, check_nam
 from compression.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE, Signer, Trust
 from features.encoding import Vocabulary, VocabularyInvalid
 from features.fusion import Fusion
+from features.npy import read_npy
 
 __all__ = [
     "ITEM_TABLE",
@@ -172,7 +172,15 @@ class Registry:
     # Publishing --------------------------------------------------------------------------------
 
     def check_publishing(self) -> None:
-        """Refuse now what opening would refuse after an hour of training: no key, or one not trusted."""
+        """Refuse now what would be refused after an hour of training: a folder that cannot be written, no
+        key, or one that is not trusted."""
+        versions = self.root / "versions"
+        try:
+            versions.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ArtefactInvalid(f"{self.root} cannot be written: {error.strerror}") from None
+        if not os.access(versions, os.W_OK):
+            raise ArtefactInvalid(f"{versions} cannot be written by this user")
         trust, signer = self._trusted(), self._signs()
         if not trust.required:
             return
@@ -323,6 +331,9 @@ class Registry:
         return alias_or_version, None
 
     def _release(self, version: str) -> Release:
+        state = self._aliases.read(version)
+        if state is not None and not self._version_path(version).is_dir():
+            raise ReleaseRefused(f"{version!r} is an alias, which stands for {state.version}: name a version")
         data = self._manifest_bytes(version)
         _check_kind(_parse(data, version), "ranking")
         return Release(version=version, manifest_sha256=_sha256(data))
@@ -349,9 +360,7 @@ class Registry:
 def read_item_table(content: bytes) -> npt.NDArray[Any]:
     """The array of an .npy file. A table in 8 bits, `codes` int8 [dim] and their `step` float32 in each
     row, comes as the float32 [rows, dim] that it stands for; `ValueError` where the bytes are no array."""
-    table = np.load(BytesIO(content), allow_pickle=False)
-    if not isinstance(table, np.ndarray):
-        raise ValueError("it holds more than an array")
+    table = read_npy(content)
     if table.dtype.names != ("codes", "step"):
         return table
     codes, step = table["codes"], table["step"]

@@ -90,7 +90,10 @@ class Run:
             spec=spec or {},
         )
         found = cls(root / run, state)
-        found.save()
+        try:
+            found.save()
+        except OSError as error:
+            raise RunInvalid(f"{root} cannot be written: {error.strerror}") from None
         return found
 
     @classmethod

@@ -72,8 +72,14 @@ class Control(Generic[S]):
             return
         if end - at > MAX_SETTINGS * f.SETTING.size:
             raise ConnectionFailed(Code.ENHANCE_YOUR_CALM, "too many settings")
-        for name, value in f.SETTING.iter_unpack(data[at:end]):
+        told = list(f.SETTING.iter_unpack(data[at:end]))
+        for name, value in told:
             self._set(name, value)
+        # Once a frame: a client may say a window 64 times in one, and looking at all streams costs.
+        if windows := [value for name, value in told if name == f.INITIAL_WINDOW]:
+            widest = max((sending.window for sending in self._streams.open.values()), default=0)
+            if max(windows) + max(0, widest) > f.LARGEST_WINDOW:
+                raise ConnectionFailed(Code.FLOW_CONTROL_ERROR, "a window beyond 2^31 - 1")
         self._outbox.put(f.frame(f.SETTINGS, f.ACK, 0))
         self._outbox.pump()
 
@@ -85,9 +91,6 @@ class Control(Generic[S]):
                 raise ConnectionFailed(Code.PROTOCOL_ERROR, "a frame size that is not allowed")
             self._outbox.frame_bytes = min(value, MAX_FRAME_BYTES)
         elif name == f.INITIAL_WINDOW:
-            widest = max((sending.window for sending in self._streams.open.values()), default=0)
-            if value + max(0, widest) > f.LARGEST_WINDOW:
-                raise ConnectionFailed(Code.FLOW_CONTROL_ERROR, "a window beyond 2^31 - 1")
             self._outbox.stream_window = value
 
     def _ping(self, flags: int, stream: int, data: bytes, at: int, end: int) -> None:

@@ -71,7 +71,7 @@ async def sentences(request: web.Request, handler: Handler) -> web.StreamRespons
         retry = _retry(1.0 if error.status in (429, 503) else None)
         return _json({"error": error.text or error.reason}, error.status, retry)
     except Exception:
-        log.exception("%s %s failed", request.method, request.path)
+        log.exception("%s %s failed", request.method, request.raw_path)
         return _json({"error": "the server failed; its log says how"}, 500)
 
 

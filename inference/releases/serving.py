@@ -137,7 +137,9 @@ class ServingModel:
         its check is left out, and the log says why.
         """
         async with self._changing:
-            what = announced or f"alias {self._alias.name!r}"
+            # A name from the topic is anybody's text, and goes into the log escaped.
+            alias = f"alias {self._alias.name!r}"
+            what = repr(announced) if announced else alias
             try:
                 state = await self._alias.read()
             except ModelUnavailable as error:
@@ -148,7 +150,7 @@ class ServingModel:
                 self._refuse("announcement", what, wrong)
                 return False
             if announced is not None and announced not in state.stages():
-                log.info("%s was announced; %r stands for %s by now", announced, what, state.version)
+                log.info("%s was announced; %s stands for %s by now", what, alias, state.version)
             self._forgive(state, announced)
             self._seen = state
             return await self._take(state)

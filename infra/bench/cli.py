@@ -38,7 +38,7 @@ BENCHES = {
 def bench() -> None:
     """Measure on real parts; each prints a table, --json FILE keeps it with machine and versions.
 
-    Every bench starts a broker, a Redis and a worker of its own on free ports.
+    Those of the stream start a broker, a Redis and a worker of their own on free ports.
 
     \b
     tailrace bench stream --rate 200

@@ -13,6 +13,7 @@ import click
 import orjson
 
 from infra.commands import options
+from infra.printable import printable
 
 SHOWN_BYTES = 60
 # Letters may be megabytes each.
@@ -100,12 +101,14 @@ def list_(bootstrap: str, topic_suffix: str, reason: str | None, limit: int | No
             click.echo(orjson.dumps(letter).decode())
             continue
         value = letter.get("value") or letter.get("value_base64") or ""
-        shown = value if len(value) <= SHOWN_BYTES else f"{value[:SHOWN_BYTES]}… ({len(value):,} characters)"
-        place = f"{letter['topic']}/{letter['partition']}@{letter['source_offset']}"
-        click.echo(f"{letter['offset']:>6}  {place:<24} {letter['detail']}\n        {shown}")
+        shown = printable(value[:SHOWN_BYTES])
+        if len(value) > SHOWN_BYTES:
+            shown += f"… ({len(value):,} characters)"
+        place = printable(f"{letter['topic']}/{letter['partition']}@{letter['source_offset']}")
+        click.echo(f"{letter['offset']:>6}  {place:<24} {printable(letter['detail'])}\n        {shown}")
     if not as_json:
         for name, count in counts.most_common():
-            click.echo(f"{count:>8,}  {name}")
+            click.echo(f"{count:>8,}  {printable(name)}")
         if not counts:
             click.echo("no dead letters")
 
@@ -152,19 +155,22 @@ def replay(
             if letter.get("dropped"):
                 left_out += 1
                 continue
-            topic = letter.get("topic", "")
-            if topic not in known:
-                raise click.ClickException(
-                    f"a letter says it came from {topic!r}, which is not one of {sorted(known)}"
-                )
+            topic = str(letter.get("topic", ""))
             try:
+                if topic not in known:
+                    raise ValueError(f"it came from {topic!r}, which is not one of {sorted(known)}")
                 value = _bytes(letter, "value")
                 key = _key(letter, value)
+                # kafka-python sends no header without a value.
                 kept = [
-                    (str(header["name"]), _bytes(header, "value")) for header in letter.get("headers", [])
+                    (str(header["name"]), _bytes(header, "value") or b"")
+                    for header in letter.get("headers", [])
                 ]
-            except (binascii.Error, TypeError, ValueError) as error:
-                raise click.ClickException(f"letter {letter.get('offset')}: no base64: {error}") from error
+            except (binascii.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+                raise click.ClickException(
+                    f"letter {letter.get('offset')} is not as `list --json` writes them: {error!r}; "
+                    f"{sum(sent.values()):,} before it were sent"
+                ) from None
             attempts = str(letter.get("attempts", "1")).encode()
             outgoing.send(topic, key=key, value=value, headers=[*kept, ("attempts", attempts)])
             sent[topic] += 1

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from infra.commands import options
+from infra.printable import printable
 from topics.messages import MAX_ID, MAX_LIST, Recommendation
 
 USER = click.IntRange(0, MAX_ID)
@@ -23,7 +24,7 @@ def _print(recommendation: Recommendation, as_json: bool) -> None:
     cause = (
         f"after {', '.join(str(click_.item_id) for click_ in trigger.clicks)}"
         if trigger.kind == "click"
-        else f"asked {trigger.request_id}"
+        else f"asked {printable(trigger.request_id or '')}"
     )
     flag = (
         click.style(f" degraded: {recommendation.degraded}", fg="yellow") if recommendation.degraded else ""
@@ -32,7 +33,7 @@ def _print(recommendation: Recommendation, as_json: bool) -> None:
     took = f" {timings_ms['rank']:.1f} ms" if "rank" in timings_ms else ""
     click.echo(
         f"{click.style(f'user {recommendation.user_id}', bold=True)} {cause}"
-        f"  [{recommendation.model_version} {recommendation.engine}{took}]{flag}"
+        f"  [{printable(f'{recommendation.model_version} {recommendation.engine}')}{took}]{flag}"
     )
     for place, item in enumerate(recommendation.items[:SHOWN], 1):
         click.echo(f"  {place:>2}. {item.item_id:<12} {item.score:>9.3f}  {item.source}")
@@ -99,7 +100,7 @@ def watch(
 @click.option("--exclude", type=USER, multiple=True, help="Never this item; repeatable.")
 @click.option("--priority", type=click.Choice(["high", "normal", "low"]), default="normal", show_default=True)
 @click.option("--deadline-ms", type=click.IntRange(1, 60_000), help="Past it, a degraded list at once.")
-@click.option("--timeout-s", type=click.FloatRange(0.1), default=10.0, show_default=True)
+@click.option("--timeout-s", type=options.FiniteRange(0.1), default=10.0, show_default=True)
 @options.as_json
 def recommend(
     *,

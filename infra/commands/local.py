@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from urllib.parse import urlsplit
 
 import click
 
@@ -72,6 +73,9 @@ def status(as_json: bool) -> None:
         for server in servers:
             runs = f"process {server.pid}, {server.memory_mb:.0f} MB" if server.running else "not running"
             click.echo(f"{server.name:<7} {server.address:<21} {runs}")
-        click.echo(f"commands use {found.bootstrap} and {found.redis_url}")
+        # A password is for programs (--json), not for a screen.
+        password = urlsplit(found.redis_url).password
+        redis_url = found.redis_url.replace(f":{password}@", ":***@") if password else found.redis_url
+        click.echo(f"commands use {found.bootstrap} and {redis_url}")
     if not all(server.running for server in servers):
         raise SystemExit(1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+from urllib.parse import urlsplit
 
 import click
 
@@ -12,6 +14,29 @@ from infra.local.endpoints import endpoints
 from infra.local.paths import registry_dir
 
 Command = Callable[..., Any]
+REDIS_SCHEMES: Final = ("redis", "rediss", "unix", "redis+cluster")
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds; click itself takes `nan` for one."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
+def redis_address(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Refuses what is no address of a Redis, without repeating it: it may hold a password."""
+    try:
+        told = urlsplit(value or "redis:")
+        good = told.scheme in REDIS_SCHEMES and (told.port is None or told.port > 0)
+    except ValueError:
+        good = False
+    if not good:
+        raise click.BadParameter("a Redis is named as redis://HOST:PORT/DATABASE", param=parameter)
+    return value
 
 
 def bootstrap(command: Command) -> Command:
@@ -30,6 +55,7 @@ def redis_url(command: Command) -> Command:
         "--redis-url",
         default=lambda: endpoints().redis_url,
         show_default="what `tailrace up` started",
+        callback=redis_address,
         help="Redis, with its database number.",
     )(command)
 

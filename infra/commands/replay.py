@@ -40,9 +40,11 @@ class Pace:
 @options.bootstrap
 @options.topic_suffix
 @click.option(
-    "--rate", type=click.FloatRange(0), default=0, help="Clicks per second; 0 is as fast as possible."
+    "--rate", type=options.FiniteRange(0), default=0, help="Clicks per second; 0 is as fast as possible."
 )
-@click.option("--speed", type=click.FloatRange(0), default=0, help="Times real time, by the log's own clock.")
+@click.option(
+    "--speed", type=options.FiniteRange(0), default=0, help="Times real time, by the log's own clock."
+)
 @click.option("--limit", type=click.IntRange(1), help="Stop after that many clicks.")
 @options.as_json
 def replay(
@@ -68,12 +70,15 @@ def replay(
 
     from compression.logs.log_reader import LogInvalid, LogReader, iter_events
     from infra.clients import Outgoing, producer
+    from infra.clients import reader as topic_reader
     from topics.catalog import CLICKS
     from topics.codec import encode, record_key
 
     if rate and speed:
         raise click.UsageError("--rate and --speed exclude each other")
     topic = CLICKS.name + topic_suffix
+    # A producer waits a minute for a topic that nobody has made, a reader says so.
+    topic_reader(bootstrap, topic).close()
     reader = LogReader(log)
     client = producer(bootstrap)
     outgoing = Outgoing(client)

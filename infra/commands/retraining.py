@@ -12,7 +12,7 @@ import click
 
 from compression.home import home
 from compression.smaller.plan import PLANS
-from infra.commands import options
+from infra.commands import options, settings
 from infra.commands.training import PRECISIONS, RECIPES, SPLITS, print_metrics
 from infra.console import print_json
 from infra.retraining import REFUSED
@@ -47,7 +47,9 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 )
 @click.option("--epochs", type=click.IntRange(1), help="At most so many; the recipe says otherwise.")
 @click.option(
-    "--max-minutes", type=click.FloatRange(0, min_open=True), help="Of training; the recipe says otherwise."
+    "--max-minutes",
+    type=options.FiniteRange(0, min_open=True),
+    help="Of training; the recipe says otherwise.",
 )
 @click.option(
     "--goal",
@@ -98,11 +100,17 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 )
 @click.option("--bootstrap", help="Announce the release on this broker; the topic is read from there too.")
 @options.topic_suffix
-@click.option("--redis-url", help="Hold the lease there, so that one process retrains an alias at a time.")
+@click.option(
+    "--redis-url",
+    envvar="RETRAIN_REDIS_URL",
+    show_envvar=True,
+    callback=options.redis_address,
+    help="Hold the lease there, so that one process retrains an alias at a time.",
+)
 @click.option(
     "--lease-seconds",
     "lease_s",
-    type=click.FloatRange(0.1),
+    type=options.FiniteRange(0.1),
     envvar="RETRAIN_LEASE_S",
     default=30.0,
     show_default=True,
@@ -174,9 +182,10 @@ def retrain(
     # Beside a busy broker, threads that spin while they wait for one another cost several times the work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     _need_training_extra()
-    from compression.evaluation.verdict import GateRefused
+    from compression.evaluation.verdict import GateLimits, GateRefused
     from compression.logs.dataset import MAX_EVENTS
     from compression.logs.log_reader import LogInvalid
+    from compression.releases.aliases import check_name
     from compression.releases.registry import ArtefactInvalid
     from compression.retraining.runs import Run, RunInvalid
     from compression.training.export import ParityError
@@ -188,6 +197,12 @@ def retrain(
     from infra.retraining.torchrun import assist, place_of
     from infra.retraining.work import report, work
 
+    # What would be stumbled over after the training.
+    settings.read(GateLimits)
+    try:
+        check_name(alias)
+    except ArtefactInvalid as error:
+        raise click.BadParameter(str(error), param_hint="--alias") from None
     place = place_of(device, processes, schedule)
     if place is not None and place.rank > 0:
         assist(place, device)
@@ -198,7 +213,8 @@ def retrain(
         redis_url = redis_url or endpoints().redis_url
     begun = run_name is not None and (runs / run_name / "run.json").is_file()
     if not (begun or repeat) and (log is None) == (topic is None):
-        raise click.UsageError("one of --log and --topic says what to learn from")
+        absent = f"there is no run {run_name!r} in {runs}; to begin it, " if run_name else ""
+        raise click.UsageError(f"{absent}one of --log and --topic says what to learn from")
     if schedule is not None:
         _serve(schedule, runs, str(bootstrap), str(redis_url), topic_suffix, alias, http_host, http_port)
         return
@@ -250,6 +266,9 @@ def retrain(
                 "network as it was trained before the gate, another --compress compresses it anew",
                 err=True,
             )
+        click.echo(
+            f"`tailrace retrain --run {run.state.run} --force NOTE` publishes it all the same", err=True
+        )
         raise SystemExit(REFUSED) from None
     except (LogInvalid, ArtefactInvalid, ParityError, RunInvalid, ProcessLost) as error:
         raise click.ClickException(str(error)) from None
@@ -287,7 +306,9 @@ def _serve(
     except ScheduleInvalid as error:
         raise click.UsageError(str(error)) from None
     command = [sys.executable, "-m", "infra.cli", "retrain", *_without_schedule(click.get_current_context())]
-    command += ["--bootstrap", bootstrap, "--redis-url", redis_url, "--runs", str(runs), "--json"]
+    command += ["--bootstrap", bootstrap, "--runs", str(runs), "--json"]
+    # Not on the command line: others may read that, and the address may hold a password.
+    os.environ["RETRAIN_REDIS_URL"] = redis_url
     service = Service(cron, command, runs, alias)
     raise SystemExit(asyncio.run(service.run(host, port)))
 

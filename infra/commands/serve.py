@@ -12,9 +12,8 @@ import time
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 
-from infra.commands import options
+from infra.commands import options, settings
 from infra.local.server import is_free
 from infra.supervise import supervise
 
@@ -48,7 +47,10 @@ _PORT = click.IntRange(0, 65535)
 )
 @click.option(
     "--redis-url",
+    envvar="SERVE_REDIS_URL",
+    show_envvar=True,
     default="",
+    callback=options.redis_address,
     help="Where the workers keep what is popular and who is in which tier; rates are shared there.",
     show_default="none",
 )
@@ -98,22 +100,19 @@ def serve(
 
     started_s = time.perf_counter()
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
-    try:
-        settings = ServeSettings.model_validate(
-            {
-                **ServeSettings().model_dump(),
-                "host": host,
-                "grpc_port": grpc_port,
-                "http_port": http_port,
-                "admin_host": admin_host,
-                "admin_port": admin_port,
-            }
-        )
-        features = FeatureSettings()
-        admission = AdmissionSettings()
-        inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
-    except ValidationError as error:
-        raise click.ClickException(f"a setting is wrong: {error}") from error
+    if log_level != "DEBUG":
+        logging.getLogger("faiss").setLevel(logging.WARNING)
+    told = settings.read(
+        ServeSettings,
+        host=host,
+        grpc_port=grpc_port,
+        http_port=http_port,
+        admin_host=admin_host,
+        admin_port=admin_port,
+    )
+    features = settings.read(FeatureSettings)
+    admission = settings.read(AdmissionSettings)
+    inference = settings.read(InferenceSettings, engine=engine)
     if workers > 1:
         ports = [grpc_port, http_port, *(admin_port + number for number in range(workers))]
         taken = [port for port in ports if not is_free(port)]
@@ -123,8 +122,10 @@ def serve(
         arguments = [
             *("--registry", str(registry), "--version", version, "--host", host, "--admin-host", admin_host),
             *("--grpc-port", str(grpc_port), "--http-port", str(http_port), "--engine", engine),
-            *("--redis-url", redis_url, "--log-level", log_level),
+            *("--log-level", log_level),
         ]
+        # Not on the command line: others may read that, and the address may hold a password.
+        os.environ["SERVE_REDIS_URL"] = redis_url
         command = ["env", "SERVE_REUSE_PORT=true", sys.executable, "-m", "infra.cli", "serve", *arguments]
         commands = [[*command, "--admin-port", str(admin_port + number)] for number in range(workers)]
         raise SystemExit(supervise(commands))
@@ -151,7 +152,7 @@ def serve(
         server = InferenceServer(
             registry,
             ItemStatistics(store, settings=features),
-            serve=settings,
+            serve=told,
             inference=inference,
             features=features,
             token=os.environ.get(TOKEN_VARIABLE, ""),
@@ -162,7 +163,7 @@ def serve(
         )
         try:
             # One of several processes is not given connections before it can serve them.
-            ports = None if settings.reuse_port else await server.start()
+            ports = None if told.reuse_port else await server.start()
             loading = asyncio.create_task(server.load())
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -8,9 +8,8 @@ from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, TypeVar
 
 import click
-from pydantic import ValidationError
 
-from infra.commands import options
+from infra.commands import options, settings
 from topics.messages import MAX_ID
 
 if TYPE_CHECKING:
@@ -77,10 +76,10 @@ def show(*, user: int, redis_url: str, as_json: bool) -> None:
     tailrace tiers show 100234
     tailrace tiers show 100234 --json | jq -r .tier
     """
-    settings = _settings()
+    limits = _settings()
     (found,) = _in_store(redis_url, lambda store: store.read([user]))
-    is_known = found.tier in [tier.name for tier in settings.tiers]
-    tier = found.tier if is_known else settings.default_tier
+    is_known = found.tier in [tier.name for tier in limits.tiers]
+    tier = found.tier if is_known else limits.default_tier
     if as_json:
         click.echo(json.dumps({"user_id": user, "tier": tier, "set_to": found.tier}))
         return
@@ -99,18 +98,18 @@ def list_limits(*, as_json: bool) -> None:
     tailrace tiers list-limits
     tailrace tiers list-limits --json
     """
-    settings = _settings()
+    limits = _settings()
     if as_json:
-        for tier in settings.tiers:
-            click.echo(json.dumps(tier.model_dump() | {"default": tier.name == settings.default_tier}))
+        for tier in limits.tiers:
+            click.echo(json.dumps(tier.model_dump() | {"default": tier.name == limits.default_tier}))
         return
     from rich.table import Table
 
     from infra.console import console
 
     table = Table("tier", "lists/s, all users", "at once", "lists/s, each user", "at once")
-    for tier in settings.tiers:
-        name = f"{tier.name} (default)" if tier.name == settings.default_tier else tier.name
+    for tier in limits.tiers:
+        name = f"{tier.name} (default)" if tier.name == limits.default_tier else tier.name
         shared = (tier.rate, tier.most if tier.rate else None)
         table.add_row(name, *(_amount(value) for value in (*shared, tier.client_rate, tier.at_once)))
     console().print(table)
@@ -123,10 +122,7 @@ def _amount(value: float | None) -> str:
 def _settings() -> AdmissionSettings:
     from inference.admission.settings import AdmissionSettings
 
-    try:
-        return AdmissionSettings()
-    except ValidationError as error:
-        raise click.ClickException(f"a setting is wrong: {error}") from error
+    return settings.read(AdmissionSettings)
 
 
 def _in_store(redis_url: str, call: Callable[[FeatureStore], Awaitable[R]]) -> R:

@@ -56,7 +56,9 @@ from infra.console import console
     help="How candidates are scored where time is taken.",
 )
 @click.option("--figure", type=click.Path(dir_okay=False, path_type=Path), help="Draw latency by size here.")
-@bench_options.seed
+@click.option(
+    "--seed", type=int, default=1, show_default=True, help="Of the log, of the networks and of the search."
+)
 @bench_options.json_path
 def tune(
     *,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import sys
 from pathlib import Path
 
 import click
-from pydantic import ValidationError
 
-from infra.commands import options
+from infra.commands import options, settings
 from infra.supervise import supervise
 
 
@@ -37,8 +37,22 @@ from infra.supervise import supervise
     show_default=True,
     help="/healthz, /readyz, /metrics; 0 takes a free port; with --workers the next ones too.",
 )
-@click.option("--trigger", envvar="STREAM_TRIGGER", type=click.Choice(["click", "user"]), default="click")
-@click.option("--k", envvar="STREAM_K", type=click.IntRange(1, 1000), default=10, show_default=True)
+@click.option(
+    "--trigger",
+    envvar="STREAM_TRIGGER",
+    type=click.Choice(["click", "user"]),
+    default="click",
+    show_default=True,
+    help="A list for every click, or one for all clicks of a user that are in hand together.",
+)
+@click.option(
+    "--k",
+    envvar="STREAM_K",
+    type=click.IntRange(1, 1000),
+    default=10,
+    show_default=True,
+    help="Length of a list; at most FEATURES_CANDIDATE_LIMIT (50) are ranked.",
+)
 @click.option(
     "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
 )
@@ -77,44 +91,37 @@ def worker(
     from inference.settings import InferenceSettings
     from stream.settings import StreamSettings
     from stream.worker import run
+    from topics.admin import check_listens
 
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
     if log_level != "DEBUG":
-        for chatty in ("aiokafka", "faust", "mode", "kafka", "httpx"):
+        for chatty in ("aiokafka", "faust", "mode", "kafka", "httpx", "faiss"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-    try:
-        stream = StreamSettings.model_validate(
-            {
-                **StreamSettings().model_dump(),
-                "bootstrap": bootstrap,
-                "redis_url": redis_url,
-                "registry": str(registry),
-                "group": group,
-                "instance_id": instance_id,
-                "topic_suffix": topic_suffix,
-                "http_host": http_host,
-                "http_port": http_port,
-                "trigger": trigger,
-                "k": k,
-            }
-        )
-        features = FeatureSettings()
-        admission = AdmissionSettings()
-        inference = InferenceSettings.model_validate({**InferenceSettings().model_dump(), "engine": engine})
-    except ValidationError as error:
-        raise click.ClickException(f"a setting is wrong: {error}") from error
+    stream = settings.read(
+        StreamSettings,
+        bootstrap=bootstrap,
+        redis_url=redis_url,
+        registry=str(registry),
+        group=group,
+        instance_id=instance_id,
+        topic_suffix=topic_suffix,
+        http_host=http_host,
+        http_port=http_port,
+        trigger=trigger,
+        k=k,
+    )
+    features = settings.read(FeatureSettings)
+    admission = settings.read(AdmissionSettings)
+    inference = settings.read(InferenceSettings, engine=engine)
+    ports = range(http_port, http_port + workers) if http_port else ()
+    for port in ports:
+        _check_listens(http_host, port)
+    check_listens(bootstrap)
     if workers > 1:
+        # Not on the command line: others may read that, and the address may hold a password.
+        os.environ["TAILRACE_REDIS_URL"] = redis_url
         arguments = [
-            *(
-                "--bootstrap",
-                bootstrap,
-                "--redis-url",
-                redis_url,
-                "--registry",
-                str(registry),
-                "--group",
-                group,
-            ),
+            *("--bootstrap", bootstrap, "--registry", str(registry), "--group", group),
             *("--topic-suffix", topic_suffix, "--http-host", http_host, "--trigger", trigger),
             *("--k", str(k), "--engine", engine, "--log-level", log_level),
         ]
@@ -128,3 +135,19 @@ def worker(
         ]
         raise SystemExit(supervise(commands))
     run(stream, features, inference, admission, log_level=log_level)
+
+
+def _check_listens(host: str, port: int) -> None:
+    """A port that cannot be had is a sentence now, before anything is started."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else str(error)
+    except OverflowError as error:
+        why = str(error)
+    else:
+        return
+    raise click.ClickException(
+        f"probes cannot listen on {host}:{port} ({why}): --http-host and --http-port say where"
+    )

@@ -84,6 +84,11 @@ class LocalServer(ABC):
         return f"{HOST}:{self.port}"
 
     @property
+    def known(self) -> bool:
+        """Whether it was ever started in this folder; before that its port is a guess."""
+        return self._run_file.is_file()
+
+    @property
     def pid(self) -> int | None:
         """The running process, None where there is none."""
         process = self._process()

@@ -83,7 +83,7 @@ def _status(server: LocalServer) -> ServerStatus:
     pid = server.pid
     return ServerStatus(
         name=server.name,
-        address=server.address,
+        address=server.address if server.known else "-",
         running=pid is not None,
         pid=pid,
         memory_mb=round(psutil.Process(pid).memory_info().rss / 1e6, 1) if pid else None,

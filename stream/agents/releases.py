@@ -23,7 +23,7 @@ def agent(loader: Loader, alias: str) -> Callable[[Any], Awaitable[None]]:
             if event.key != alias.encode():
                 continue
             try:
-                release = decode_release(event.value)
+                release = decode_release(event.value, event.headers.items())
             except DecodeError as error:
                 log.warning("A release announcement cannot be read: %s", error)
                 continue

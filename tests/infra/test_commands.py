@@ -119,6 +119,13 @@ def test_a_taken_default_port_is_replaced_and_said(home: Path, monkeypatch: pyte
     assert str(taken) in note and str(port) in note
 
 
+def test_where_nothing_was_started_the_status_makes_up_no_ports(home: Path) -> None:
+    assert [(server.name, server.address, server.running) for server in stack.status()] == [
+        ("kafka", "-", False),
+        ("redis", "-", False),
+    ]
+
+
 @pytest.mark.integration
 def test_doctor_is_content_here(tailrace: Run) -> None:
     said = tailrace("doctor", "--json")

@@ -74,6 +74,14 @@ def test_what_cannot_be_done_is_a_sentence(registry, words, sentence):
     assert "Traceback" not in answer.output
 
 
+@pytest.mark.parametrize("words", [("promote", "serving"), ("canary", "serving", "--percent", "5")])
+def test_an_alias_is_no_version_to_promote_or_try(registry, words):
+    run("promote", "v1")
+    answer = run(*words)
+    assert answer.exit_code == 1
+    assert "'serving' is an alias, which stands for v1: name a version" in answer.output
+
+
 @pytest.mark.parametrize("percent", ["101", "-1", "0.001", "nan"])
 def test_a_share_that_is_none_is_refused(registry, percent):
     run("promote", "v1")

@@ -111,7 +111,7 @@ def test_ctrl_c_while_it_warms_ends_it(server: subprocess.Popen[str]) -> None:
         (["--version", "nothing"], {}, "no version or alias 'nothing'"),
         (["--admin-host", "0.0.0.0"], {}, "TAILRACE_ADMIN_TOKEN"),
         (["--engine", "abacus"], {}, "no engine is called 'abacus'"),
-        ([], {"SERVE_MAX_REQUESTS": "0"}, "max_requests"),
+        ([], {"SERVE_MAX_REQUESTS": "0"}, "SERVE_MAX_REQUESTS should be greater than or equal to 1, not '0'"),
         ([], {"SERVE_TLS_CERTIFICATE": "/no/such.pem"}, "SERVE_TLS_KEY is not set"),
         ([], {"SERVE_TLS_CERTIFICATE": "/no/such.pem", "SERVE_TLS_KEY": "/no/key"}, "/no/such.pem cannot"),
         ([], {"ADMISSION_DEFAULT_TIER": "gold"}, "'gold' is none of free"),

@@ -11,7 +11,7 @@ from kafka.admin import KafkaAdminClient
 
 from infra.local.server import free_port
 from tests.support import eventually, unique
-from topics.admin import TopicMismatch, TopicsUnavailable, ensure_topics, ping, topic_epoch
+from topics.admin import TopicMismatch, TopicsUnavailable, ensure_topics, main, ping, topic_epoch
 from topics.catalog import CLICKS, RELEASES, TOPICS, Topic
 
 
@@ -75,3 +75,8 @@ def test_an_unreachable_broker_is_named_at_once() -> None:
 def test_an_address_without_a_port_is_named() -> None:
     with pytest.raises(TopicsUnavailable, match="somewhere"):
         ping("somewhere")
+
+
+def test_the_command_ends_with_a_sentence_where_no_broker_is() -> None:
+    with pytest.raises(SystemExit, match="no Kafka broker listens at somewhere:1"):
+        main("somewhere:1")

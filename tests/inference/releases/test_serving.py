@@ -385,6 +385,12 @@ async def test_a_version_opened_by_hand_answers_nobody_and_stays_until_it_is_let
     assert list(worker.plane.opened) == ["v3"]
 
 
+async def test_a_name_that_is_announced_is_escaped_in_the_log(worker, caplog):
+    with caplog.at_level("INFO"):
+        await worker.load("v9\nForged line")
+    assert r"'v9\nForged line' was announced; alias 'serving' stands for v1 by now" in caplog.text
+
+
 async def test_closing_frees_all(worker):
     worker.registry.shadow("v2", 100)
     await worker.load("v2")
