@@ -33,12 +33,13 @@ log = logging.getLogger(__name__)
 Priority = Literal["idle", "ordinary"]
 
 # What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 120.0
 _LONGEST_S: Final = 600.0
 # Even what runs when nobody else wants to takes memory bandwidth and caches from who does. So it works for
 # about this long at a time, and for no more than this share of the time (LOG.md).
-_TURN_S: Final = 0.005
-_SHARE: Final = 0.3
+_TURN_S: Final = 0.001
+_SHARE: Final = 0.1
+_IDLE_S: Final = 0.02  # at most, between two looks at a worker that has nothing to do
 _LOOK_S: Final = 0.1
 _LEAVES_AFTER_S: Final = 120.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -171,16 +172,17 @@ def _supervise(worker: int) -> None:
     as in the process that serves it would take the interpreter's lock at every turn."""
     for pipe in (0, 1):
         os.close(pipe)
-    ran_s = _ran_s(worker)
+    ran_s, look_s = _ran_s(worker), _TURN_S
     while os.waitpid(worker, os.WNOHANG) == (0, 0):
         before_s, ran_s = ran_s, _ran_s(worker)
         if ran_s > before_s:
             os.kill(worker, signal.SIGSTOP)
             time.sleep((ran_s - before_s) * (1 / _SHARE - 1))
             os.kill(worker, signal.SIGCONT)
-            time.sleep(_TURN_S)
+            look_s = _TURN_S
         else:
-            time.sleep(2 * _TURN_S)
+            look_s = min(2 * look_s, _IDLE_S)
+        time.sleep(look_s)
 
 
 def _ran_s(process: int) -> float:
