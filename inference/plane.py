@@ -126,6 +126,8 @@ class Plane:
                     log.warning("Lane %s does not serve %s: %s", name, version.version, error)
             if not version.warmed:
                 raise ModelUnavailable(f"{version.version}: no lane could be warmed")
+            users = max((other.ranker.users for other in self._versions), default=0)
+            await self._quietly(partial(version.ranker.make_room, users, self._rest))
         except BaseException:
             self._free(version)
             raise

@@ -19,6 +19,7 @@ from inference.plane import Plane
 from inference.ranker import Ranker
 from inference.settings import InferenceSettings
 from inference.types import RankedList, RankRequest
+from inference.user_cache import UserCache
 from tests.inference.conftest import ITEMS, sequence
 from tests.support import eventually_async
 
@@ -80,6 +81,19 @@ async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versio
     assert repeats[:2] == [3, 1]
     assert set(repeats[1:]) == {1}
     assert other.warmed["onnx-1"].buckets.cost_s == one.warmed["onnx-0"].buckets.cost_s != {}
+
+
+async def test_a_version_has_room_for_the_users_of_the_one_that_serves(plane, versions, monkeypatch):
+    root, first, second = versions
+    wanted = []
+    make_room = UserCache.make_room
+    monkeypatch.setattr(
+        UserCache, "make_room", lambda self, users: (wanted.append(users), make_room(self, users))[1]
+    )
+    serving = await plane.open(root, first)
+    await plane.rank(REQUESTS, serving)
+    await plane.open(root, second)
+    assert wanted == [0, len(REQUESTS)]
 
 
 async def test_a_rehearsal_is_no_lane_s_matter_whatever_comes_of_it(plane, versions, monkeypatch):
