@@ -231,10 +231,16 @@ def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
 def test_who_prepares_has_no_more_than_its_share_of_a_processor():
-    spins = "worker = os.fork()\nwhile not worker: pass\npreparing._supervise(worker)"
-    supervisor = subprocess.Popen(
-        [sys.executable, "-c", f"import os\nfrom inference import preparing\n{spins}"]
+    lines = (
+        "import os",
+        "from inference import preparing",
+        "seen, starting = os.pipe()",
+        "worker = os.fork()",
+        "os.close(starting)",
+        "while not worker: pass",
+        "preparing._supervise(worker, seen)",
     )
+    supervisor = subprocess.Popen([sys.executable, "-c", "\n".join(lines)])
     try:
         found = psutil.Process(supervisor.pid)
         eventually(lambda: len(found.children()) == 1)
