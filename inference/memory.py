@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -13,6 +14,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+_HUGEPAGE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
+_HUGE_BYTES: Final = 2**21
+_POPULATE_WRITE: Final = 23  # Linux 5.14; the mmap module does not name it
 # Pages of this process alone, written or not.
 _OWN: Final = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
@@ -25,19 +29,33 @@ def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     size = math.prod(shape) * kind.itemsize
     if not size:
         return np.zeros(shape, kind)
-    return np.frombuffer(mmap.mmap(-1, size, **_OWN), kind).reshape(shape)
+    mapping = mmap.mmap(-1, size, **_OWN)
+    if size >= _HUGE_BYTES and _HUGEPAGE is not None:
+        # A fault, and a page to free, for every 2 MiB, not for every 4 KiB, where the system has such pages.
+        with contextlib.suppress(OSError):
+            mapping.madvise(_HUGEPAGE)
+    return np.frombuffer(mapping, kind).reshape(shape)
+
+
+def populate(array: npt.NDArray[Any]) -> None:
+    """Have the system's pages for a part of what `zeros` made, so that who writes there first need not wait.
+    Other threads go on meanwhile. What is there stays as it is. Does nothing where the system cannot."""
+    if array.nbytes:
+        first = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+        size = array.ctypes.data + array.nbytes - first
+        _function("madvise")(ctypes.c_void_p(first), ctypes.c_size_t(size), _POPULATE_WRITE)
 
 
 def give_back() -> None:
     """What a freed model leaves in the allocator goes back, in a few milliseconds during which other
     threads go on. Does nothing where the C library is not glibc."""
-    _trim()(0)
+    _function("malloc_trim")(0)
 
 
 @functools.cache
-def _trim() -> Callable[[int], object]:
+def _function(name: str) -> Callable[..., object]:
     try:
-        trim: Callable[[int], object] = ctypes.CDLL("libc.so.6").malloc_trim
+        found: Callable[..., object] = getattr(ctypes.CDLL("libc.so.6"), name)
     except (OSError, AttributeError):
-        return lambda _: None
-    return trim
+        return lambda *_: None
+    return found

@@ -42,6 +42,9 @@ DRAIN_S: Final = 10.0
 # the lock and is not let on a processor keeps all others waiting (68 ms were seen at 350 lists/s).
 _REST: Final = 6.0
 _LONGEST_REST_S: Final = 0.5
+# The first requests of a version that was switched to find cold caches; freeing the one before, which holds
+# everybody up for some milliseconds, comes when they have been answered.
+_BREATH_S: Final = 0.2
 
 A = TypeVar("A")
 
@@ -126,6 +129,8 @@ class Plane:
                     log.warning("Lane %s does not serve %s: %s", name, version.version, error)
             if not version.warmed:
                 raise ModelUnavailable(f"{version.version}: no lane could be warmed")
+            users = max((other.ranker.users for other in self._versions), default=0)
+            await self._quietly(partial(version.ranker.make_room, users, self._rest))
         except BaseException:
             self._free(version)
             raise
@@ -177,7 +182,9 @@ class Plane:
         )
         if version in self._versions:
             self._versions.remove(version)
-        await self._quietly(partial(self._free, version))
+        if self._versions:
+            await asyncio.sleep(_BREATH_S)
+        await self._quietly(partial(self._free, version, self._rest))
 
     async def settled(self) -> None:
         """Wait until the spares that are wanted are warm."""
@@ -334,9 +341,10 @@ class Plane:
         return begun
 
     @staticmethod
-    def _free(version: Version) -> None:
+    def _free(version: Version, rest: Callable[[], bool] = lambda: False) -> None:
         # Everything goes before what is freed is given back, in the thread that nobody waits for.
         version.free()
+        rest()
         give_back()
 
 

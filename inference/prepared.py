@@ -4,9 +4,9 @@
     <key>/index                  the retrieval index
     <key>/<engine>-<options>/    what that engine's `prepare` wrote
 
-A version is verified, its graphs are looked at, and what is kept is compared with its record each time
-anew: only the making is saved. Files are mapped by who serves, so a folder is replaced and never changed,
-and only one that nobody else can write to is used.
+A version is verified and what is kept is compared with its record each time anew: only the making is saved,
+and looking at graphs, whose rules are part of what a folder was made from. Files are mapped by who serves, so
+a folder is replaced and never changed, and only one that nobody else can write to is used.
 """
 
 from __future__ import annotations
@@ -26,11 +26,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from compression.releases.registry import (
-    ITEM_TABLE,
-    VOCABULARY,
     Artefact,
     ArtefactInvalid,
-    Manifest,
     Registry,
 )
 from inference import engines
@@ -46,8 +43,8 @@ MOST_KEPT: Final = 8
 # Whoever began to write a folder and has not ended by then was killed.
 _WRITES_FOR_S: Final = 3_600.0
 _MAKING: Final = ".making-"
-_FORMAT: Final = 2  # of what is written
-_LIBRARIES: Final = ("faiss-cpu", "onnxruntime", "openvino", "numpy")
+_FORMAT: Final = 3  # of what is written
+_LIBRARIES: Final = ("faiss-cpu", "onnx", "onnxruntime", "openvino", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +89,16 @@ class Prepared:
     def to_json(self) -> str:
         return json.dumps({"version": self.version, "sha256": self.sha256, "folder": str(self.folder)})
 
+    def held(self) -> list[int]:
+        """Open descriptors of its files, to be closed after what has mapped them was freed. A folder may be
+        tidied away meanwhile; whoever lets go of a deleted file last waits for the file system, and a library
+        that unmaps one does so under the interpreter's lock."""
+        found: list[int] = []
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                found.append(os.open(path, os.O_RDONLY))
+        return found
+
     def of_engine(self, name: str, options: EngineOptions) -> Path | None:
         """An engine's folder; None where it prepares nothing."""
         folder = self.folder / _engine_folder(name, options)
@@ -101,16 +108,20 @@ class Prepared:
 class _Remembering(Artefact):
     """Reads and verifies every file once: it is gone before the version is used."""
 
-    def __init__(self, path: Path, manifest: Manifest, manifest_sha256: str) -> None:
-        super().__init__(path, manifest, manifest_sha256)
+    def __init__(self, opened: Artefact) -> None:
+        super().__init__(opened.path, opened.manifest, opened.manifest_sha256)
         self._known: dict[str, bytes] = {}
+        self._verified: set[str] = set()
+
+    def check(self, name: str) -> None:
+        if name not in self._verified:
+            super().check(name)
 
     def read(self, name: str) -> bytes:
         data = self._known.get(name)
         if data is None:
-            data = super().read(name)
-            if name in (*self.manifest.graphs.values(), VOCABULARY, ITEM_TABLE):
-                self._known[name] = data
+            data = self._known[name] = super().read(name)
+            self._verified.add(name)
         return data
 
 
@@ -120,27 +131,28 @@ def prepare(wanted: Wanted, cache: Path | None = None) -> Prepared:
     root = own_folder(cache or user_cache() / "prepared")
     try:
         opened = Registry(wanted.registry).open(wanted.version, sha256=wanted.sha256, check_files=False)
-        artefact = _Remembering(opened.path, opened.manifest, opened.manifest_sha256)
-        artefact.read_all()
-        made_from = _made_from(artefact, wanted)
+        made_from = _made_from(opened, wanted)
         name = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()
         folder = root / name
-        if not _is_whole(folder, made_from):
-            _make(folder, artefact, wanted, made_from)
+        if _is_whole(folder, made_from):
+            opened.read_all()
+        else:
+            _make(folder, _Remembering(opened), wanted, made_from)
     except ArtefactInvalid as error:
         raise ModelUnavailable(str(error)) from error
     except OSError as error:
         raise ModelUnavailable(f"nothing can be prepared in {root}: {error.strerror}") from error
-    _check_graphs(artefact, wanted)
     os.utime(folder)
     _forget_old(root)
-    return Prepared(artefact.version, artefact.manifest_sha256, folder)
+    return Prepared(opened.version, opened.manifest_sha256, folder)
 
 
 def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[str, Any]) -> None:
     """Written beside and renamed: a reader sees all of it or nothing."""
+    artefact.read_all()
     work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=folder.parent))
     try:
+        _check_graphs(artefact, wanted)
         vocabulary, table = artefact.vocabulary(), artefact.item_table()
         known = len(vocabulary.item_ids)
         RetrievalIndex.build(
@@ -162,7 +174,7 @@ def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[s
 
 
 def _check_graphs(artefact: Artefact, wanted: Wanted) -> None:
-    """Also where nothing had to be made: what is kept says nothing about what is refused by now."""
+    """Also those of engines that look at none while they prepare."""
     from inference.engines.model_file import read_graph
 
     for name, options in _preparing(wanted):
@@ -187,6 +199,7 @@ def _made_from(artefact: Artefact, wanted: Wanted) -> dict[str, Any]:
                 "engines": [(name, asdict(options)) for name, options in _preparing(wanted)],
                 "cached": wanted.cached,
                 "exact_until": wanted.exact_until,
+                "rules": _rules(),
                 "libraries": {name: _version(name) for name in _LIBRARIES},
                 "processor": _processor(),
             }
@@ -234,6 +247,11 @@ def _forget_old(root: Path) -> None:
 def _engine_folder(name: str, options: EngineOptions) -> str:
     told = json.dumps(asdict(options), sort_keys=True).encode()
     return f"{name}-{hashlib.sha256(told).hexdigest()[:12]}"
+
+
+def _rules() -> str:
+    """What is refused of a graph: with other rules, what is kept was made under none of them."""
+    return hashlib.sha256(Path(engines.__file__).with_name("model_file.py").read_bytes()).hexdigest()
 
 
 def _version(name: str) -> str:

@@ -12,7 +12,9 @@ given (`inference.plane`).
 from __future__ import annotations
 
 import logging
+import os
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -97,6 +99,8 @@ class Ranker:
         self.buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
         self._artefact = artefact
         self._prepared = prepared
+        if prepared is not None:
+            weakref.finalize(self, _close, prepared.held()).atexit = False
         self._vocabulary = vocabulary
         self._lookup = ItemLookup(vocabulary)
         self._index = index
@@ -113,7 +117,7 @@ class Ranker:
             listed=min(features.candidate_limit, _MOST_LISTED),
         )
         self._encoder = Encoder(self._lookup, self._model, retrieved, cache)
-        self._cached = cache is not None
+        self._cache = cache
 
     @classmethod
     def open(
@@ -163,6 +167,18 @@ class Ranker:
     def model(self) -> ModelShape:
         return self._model
 
+    @property
+    def users(self) -> int:
+        """Of whom something is kept."""
+        return 0 if self._cache is None else len(self._cache)
+
+    def make_room(self, users: int, rest: Callable[[], bool] = lambda: False) -> None:
+        """Have memory for so many users before they come, with a `rest` in between. Raises `ModelUnavailable`
+        when that says that there is no need to go on."""
+        if self._cache is not None:
+            for _ in self._cache.make_room(users):
+                _go_on(rest)
+
     def warm(
         self,
         name: str = "auto",
@@ -178,7 +194,7 @@ class Ranker:
         seconds.
         """
         engine = engines.create(name, options or EngineOptions())
-        graphs = graphs_of(engine, cached=self._cached, artefact=self._artefact)
+        graphs = graphs_of(engine, cached=self._cache is not None, artefact=self._artefact)
         score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
         self._load(engine, name, graphs)
         try:
@@ -212,7 +228,7 @@ class Ranker:
     def _at_once(self, engine: Engine) -> bool:
         """Whether known candidates go with their history in one graph: states are of no use where nothing
         keeps them."""
-        return not self._cached and engine.keeps_states and "rank" in self._artefact.manifest.graphs
+        return self._cache is None and engine.keeps_states and "rank" in self._artefact.manifest.graphs
 
     def _load(self, engine: Engine, name: str, graphs: Sequence[Graph]) -> None:
         folder = None if self._prepared is None else self._prepared.of_engine(name, engine.options)
@@ -450,6 +466,11 @@ def _resting(rest: Callable[[], bool], shapes: Iterable[Shape]) -> Iterator[Shap
 def _go_on(rest: Callable[[], bool]) -> None:
     if rest():
         raise ModelUnavailable("not needed any more")
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _all_given(requests: Sequence[RankRequest]) -> bool:

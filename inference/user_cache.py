@@ -31,6 +31,8 @@ from inference.types import Tensors
 # Of bookkeeping per user, and per event: a wide event's bytes.
 _ENTRY_BYTES: Final = 300
 _EVENT_BYTES: Final = 24
+# A megabyte or two.
+_USERS_A_STEP: Final = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,6 +119,14 @@ class UserCache:
     @property
     def slots(self) -> int:
         return len(self._keys)
+
+    def make_room(self, users: int) -> Iterator[None]:
+        """Have memory for the first so many users, some of them with every step: what writes a slot of which
+        none was ever written waits for the system's pages."""
+        for start in range(0, min(users, self.slots), _USERS_A_STEP):
+            for kept in (self._keys, self._values):
+                memory.populate(kept[start : min(start + _USERS_A_STEP, users)])
+            yield
 
     @property
     def listed(self) -> int:

@@ -12,6 +12,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state as _state
 from compression.releases.registry import Artefact, ModelShape
 from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
 from inference.engines.model_file import read_graph
+from inference.engines.shared_weights import share_weights
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
@@ -86,7 +87,7 @@ class OnnxEngine(Engine):
             self._sessions[graph] = self._session(graph, read_graph(artefact, graph), self._settings())
 
     def prepare(self, artefact: Artefact, graphs: Sequence[Graph], folder: Path) -> None:
-        """Optimised graphs, their weights in files of their own, which sessions map and so share."""
+        """Optimised graphs, their weights in a file of their own, which sessions map and so share."""
         for graph in graphs:
             settings = self._settings()
             settings.optimized_model_filepath = str(folder / f"{graph}.onnx")
@@ -95,6 +96,7 @@ class OnnxEngine(Engine):
                     f"session.optimized_model_external_initializers_{key}", value
                 )
             self._session(graph, read_graph(artefact, graph), settings)
+        share_weights([folder / f"{graph}.onnx" for graph in graphs])
 
     def load_prepared(self, model: ModelShape, graphs: Sequence[Graph], folder: Path) -> None:
         self.model = model

@@ -28,6 +28,7 @@ from infra.bench import options as bench_options
 from infra.bench import report
 from infra.bench.in_process import Outcomes, capacity, drive, prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
+from infra.bench.yardstick import Yardstick
 from stream.metrics import StreamMetrics
 from stream.settings import StreamSettings
 from topics.messages import BehaviorEvent
@@ -43,7 +44,7 @@ SETTLE_S: Final = 0.2
 FLAT: Final = 0.02
 _Z: Final = 1.96
 # No swap takes longer than this.
-MOST_S: Final = 20.0
+MOST_S: Final = 40.0
 LOOK_S: Final = 0.002
 
 
@@ -57,6 +58,7 @@ class Swap:
     p99_ms: float
     steady_p50_ms: float
     steady_p99_ms: float
+    machine_ms: float
     rss_mb: float
     prepared_mb: float
 
@@ -102,7 +104,9 @@ class Ends:
 @dataclass(frozen=True, slots=True)
 class Result:
     """All swaps of a run. `ratio` compares the requests due in swap windows with those due just before.
-    Slopes are those of the second half: by then every version has been served, and caches are full."""
+    Slopes are those of the second half: by then every version has been served, and caches are full.
+    `machine_ms` is what a fixed piece of work took before each swap's load; `p50_by_machine_percent_per_swap`
+    what a swap adds to p50 as it would be on a machine that is always as fast."""
 
     swaps: int
     lists: int
@@ -126,6 +130,8 @@ class Result:
     window_p50_ms: Ends
     window_p99_ms: Ends
     steady_p50_us_per_swap: Slope
+    machine_ms: Ends
+    p50_by_machine_percent_per_swap: Slope
 
 
 def versions_of(registry: Path, folder: Path, count: int) -> tuple[Path, list[str]]:
@@ -192,6 +198,7 @@ async def measure(
         model = ServingModel(plane, settings.releases, StreamMetrics().releases)
         await model.load()
         await plane.settled()
+        yardstick = Yardstick()
         tune()
         most = await capacity(model.rank, requests, seconds=4.0)
         rate = load * most
@@ -202,6 +209,7 @@ async def measure(
             seen = number // versions % 2 == 1
             if not seen and number % versions == 0:
                 await asyncio.to_thread(shutil.rmtree, cache, ignore_errors=True)
+            machine_ms = await asyncio.to_thread(yardstick.read_ms)
             due_s = poisson(int(rate * (SETTLE_S + steady_s + MOST_S)), rate, seed + number)
             # On from where the last one ended: histories grow along a log, and their cost with them.
             ask = partial(drive, model.rank, requests, due_s, first=asked)
@@ -216,6 +224,7 @@ async def measure(
                     p99_ms=round(part.outcomes.p_ms(99, part.inside), 2),
                     steady_p50_ms=round(part.outcomes.p_ms(50, part.before), 3),
                     steady_p99_ms=round(part.outcomes.p_ms(99, part.before), 2),
+                    machine_ms=round(machine_ms, 3),
                     rss_mb=round(process.memory_info().rss / 2**20, 1),
                     prepared_mb=round(_size_mb(cache), 1),
                 )
@@ -344,6 +353,9 @@ def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: floa
     later = found[len(found) // 2 :]
     rss_kb = Slope.of([1024 * swap.rss_mb for swap in later], 2)
     rss_mb = Ends.of([swap.rss_mb for swap in found])
+    machine_ms = float(np.median([swap.machine_ms for swap in later]))
+    p50_ms = float(np.median([swap.steady_p50_ms for swap in later]))
+    alike = [swap.steady_p50_ms / swap.machine_ms * machine_ms / p50_ms for swap in later]
     return Result(
         swaps=len(found),
         lists=sum(one.lists for one in kept),
@@ -367,6 +379,8 @@ def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: floa
         window_p50_ms=Ends.of([swap.p50_ms for swap in found]),
         window_p99_ms=Ends.of([swap.p99_ms for swap in found]),
         steady_p50_us_per_swap=Slope.of([1e3 * swap.steady_p50_ms for swap in later], 1),
+        machine_ms=Ends.of([swap.machine_ms for swap in found]),
+        p50_by_machine_percent_per_swap=Slope.of([100 * one for one in alike], 3),
     )
 
 
@@ -464,18 +478,21 @@ def swap(
                 ("p99 before, ms", result.steady_p99_ms),
                 ("p50 in swaps, ms", result.window_p50_ms),
                 ("p99 in swaps, ms", result.window_p99_ms),
+                ("a fixed piece of work before, ms", result.machine_ms),
                 ("memory, MB", result.rss_mb),
                 ("prepared on disk, MB", result.prepared_mb),
             )
         ],
     )
     grows, slower = result.rss_kb_per_swap, result.steady_p50_us_per_swap
+    alike = result.p50_by_machine_percent_per_swap
     report.note(
         f"p99 in swaps {result.ratio:.2f} times that before (goal {GOAL_RATIO}); "
         f"{result.failed} failed, {result.unanswered} unanswered of {result.lists:,}; in the second half a "
         f"swap adds {grows.per_swap:+.1f} KB of memory ({grows.low:+.1f} to {grows.high:+.1f}), which is "
         f"{'flat' if result.rss_is_flat else 'not shown to be flat'}, and {slower.per_swap:+.1f} µs to p50 "
-        f"({slower.low:+.1f} to {slower.high:+.1f})"
+        f"({slower.low:+.1f} to {slower.high:+.1f}); by the speed of the machine, {alike.per_swap:+.3f} % "
+        f"({alike.low:+.3f} to {alike.high:+.3f})"
     )
     report.write(
         json_path,

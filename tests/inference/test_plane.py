@@ -13,12 +13,14 @@ import pytest
 
 from compression.releases.registry import Registry
 from features.settings import FeatureSettings
+from inference import plane as planes
 from inference.engines.base import Engine
 from inference.errors import EngineFailed, ModelUnavailable
-from inference.plane import Plane
+from inference.plane import Plane, Version
 from inference.ranker import Ranker
 from inference.settings import InferenceSettings
 from inference.types import RankedList, RankRequest
+from inference.user_cache import UserCache
 from tests.inference.conftest import ITEMS, sequence
 from tests.support import eventually_async
 
@@ -65,6 +67,23 @@ async def test_a_version_that_is_retired_is_gone_without_a_collection(plane, ver
         gc.enable()
 
 
+async def test_what_served_before_is_freed_when_the_next_version_has_caught_its_breath(
+    plane, versions, monkeypatch
+):
+    root, first, second = versions
+    before, serving = await plane.open(root, first), await plane.open(root, second)
+    freed_s, free = [], Version.free
+    monkeypatch.setattr(Version, "free", lambda self: (freed_s.append(time.monotonic()), free(self)))
+    monkeypatch.setattr(planes, "_BREATH_S", 0.1)
+    began_s = time.monotonic()
+    await plane.retire(before)
+    assert freed_s[0] - began_s >= 0.1
+    # Nobody is left who could want one.
+    monkeypatch.setattr(planes, "_BREATH_S", 600.0)
+    await asyncio.wait_for(plane.retire(serving), 60)
+    assert len(freed_s) == 2
+
+
 async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versions, monkeypatch):
     root, first, second = versions
     repeats = []
@@ -80,6 +99,19 @@ async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versio
     assert repeats[:2] == [3, 1]
     assert set(repeats[1:]) == {1}
     assert other.warmed["onnx-1"].buckets.cost_s == one.warmed["onnx-0"].buckets.cost_s != {}
+
+
+async def test_a_version_has_room_for_the_users_of_the_one_that_serves(plane, versions, monkeypatch):
+    root, first, second = versions
+    wanted = []
+    make_room = UserCache.make_room
+    monkeypatch.setattr(
+        UserCache, "make_room", lambda self, users: (wanted.append(users), make_room(self, users))[1]
+    )
+    serving = await plane.open(root, first)
+    await plane.rank(REQUESTS, serving)
+    await plane.open(root, second)
+    assert wanted == [0, len(REQUESTS)]
 
 
 async def test_a_rehearsal_is_no_lane_s_matter_whatever_comes_of_it(plane, versions, monkeypatch):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import psutil
 import pytest
 
 from compression.releases.registry import Registry
 from features.settings import FeatureSettings
-from inference import engines, plane
+from inference import engines, plane, preparing
+from inference import prepared as prepared_versions
+from inference.engines import model_file
 from inference.engines.base import INPUTS, EngineOptions, graphs_of
 from inference.engines.calibration import draw
 from inference.errors import ModelUnavailable
@@ -24,6 +29,7 @@ from inference.ranker import Ranker
 from inference.settings import InferenceSettings
 from inference.types import RankedList, RankRequest
 from tests.inference.conftest import ITEMS, sequence
+from tests.support import eventually
 
 OPTIONS = EngineOptions()
 SETTINGS = InferenceSettings(
@@ -72,6 +78,19 @@ def test_what_was_prepared_computes_what_was_published(wanted, tmp_path):
             np.testing.assert_allclose(as_prepared.run(graph, inputs)[name], output, atol=1e-5)
 
 
+def test_graphs_have_their_weights_in_one_file_and_once(wanted, tmp_path):
+    folder = prepare(wanted, tmp_path / "cache").of_engine("onnx", OPTIONS)
+    assert {path.name for path in folder.iterdir()} == {"weights", "encode.onnx", "score.onnx", "append.onnx"}
+    tables = [
+        {entry.key: entry.value for entry in tensor.external_data}
+        for path in sorted(folder.glob("*.onnx"))
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        if tensor.name == "items.weight"
+    ]
+    assert len(tables) == 3 and tables[0] == tables[1] == tables[2]
+    assert tables[0]["location"] == "weights"
+
+
 def test_an_engine_beside_another_answers_like_it_and_outlives_it(wanted, tmp_path):
     prepared = prepare(wanted, tmp_path / "cache")
     ranker = Ranker.open(wanted.registry, settings=SETTINGS, prepared=prepared)
@@ -94,7 +113,7 @@ def test_what_is_whole_is_not_made_again(wanted, made, tmp_path):
 @pytest.mark.parametrize("damage", ["changed", "longer", "added", "removed", "no record", "a link", "claims"])
 def test_what_is_not_whole_is_made_again(wanted, made, tmp_path, damage):
     prepared = prepare(wanted, tmp_path / "cache")
-    weights = next(prepared.folder.rglob("encode.weights"))
+    weights = next(prepared.folder.rglob("weights"))
     whole = weights.read_bytes()
     if damage == "changed":
         weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -127,6 +146,23 @@ def test_a_version_that_was_changed_is_refused_although_it_was_prepared_before(w
         prepare(replace(wanted, sha256="0" * 64), tmp_path / "cache")
 
 
+def test_graphs_are_looked_at_once_for_all_times_under_the_same_rules(wanted, tmp_path, monkeypatch):
+    looked_at: list[str] = []
+    monkeypatch.setattr(model_file, "check_graph", lambda _, graph, __: looked_at.append(graph))
+    prepare(wanted, tmp_path / "cache")
+    assert sorted(looked_at) == ["append", "encode", "score"]
+    prepare(wanted, tmp_path / "cache")
+    assert len(looked_at) == 3
+
+    def refuse(_: bytes, graph: str, __: object) -> None:
+        raise ModelUnavailable(f"the {graph} graph is refused")
+
+    monkeypatch.setattr(model_file, "check_graph", refuse)
+    monkeypatch.setattr(prepared_versions, "_rules", lambda: "others")
+    with pytest.raises(ModelUnavailable, match="graph is refused"):
+        prepare(wanted, tmp_path / "cache")
+
+
 def test_of_many_versions_the_latest_used_are_kept(wanted, tmp_path):
     kept = [prepare(replace(wanted, exact_until=number), tmp_path / "cache").folder for number in range(3)]
     for age, folder in enumerate(kept):
@@ -142,6 +178,35 @@ def test_what_was_tidied_away_is_loaded_as_it_was_published(wanted, tmp_path):
     for file in prepared.of_engine("onnx", OPTIONS).iterdir():
         file.unlink()
     ranker.check(ranker.warm("onnx"))
+
+
+def test_files_that_were_tidied_away_are_let_go_of_after_all_that_maps_them(wanted, tmp_path, monkeypatch):
+    prepared = prepare(wanted, tmp_path / "cache")
+    ranker = Ranker.open(wanted.registry, settings=SETTINGS, prepared=prepared)
+    version = plane.Version(ranker)
+    version.warmed["onnx-0"] = ranker.warm("onnx")
+    del ranker
+    weights = prepared.of_engine("onnx", OPTIONS) / "weights"
+    shutil.rmtree(prepared.folder)
+
+    def mapped() -> bool:
+        return f"{weights} (deleted)" in Path("/proc/self/maps").read_text()
+
+    def opened() -> bool:
+        return any(str(weights) in os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+
+    seen: list[tuple[bool, bool]] = []
+    close = os.close
+
+    def noticed(descriptor: int) -> None:
+        seen.append((mapped(), opened()))
+        close(descriptor)
+
+    monkeypatch.setattr(os, "close", noticed)
+    assert mapped() and opened()
+    version.free()
+    assert seen[0] == (False, True)
+    assert not opened()
 
 
 def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
@@ -162,6 +227,34 @@ def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
         assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)) == prepared
     finally:
         preparer.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
+def test_who_prepares_has_no_more_than_its_share_of_a_processor():
+    lines = (
+        "import os",
+        "from inference import preparing",
+        "seen, starting = os.pipe()",
+        "worker = os.fork()",
+        "os.close(starting)",
+        "while not worker: pass",
+        "preparing._supervise(worker, seen)",
+    )
+    supervisor = subprocess.Popen([sys.executable, "-c", "\n".join(lines)])
+    try:
+        found = psutil.Process(supervisor.pid)
+        eventually(lambda: len(found.children()) == 1)
+        (worker,) = found.children()
+        eventually(lambda: worker.status() == psutil.STATUS_STOPPED)
+        began_s, had_s = time.monotonic(), preparing._ran_s(worker.pid)
+        eventually(lambda: preparing._ran_s(worker.pid) - had_s > 0.1, timeout_s=60)
+        share = (preparing._ran_s(worker.pid) - had_s) / (time.monotonic() - began_s)
+        assert share < 1.5 * preparing._SHARE
+        worker.kill()
+        assert supervisor.wait(10) == 0
+    finally:
+        supervisor.kill()
+        supervisor.wait()
 
 
 def test_what_a_process_that_was_killed_had_begun_to_write_goes_in_the_end(wanted, tmp_path):

@@ -1,0 +1,64 @@
+"""Arrays in mappings of their own, and who waits for their pages."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compression.releases.registry import ModelShape
+from inference import memory
+from inference.user_cache import UserCache
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="nothing is populated elsewhere")
+
+MIB = 2**20
+
+
+def faults(work: Callable[[], object]) -> int:
+    """How often this process waited for a page."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    work()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    monkeypatch.setattr(memory, "_HUGEPAGE", None)
+
+
+def test_who_writes_first_waits_for_pages_unless_they_are_there(small_pages):
+    waited, ready = (memory.zeros((8 * MIB,), np.uint8) for _ in range(2))
+    memory.populate(ready)
+    assert faults(lambda: ready.fill(1)) < 100
+    assert faults(lambda: waited.fill(1)) > 1_000
+
+
+def test_large_arrays_have_large_pages_where_the_system_has_them():
+    told = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not told.exists() or "[never]" in told.read_text():
+        pytest.skip("it has none")
+    array = memory.zeros((16 * MIB,), np.uint8)
+    assert faults(lambda: array.fill(1)) < 1_000
+
+
+def test_what_was_written_stays():
+    array = memory.zeros((MIB,), np.uint8)
+    array[1_000:9_000] = 7
+    memory.populate(array[500:20_000])
+    assert (array[1_000:9_000] == 7).all() and array.sum() == 7 * 8_000
+    memory.populate(array[:0])
+
+
+def test_a_cache_has_room_for_as_many_users_as_are_expected(small_pages):
+    shape = ModelShape(dim=64, layers=2, heads=1, ffn=64, max_history=100, item_rows=10, category_rows=4)
+    cache = UserCache(shape, 64, retrieved=10, listed=10)
+    steps = sum(1 for _ in cache.make_room(40))
+    assert 1 < steps < 40
+    assert faults(lambda: cache._keys[:40].fill(1)) < 100 < faults(lambda: cache._keys[40:].fill(1))
+    assert sum(1 for _ in cache.make_room(10_000)) < 64
+    assert not list(cache.make_room(0))
