@@ -34,6 +34,9 @@ from inference.waiting import Gather, Queue, Waiting
 
 # A batch held back for a busy lane is looked at again after so long, should that lane be late.
 _HOLD_STEP_S: Final = 0.001
+# Of those without a lane of their own, whoever might not be ranked in time is told so at once: told at his
+# deadline, he has waited for nothing, and one hiccup makes the answer late.
+_CAUTION: Final = 1.25
 
 T = TypeVar("T", bound=Work)
 R = TypeVar("R")
@@ -196,14 +199,23 @@ class Batcher(Generic[T, R]):
                 continue
             level = level_of(item)
             if level not in waits_s:
-                ahead, most = self._queues.upto(level), self.limits.max_batch
-                waits_s[level] = self.dispatcher.wait_s(group.key, ahead, most, group.entered_s)
+                waits_s[level] = self._wait_s(group.key, level, group.entered_s)
             done_s = group.entered_s + waits_s[level]
             if done_s <= item.deadline_s:
                 kept.append(position)
             elif group.answer(position, DeadlineExceeded("the queue is too long for the deadline")):
                 self._refused(1)
         return kept
+
+    def _wait_s(self, key: Hashable, level: int, now_s: float) -> float:
+        """Until something that comes now at a level is predicted to be answered."""
+        most = self.limits.max_batch
+        top = self._reserved_for(key, level, now_s)
+        if top is None or level <= top:
+            return self.dispatcher.wait_s(key, self._queues.upto(level), most, now_s)
+        # Those above have a lane to themselves; they take nothing of the others.
+        ahead = self._queues.upto(level) - self._queues.upto(top)
+        return _CAUTION * self.dispatcher.wait_s(key, ahead, most, now_s, kept=1)
 
     def _refused(self, items: int) -> None:
         self.counts.refused += items
@@ -241,7 +253,10 @@ class Batcher(Generic[T, R]):
 
     def _ripe_s(self, now_s: float) -> float:
         """When the next batch should leave: now if it is full, urgent or nothing is gained by waiting."""
-        if self._queues.urgent or self._closing or self.queued >= self.limits.max_batch:
+        full = self.queued >= self.limits.max_batch
+        if full:
+            self._precedence.crowded(now_s)
+        if full or self._queues.urgent or self._closing or self._goes_first(now_s):
             return 0.0
         queue = Queue(
             oldest_s=self._queues.oldest_s,
@@ -252,6 +267,10 @@ class Batcher(Generic[T, R]):
             predicted_s=self.dispatcher.fastest_s,
         )
         return self.waiting.ripe_s(queue)
+
+    def _goes_first(self, now_s: float) -> bool:
+        """Whether what is next has a lane kept for it, and gains nothing from company on that."""
+        return self._precedence.counts(now_s) and self._precedence.precedes(self._queues.first[0], now_s)
 
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
@@ -285,13 +304,13 @@ class Batcher(Generic[T, R]):
         return True
 
     def _reserved_for(self, key: Hashable, level: int, now_s: float) -> int | None:
-        """The highest level seen of late, while more waits than one batch can hold; else None.
+        """The highest level seen of late, while more waits than one batch can hold, or did lately; else None.
 
         One lane is then left to it, it goes without company, and what is below runs at a low priority: who
         is first waits for no full batch of those who are not, and shares the processor with it in his
         favour.
         """
-        if self.queued < self.limits.max_batch or len(self.dispatcher.able(key)) < 2:
+        if not self._precedence.counts(now_s) or len(self.dispatcher.able(key)) < 2:
             return None
         return self._precedence.top(now_s, level)
 

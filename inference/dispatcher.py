@@ -171,15 +171,15 @@ class Dispatcher:
             free_s[best] = best_s
         return None
 
-    def wait_s(self, key: Hashable, queued: int, max_batch: int, now_s: float) -> float:
+    def wait_s(self, key: Hashable, queued: int, max_batch: int, now_s: float, *, kept: int = 0) -> float:
         """Seconds until an item behind `queued` others is predicted to be answered; infinite where no
-        lane can."""
+        lane can. So many lanes are `kept` for others, whichever they are."""
         lanes = self.able(key)
         if not lanes:
             return float("inf")
         free_s = [_free_s(lane, now_s) - now_s for lane in lanes]
         full_s = [lane.seconds(max_batch) for lane in lanes]
-        rate = sum(max_batch / cost_s for cost_s in full_s)
+        rate = sum(max_batch / cost_s for cost_s in full_s) * max(1, len(lanes) - kept) / len(lanes)
         return min(free_s) + queued / rate + min(lane.seconds(min(queued + 1, max_batch)) for lane in lanes)
 
 

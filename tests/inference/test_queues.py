@@ -63,3 +63,36 @@ def test_while_more_waits_than_can_be_ranked_one_lane_is_left_to_the_highest_tie
         await world.settle()
 
     on_clock(story)
+
+
+def test_a_queue_that_is_short_for_a_moment_does_not_cost_the_highest_tier_its_lane() -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=4)
+        world.ask(Question(0, tier=2))
+        await world.settle()
+        world.ask(*questions(*range(1, 7)))
+        await world.turn()
+        await world.finish()
+        assert world.batches[1:] == [[1, 2, 3, 4]]
+        assert len(world.executor.held) == 1, "two are left, and go on one lane"
+        await world.advance(0.05)
+        world.ask(Question(7))
+        await world.advance(0.05)
+        assert len(world.executor.held) == 1, "what comes then waits behind them"
+        first = world.ask(Question(8, tier=2))
+        await world.turn()
+        assert len(world.executor.held) == 2, "and the highest tier for nothing"
+        world.executor.held.reverse()
+        await world.finish()
+        assert await first == [80]
+        assert world.batches[2:] == [[8]], "alone"
+        await world.settle()
+        await world.advance(0.3)
+        world.ask(Question(9))
+        await world.turn()
+        world.ask(Question(10))
+        await world.advance(0.03)
+        assert len(world.executor.held) == 2, "after a while both lanes serve all"
+        await world.settle()
+
+    on_clock(story)

@@ -32,7 +32,8 @@ clicks = st.lists(st.builds(AnsweredClick, names, ids, names, ids, ids), max_siz
 def test_a_reply_decodes_to_the_recommendation_it_stands_for(user, items, answered, how, ms, request_id):
     trigger = request_trigger(request_id) if request_id else click_trigger(answered)
     asked = Asked(recommendation_id("clicks", 7, 3, 99), user, 5, 0.0, trigger)
-    written = items_json(*zip(*items, strict=True), "v1", "onnx") if items else items_json([], [], [], "v1", "onnx")
+    columns = [[row[column] for row in items] for column in range(3)]
+    written = items_json(*columns, "v1", "onnx")
     listed = (
         degraded(written, len(items), how)
         if how
