@@ -24,7 +24,7 @@ from typing import Any, Final, Generic, TypeVar
 from inference import metrics
 from inference.attempts import answers_of
 from inference.deadlines import Alarm
-from inference.dispatcher import Dispatcher, Lane, leave_room
+from inference.dispatcher import Dispatcher, Lane
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
 from inference.lane_health import LaneHealth
 from inference.metrics import BatcherCounts
@@ -67,7 +67,6 @@ class _Batch(Generic[T, R]):
     entries: list[Entry[T, R]]
     tried: tuple[Lane, ...] = ()
     level: int = 0
-    aside: bool = False
     started_s: float = 0.0
     watch: asyncio.TimerHandle | None = None
 
@@ -152,8 +151,7 @@ class Batcher(Generic[T, R]):
         self._alarm.cancel()
         self._health.close()
         for lane in self.dispatcher.lanes:
-            for executor in lane.executors:
-                executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
+            lane.executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
         return not left
 
     # Entering ----------------------------------------------------------------------------------
@@ -300,15 +298,15 @@ class Batcher(Generic[T, R]):
         self._tell_queued()
         entries = [entry for entry in entries if not self._expire_late(entry, now_s)]
         if entries:
-            self._start(_Batch(head.key, entries, level=level, aside=below), choice.lane, now_s)
+            self._start(_Batch(head.key, entries, level=level), choice.lane, now_s)
         return True
 
     def _reserved_for(self, key: Hashable, level: int, now_s: float) -> int | None:
         """The highest level seen of late, while more waits than one batch can hold, or did lately; else None.
 
-        One lane is then left to it, it goes without company, and what is below runs at a low priority: who
-        is first waits for no full batch of those who are not, and shares the processor with it in his
-        favour.
+        One lane is then left to it, and it goes without company: who is first waits for no full batch of
+        those who are not. No thread has a lower priority than another: one that is kept off the processor
+        while it has the interpreter's lock keeps all others waiting.
         """
         if not self._precedence.counts(now_s) or len(self.dispatcher.able(key)) < 2:
             return None
@@ -358,10 +356,7 @@ class Batcher(Generic[T, R]):
         # The last lane there is looks for the item that poisons the batch; before that another lane may do.
         alone = len(self.dispatcher.able(batch.key, batch.tried)) == 1
         work = partial(answers_of, partial(lane.run, batch.key), items, in_parts=alone)
-        if batch.aside:
-            future = loop.run_in_executor(lane.aside, _aside, work)
-        else:
-            future = loop.run_in_executor(lane.executor, work)
+        future = loop.run_in_executor(lane.executor, work)
         future.add_done_callback(partial(self._finish, lane, batch))
         hangs_s = now_s + lane.hangs_after_s(len(items), self.limits.hang_ms / 1e3)
         batch.watch = loop.call_at(hangs_s, self._hung, lane, batch)
@@ -502,9 +497,3 @@ class Batcher(Generic[T, R]):
 
     def _tell_queued(self) -> None:
         metrics.QUEUE_ITEMS.set(len(self._queues))
-
-
-def _aside(work: Callable[[], Any]) -> Any:
-    """For a thread that only ever does what may wait."""
-    leave_room()
-    return work()

@@ -62,7 +62,6 @@ class Lane:
     new_thread: Callable[[str], Executor] = _thread
 
     executor: Executor = field(init=False)
-    aside: Executor = field(init=False)  # a thread of low priority, for what may wait
     busy: bool = False
     free_at_s: float = 0.0  # when what runs now is predicted to be done
     failures: int = 0
@@ -73,18 +72,11 @@ class Lane:
 
     def __post_init__(self) -> None:
         self.executor = self.new_thread(self.name)
-        self.aside = self.new_thread(f"{self.name}-aside")
-
-    @property
-    def executors(self) -> tuple[Executor, Executor]:
-        return self.executor, self.aside
 
     def renew_thread(self) -> None:
         """Leave a thread that hangs to itself."""
-        for executor in self.executors:
-            executor.shutdown(wait=False)
+        self.executor.shutdown(wait=False)
         self.executor = self.new_thread(self.name)
-        self.aside = self.new_thread(f"{self.name}-aside")
 
     def seconds(self, items: int) -> float:
         """Predicted for a batch, the way there and back included."""
