@@ -339,18 +339,20 @@ class RequestPath:
             self._count_refused(asked, ticket)
             shed = [answers[at] for at in ticket.refused]
             async with asyncio.TaskGroup() as together:
-                for part in (*ranking, self._deliver_shed(shed, refused)):
+                for part in (*ranking, self._deliver_shed(shed, self._degraded(shed), refused)):
                     together.create_task(part)
         finally:
             # Also those whose task was cancelled before it began.
             for group in ticket.groups:
                 self._admission.finish(group, _now())
 
-    async def _deliver_shed(self, shed: Sequence[Asked], refused: Sequence[Record]) -> None:
+    async def _deliver_shed(
+        self, shed: Sequence[Asked], lists: Sequence[Listed], refused: Sequence[Record]
+    ) -> None:
         # Two turns of the loop later: by then who is ranked is on the way to an engine.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        await self._deliver(shed, self._degraded(shed), refused)
+        await self._deliver(shed, lists, refused)
 
     async def _rank_group(self, group: Group, answers: Sequence[Asked], wait_ms: float) -> None:
         outcomes = await self._rank(group.requests)

@@ -101,7 +101,7 @@ def test_a_queue_that_is_short_for_a_moment_does_not_cost_the_highest_tier_its_l
 
 def test_who_has_no_lane_kept_is_told_at_once_what_the_lanes_that_are_left_cannot_do_in_time() -> None:
     async def story() -> None:
-        world = World(runners=2, max_batch=2)
+        world = World(runners=2, max_batch=2, hang_ms=60_000)
         world.ask(Question(0, tier=2))
         await world.settle()
         world.ask(*questions(*range(1, 11)))
