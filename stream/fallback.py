@@ -69,13 +69,25 @@ class Fallback:
 def _given(asked: Asked, items: Sequence[int], scores: Sequence[float], sources: Sequence[str]) -> Listed:
     """A list that nobody ranked: its k first that are not excluded."""
     kept = [place for place, item in enumerate(items) if item not in asked.exclude][: asked.k]
-    lines = [[column[place] for place in kept] for column in (items, scores, sources)]
-    return degraded(items_json(*lines, "none", "none"), len(kept), "popular")
+    written = items_json(
+        [items[place] for place in kept],
+        [scores[place] for place in kept],
+        [sources[place] for place in kept],
+        "none",
+        "none",
+    )
+    return degraded(written, len(kept), "popular")
 
 
 def _cut(asked: Asked, last: Listed) -> Listed:
     """Of the user's last list the k first that are not excluded."""
     made = orjson.loads(b"{%b}" % last.body)
     lines = [line for line in made["items"] if line["item_id"] not in asked.exclude][: asked.k]
-    columns = [[line[name] for line in lines] for name in ("item_id", "score", "source")]
-    return degraded(items_json(*columns, made["model_version"], made["engine"]), len(lines), "cached")
+    written = items_json(
+        [line["item_id"] for line in lines],
+        [line["score"] for line in lines],
+        [line["source"] for line in lines],
+        made["model_version"],
+        made["engine"],
+    )
+    return degraded(written, len(lines), "cached")
