@@ -19,12 +19,12 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, Generic, TypeVar
+from typing import Final, Generic, TypeVar
 
 from inference import metrics
 from inference.attempts import answers_of
 from inference.deadlines import Alarm
-from inference.dispatcher import Dispatcher, Lane, leave_room
+from inference.dispatcher import Dispatcher, Lane
 from inference.errors import DeadlineExceeded, EngineFailed, InferenceError, ModelUnavailable, Overloaded
 from inference.lane_health import LaneHealth
 from inference.metrics import BatcherCounts
@@ -34,6 +34,9 @@ from inference.waiting import Gather, Queue, Waiting
 
 # A batch held back for a busy lane is looked at again after so long, should that lane be late.
 _HOLD_STEP_S: Final = 0.001
+# Of those without a lane of their own, whoever might not be ranked in time is told so at once: told at his
+# deadline, he has waited for nothing, and one hiccup makes the answer late.
+_CAUTION: Final = 1.25
 
 T = TypeVar("T", bound=Work)
 R = TypeVar("R")
@@ -64,7 +67,6 @@ class _Batch(Generic[T, R]):
     entries: list[Entry[T, R]]
     tried: tuple[Lane, ...] = ()
     level: int = 0
-    aside: bool = False
     started_s: float = 0.0
     watch: asyncio.TimerHandle | None = None
 
@@ -149,8 +151,7 @@ class Batcher(Generic[T, R]):
         self._alarm.cancel()
         self._health.close()
         for lane in self.dispatcher.lanes:
-            for executor in lane.executors:
-                executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
+            lane.executor.shutdown(wait=not lane.busy and not self._health.is_asking, cancel_futures=True)
         return not left
 
     # Entering ----------------------------------------------------------------------------------
@@ -196,14 +197,23 @@ class Batcher(Generic[T, R]):
                 continue
             level = level_of(item)
             if level not in waits_s:
-                ahead, most = self._queues.upto(level), self.limits.max_batch
-                waits_s[level] = self.dispatcher.wait_s(group.key, ahead, most, group.entered_s)
+                waits_s[level] = self._wait_s(group.key, level, group.entered_s)
             done_s = group.entered_s + waits_s[level]
             if done_s <= item.deadline_s:
                 kept.append(position)
             elif group.answer(position, DeadlineExceeded("the queue is too long for the deadline")):
                 self._refused(1)
         return kept
+
+    def _wait_s(self, key: Hashable, level: int, now_s: float) -> float:
+        """Until something that comes now at a level is predicted to be answered."""
+        most = self.limits.max_batch
+        top = self._reserved_for(key, level, now_s)
+        if top is None or level <= top:
+            return self.dispatcher.wait_s(key, self._queues.upto(level), most, now_s)
+        # Those above have a lane to themselves; they take nothing of the others.
+        ahead = self._queues.upto(level) - self._queues.upto(top)
+        return _CAUTION * self.dispatcher.wait_s(key, ahead, most, now_s, kept=1)
 
     def _refused(self, items: int) -> None:
         self.counts.refused += items
@@ -241,7 +251,10 @@ class Batcher(Generic[T, R]):
 
     def _ripe_s(self, now_s: float) -> float:
         """When the next batch should leave: now if it is full, urgent or nothing is gained by waiting."""
-        if self._queues.urgent or self._closing or self.queued >= self.limits.max_batch:
+        full = self.queued >= self.limits.max_batch
+        if full:
+            self._precedence.crowded(now_s)
+        if full or self._queues.urgent or self._closing or self._goes_first(now_s):
             return 0.0
         queue = Queue(
             oldest_s=self._queues.oldest_s,
@@ -252,6 +265,10 @@ class Batcher(Generic[T, R]):
             predicted_s=self.dispatcher.fastest_s,
         )
         return self.waiting.ripe_s(queue)
+
+    def _goes_first(self, now_s: float) -> bool:
+        """Whether what is next has a lane kept for it, and gains nothing from company on that."""
+        return self._precedence.counts(now_s) and self._precedence.precedes(self._queues.first[0], now_s)
 
     def _start_next(self, now_s: float) -> bool:
         """Start one batch from the queues; False where all of them are best left waiting."""
@@ -281,17 +298,17 @@ class Batcher(Generic[T, R]):
         self._tell_queued()
         entries = [entry for entry in entries if not self._expire_late(entry, now_s)]
         if entries:
-            self._start(_Batch(head.key, entries, level=level, aside=below), choice.lane, now_s)
+            self._start(_Batch(head.key, entries, level=level), choice.lane, now_s)
         return True
 
     def _reserved_for(self, key: Hashable, level: int, now_s: float) -> int | None:
-        """The highest level seen of late, while more waits than one batch can hold; else None.
+        """The highest level seen of late, while more waits than one batch can hold, or did lately; else None.
 
-        One lane is then left to it, it goes without company, and what is below runs at a low priority: who
-        is first waits for no full batch of those who are not, and shares the processor with it in his
-        favour.
+        One lane is then left to it, and it goes without company: who is first waits for no full batch of
+        those who are not. No thread has a lower priority than another: one that is kept off the processor
+        while it has the interpreter's lock keeps all others waiting.
         """
-        if self.queued < self.limits.max_batch or len(self.dispatcher.able(key)) < 2:
+        if not self._precedence.counts(now_s) or len(self.dispatcher.able(key)) < 2:
             return None
         return self._precedence.top(now_s, level)
 
@@ -339,10 +356,7 @@ class Batcher(Generic[T, R]):
         # The last lane there is looks for the item that poisons the batch; before that another lane may do.
         alone = len(self.dispatcher.able(batch.key, batch.tried)) == 1
         work = partial(answers_of, partial(lane.run, batch.key), items, in_parts=alone)
-        if batch.aside:
-            future = loop.run_in_executor(lane.aside, _aside, work)
-        else:
-            future = loop.run_in_executor(lane.executor, work)
+        future = loop.run_in_executor(lane.executor, work)
         future.add_done_callback(partial(self._finish, lane, batch))
         hangs_s = now_s + lane.hangs_after_s(len(items), self.limits.hang_ms / 1e3)
         batch.watch = loop.call_at(hangs_s, self._hung, lane, batch)
@@ -483,9 +497,3 @@ class Batcher(Generic[T, R]):
 
     def _tell_queued(self) -> None:
         metrics.QUEUE_ITEMS.set(len(self._queues))
-
-
-def _aside(work: Callable[[], Any]) -> Any:
-    """For a thread that only ever does what may wait."""
-    leave_room()
-    return work()

@@ -62,7 +62,6 @@ class Lane:
     new_thread: Callable[[str], Executor] = _thread
 
     executor: Executor = field(init=False)
-    aside: Executor = field(init=False)  # a thread of low priority, for what may wait
     busy: bool = False
     free_at_s: float = 0.0  # when what runs now is predicted to be done
     failures: int = 0
@@ -73,18 +72,11 @@ class Lane:
 
     def __post_init__(self) -> None:
         self.executor = self.new_thread(self.name)
-        self.aside = self.new_thread(f"{self.name}-aside")
-
-    @property
-    def executors(self) -> tuple[Executor, Executor]:
-        return self.executor, self.aside
 
     def renew_thread(self) -> None:
         """Leave a thread that hangs to itself."""
-        for executor in self.executors:
-            executor.shutdown(wait=False)
+        self.executor.shutdown(wait=False)
         self.executor = self.new_thread(self.name)
-        self.aside = self.new_thread(f"{self.name}-aside")
 
     def seconds(self, items: int) -> float:
         """Predicted for a batch, the way there and back included."""
@@ -171,15 +163,15 @@ class Dispatcher:
             free_s[best] = best_s
         return None
 
-    def wait_s(self, key: Hashable, queued: int, max_batch: int, now_s: float) -> float:
+    def wait_s(self, key: Hashable, queued: int, max_batch: int, now_s: float, *, kept: int = 0) -> float:
         """Seconds until an item behind `queued` others is predicted to be answered; infinite where no
-        lane can."""
+        lane can. So many lanes are `kept` for others, whichever they are."""
         lanes = self.able(key)
         if not lanes:
             return float("inf")
         free_s = [_free_s(lane, now_s) - now_s for lane in lanes]
         full_s = [lane.seconds(max_batch) for lane in lanes]
-        rate = sum(max_batch / cost_s for cost_s in full_s)
+        rate = sum(max_batch / cost_s for cost_s in full_s) * max(1, len(lanes) - kept) / len(lanes)
         return min(free_s) + queued / rate + min(lane.seconds(min(queued + 1, max_batch)) for lane in lanes)
 
 

@@ -178,7 +178,7 @@ class Plane:
         loop = asyncio.get_running_loop()
         lanes = self.batcher.dispatcher.lanes
         await asyncio.wait(
-            [loop.run_in_executor(e, _nothing) for lane in lanes for e in lane.executors], timeout=timeout_s
+            [loop.run_in_executor(lane.executor, _nothing) for lane in lanes], timeout=timeout_s
         )
         if version in self._versions:
             self._versions.remove(version)

@@ -18,6 +18,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
+import orjson
+
 from features.statistics import ItemStatistics
 from features.store import Append, Appended, FeatureStore, StoreUnavailable, User
 from inference.admission.control import Admission, Group, Ticket
@@ -26,11 +28,24 @@ from inference.types import RankedList, RankRequest
 from stream.delivery import Record, Undeliverable
 from stream.fallback import Fallback
 from stream.metrics import StreamMetrics
-from stream.replies import Answer, dead_letter, place_only, recommendation_id, reply, without_value
+from stream.replies import (
+    AnsweredClick,
+    Asked,
+    Listed,
+    click_trigger,
+    dead_letter,
+    items_json,
+    place_only,
+    ranked,
+    recommendation_id,
+    replies,
+    request_trigger,
+    without_value,
+)
 from stream.settings import StreamSettings
 from stream.work import LogRecord, Unit
 from topics.codec import DecodeError, decode_click, decode_request
-from topics.messages import BEHAVIORS, AnsweredClick, BehaviorEvent, Message, RecommendRequest
+from topics.messages import BEHAVIORS, BehaviorEvent, Message, RecommendRequest
 
 log = logging.getLogger(__name__)
 
@@ -249,8 +264,8 @@ class RequestPath:
     async def _send_degraded(self, unit: Unit, clicks: Sequence[Click]) -> None:
         """Lists for clicks whose sequence cannot be written now. The full list follows later under
         the same id."""
-        answers = [self._fallback.answer(self._click_answer(unit, [click])) for click in clicks]
-        await self._deliver(answers, [])
+        answers = [self._click_answer(unit, [click]) for click in clicks]
+        await self._deliver(answers, self._degraded(answers), [])
 
     # Answering ---------------------------------------------------------------------------------
 
@@ -291,7 +306,7 @@ class RequestPath:
     ) -> None:
         answers = [self._request_answer(unit, ask) for ask in asks]
         if users is None:
-            await self._deliver([self._fallback.answer(answer) for answer in answers], refused)
+            await self._deliver(answers, self._degraded(answers), refused)
             return
         default_ms = self._settings.click_deadline_ms
         asked = [
@@ -310,7 +325,7 @@ class RequestPath:
         await self._rank_and_deliver(unit, answers, asked, refused)
 
     async def _rank_and_deliver(
-        self, unit: Unit, answers: list[Answer], asked: list[RankRequest], refused: Sequence[Record]
+        self, unit: Unit, answers: list[Asked], asked: list[RankRequest], refused: Sequence[Record]
     ) -> None:
         """Who is not admitted has a degraded list at once; the top tier does not wait for the others."""
         now_s = _now()
@@ -322,24 +337,29 @@ class RequestPath:
                 await ranking[0]
                 return
             self._count_refused(asked, ticket)
-            shed = [self._fallback.answer(answers[at]) for at in ticket.refused]
+            shed = [answers[at] for at in ticket.refused]
             async with asyncio.TaskGroup() as together:
-                for part in (*ranking, self._deliver(shed, refused)):
+                for part in (*ranking, self._deliver_shed(shed, self._degraded(shed), refused)):
                     together.create_task(part)
         finally:
             # Also those whose task was cancelled before it began.
             for group in ticket.groups:
                 self._admission.finish(group, _now())
 
-    async def _rank_group(self, group: Group, answers: Sequence[Answer], wait_ms: float) -> None:
+    async def _deliver_shed(
+        self, shed: Sequence[Asked], lists: Sequence[Listed], refused: Sequence[Record]
+    ) -> None:
+        # Two turns of the loop later: by then who is ranked is on the way to an engine.
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await self._deliver(shed, lists, refused)
+
+    async def _rank_group(self, group: Group, answers: Sequence[Asked], wait_ms: float) -> None:
         outcomes = await self._rank(group.requests)
         self._admission.finish(group, _now(), outcomes)
         self._count_late(group.requests, outcomes)
-        finished = [
-            self._finish(answers[at], outcome, wait_ms)
-            for at, outcome in zip(group.positions, outcomes, strict=True)
-        ]
-        await self._deliver(finished, [])
+        asked = [answers[at] for at in group.positions]
+        await self._deliver(asked, self._lists(asked, outcomes, wait_ms), [])
 
     async def _rank(self, asked: Sequence[RankRequest]) -> Sequence[RankedList | InferenceError]:
         started_s = _now()
@@ -360,25 +380,32 @@ class RequestPath:
         self, asked: Sequence[RankRequest], outcomes: Sequence[RankedList | InferenceError]
     ) -> None:
         names = self._admission.tiers.names
-        for request, outcome in zip(asked, outcomes, strict=True):
-            if isinstance(outcome, (DeadlineExceeded, Overloaded)):
-                reason = "late" if isinstance(outcome, DeadlineExceeded) else "queue"
-                self._metrics.shed.labels(reason=reason, tier=names[request.tier]).inc()
+        late = Counter(
+            ("late" if isinstance(outcome, DeadlineExceeded) else "queue", request.tier)
+            for request, outcome in zip(asked, outcomes, strict=True)
+            if isinstance(outcome, (DeadlineExceeded, Overloaded))
+        )
+        for (reason, tier), count in late.items():
+            self._metrics.shed.labels(reason=reason, tier=names[tier]).inc(count)
 
-    async def _deliver(self, answers: Sequence[Answer], refused: Sequence[Record]) -> None:
+    async def _deliver(
+        self, asked: Sequence[Asked], lists: Sequence[Listed], refused: Sequence[Record]
+    ) -> None:
         """Lists and dead letters into Kafka; returns when the broker has them."""
         sends: list[Awaitable[None]] = []
-        if answers:
-            now_s = self._clock()
-            sends.append(self._results.send(self._topics.recommendations, [reply(a, now_s) for a in answers]))
+        if asked:
+            records = replies(asked, lists, self._clock())
+            sends.append(self._results.send(self._topics.recommendations, records))
         if refused:
             sends.append(self._bury(refused))
-        await asyncio.gather(*sends)
+        if len(sends) == 1:
+            await sends[0]
+        else:
+            await asyncio.gather(*sends)
         now_s = self._clock()
-        for degraded, count in Counter(answer.degraded or "no" for answer in answers).items():
+        for degraded, count in Counter(listed.degraded or "no" for listed in lists).items():
             self._metrics.lists.labels(degraded=degraded).inc(count)
-        for answer in answers:
-            self._metrics.click_to_result_s.observe(max(0.0, now_s - answer.asked_at_s))
+        self._metrics.click_to_result_s.observe_all([max(0.0, now_s - one.asked_at_s) for one in asked])
 
     async def _bury(self, refused: Sequence[Record]) -> None:
         """Dead letters into Kafka, untouched where the broker takes them. One that is too large loses
@@ -398,46 +425,56 @@ class RequestPath:
 
     # Answers -----------------------------------------------------------------------------------
 
-    def _click_answer(self, unit: Unit, clicks: Sequence[Click]) -> Answer:
+    def _click_answer(self, unit: Unit, clicks: Sequence[Click]) -> Asked:
         newest = clicks[-1]
-        return Answer(
-            recommendation_id=recommendation_id(
-                unit.topic, unit.epoch, newest.record.partition, newest.record.offset
-            ),
-            user_id=newest.event.user_id,
-            k=self._settings.k,
-            asked_at_s=newest.record.timestamp / 1000,
-            clicks=tuple(
-                AnsweredClick(
-                    event_id=event.event_id,
-                    item_id=event.item_id,
-                    topic=unit.topic,
-                    partition=record.partition,
-                    offset=record.offset,
-                )
-                for record, event in clicks
-            ),
+        named = [
+            AnsweredClick(event.event_id, event.item_id, unit.topic, record.partition, record.offset)
+            for record, event in clicks
+        ]
+        return Asked(
+            recommendation_id(unit.topic, unit.epoch, newest.record.partition, newest.record.offset),
+            newest.event.user_id,
+            self._settings.k,
+            newest.record.timestamp / 1000,
+            click_trigger(named),
         )
 
-    def _request_answer(self, unit: Unit, ask: Ask) -> Answer:
-        return Answer(
-            recommendation_id=recommendation_id(
-                unit.topic, unit.epoch, ask.record.partition, ask.record.offset
-            ),
-            user_id=ask.request.user_id,
-            k=ask.request.k,
-            asked_at_s=ask.record.timestamp / 1000,
-            request_id=ask.request.request_id,
-            exclude=frozenset(ask.request.exclude),
-            candidates=None if ask.request.candidates is None else tuple(ask.request.candidates),
+    def _request_answer(self, unit: Unit, ask: Ask) -> Asked:
+        record, request = ask
+        return Asked(
+            recommendation_id(unit.topic, unit.epoch, record.partition, record.offset),
+            request.user_id,
+            request.k,
+            record.timestamp / 1000,
+            request_trigger(request.request_id),
+            frozenset(request.exclude),
+            None if request.candidates is None else tuple(request.candidates),
         )
 
-    def _finish(self, answer: Answer, outcome: RankedList | InferenceError, wait_ms: float) -> Answer:
-        if isinstance(outcome, InferenceError):
-            return self._fallback.answer(answer)
-        ranked = answer.ranked(outcome, wait_ms)
-        self._fallback.remember(ranked)
-        return ranked
+    def _degraded(self, asked: Sequence[Asked]) -> list[Listed]:
+        return [self._fallback.list_for(one) for one in asked]
+
+    def _lists(
+        self, asked: Sequence[Asked], outcomes: Sequence[RankedList | InferenceError], wait_ms: float
+    ) -> list[Listed]:
+        lists: list[Listed] = []
+        timed: dict[str, float] | None = None
+        timings = b"{}"
+        for one, outcome in zip(asked, outcomes, strict=True):
+            if isinstance(outcome, InferenceError):
+                lists.append(self._fallback.list_for(one))
+                continue
+            if outcome.timings_ms is not timed:
+                # Lists of one batch share theirs.
+                timed = outcome.timings_ms
+                timings = orjson.dumps({n: round(ms, 3) for n, ms in {"wait": wait_ms, **timed}.items()})
+            size = len(outcome.items)
+            items = items_json(
+                outcome.items, outcome.scores, outcome.sources, outcome.model_version, outcome.engine
+            )
+            lists.append(ranked(items, size, timings))
+            self._fallback.remember(one, items, size)
+        return lists
 
     def _spawn(self, answering: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(answering)

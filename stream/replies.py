@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Iterable, Sequence
+from typing import Final, NamedTuple
 
 import orjson
 
-from inference.types import RankedList
 from stream.delivery import Record
 from stream.work import LogRecord
 from topics.codec import SCHEMA_HEADER, SCHEMA_VERSION, record_key
-from topics.messages import AnsweredClick, Degradation
+from topics.messages import Degradation
 
 LIST_HEADERS: Final = ((SCHEMA_HEADER, b"%d" % SCHEMA_VERSION),)
 ATTEMPTS_HEADER: Final = "attempts"
@@ -20,86 +18,36 @@ DROPPED_HEADER: Final = "dropped"
 OWN_HEADERS: Final = ("reason", "detail", "topic", "partition", "offset", ATTEMPTS_HEADER)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A list in the making: what it answers, and, once known, its items."""
+class AnsweredClick(NamedTuple):
+    """As `topics.messages.AnsweredClick`: its values were checked when the click was read."""
+
+    event_id: str
+    item_id: int
+    topic: str
+    partition: int
+    offset: int
+
+
+class Asked(NamedTuple):
+    """What a list answers, and how it is to be. A tuple of what holds nothing, so that thousands in hand
+    are nothing to the collector of garbage."""
 
     recommendation_id: str
     user_id: int
     k: int
     asked_at_s: float  # Unix seconds at which the triggering record was written
-    clicks: tuple[AnsweredClick, ...] = ()
-    request_id: str | None = None
+    trigger: bytes  # JSON of `topics.messages.Trigger`
     exclude: frozenset[int] = frozenset()
     candidates: tuple[int, ...] | None = None
-    items: Sequence[int] = ()
-    scores: Sequence[float] = ()
-    sources: Sequence[str] = ()
-    model_version: str = "none"
-    engine: str = "none"
+
+
+class Listed(NamedTuple):
+    """A list as it is written: all of a `Recommendation` that does not depend on what it answers. Written
+    once, it may answer many."""
+
+    body: bytes
+    size: int
     degraded: Degradation | None = None
-    timings_ms: dict[str, float] | None = None
-
-    def ranked(self, outcome: RankedList, wait_ms: float) -> Answer:
-        """The answer with a ranker's list in it."""
-        timings_ms = {"wait": wait_ms, **outcome.timings_ms}
-        return self._with(
-            outcome.items,
-            outcome.scores,
-            outcome.sources,
-            outcome.model_version,
-            outcome.engine,
-            None,
-            timings_ms,
-        )
-
-    def given(
-        self,
-        degraded: Degradation,
-        items: Sequence[int],
-        scores: Sequence[float],
-        sources: Sequence[str],
-        *,
-        model_version: str = "none",
-        engine: str = "none",
-    ) -> Answer:
-        """The answer with a list that nobody ranked now: its k first that are not excluded."""
-        if self.exclude:
-            kept = [place for place, item in enumerate(items) if item not in self.exclude]
-            items = [items[place] for place in kept]
-            scores = [scores[place] for place in kept]
-            sources = [sources[place] for place in kept]
-        k = self.k
-        return self._with(items[:k], scores[:k], sources[:k], model_version, engine, degraded, None)
-
-    def _with(
-        self,
-        items: Sequence[int],
-        scores: Sequence[float],
-        sources: Sequence[str],
-        model_version: str,
-        engine: str,
-        degraded: Degradation | None,
-        timings_ms: dict[str, float] | None,
-    ) -> Answer:
-        # By hand: `dataclasses.replace` takes three times as long, and this is done for every list.
-        return Answer(
-            self.recommendation_id,
-            self.user_id,
-            self.k,
-            self.asked_at_s,
-            self.clicks,
-            self.request_id,
-            self.exclude,
-            self.candidates,
-            items,
-            scores,
-            sources,
-            model_version,
-            engine,
-            degraded,
-            timings_ms,
-        )
 
 
 def recommendation_id(topic: str, epoch: int, partition: int, offset: int) -> str:
@@ -107,38 +55,48 @@ def recommendation_id(topic: str, epoch: int, partition: int, offset: int) -> st
     return f"{topic}-{epoch:08x}-{partition}-{offset}"
 
 
-def reply(answer: Answer, now_s: float) -> Record:
-    """The record of a `Recommendation`. Written as plain JSON: `tests/stream/test_replies.py` holds
-    it equal to the message type, which costs five times as much to build."""
-    trigger: dict[str, Any] = {"kind": "request" if answer.request_id else "click"}
-    trigger["clicks"] = [
-        {
-            "event_id": click.event_id,
-            "item_id": click.item_id,
-            "topic": click.topic,
-            "partition": click.partition,
-            "offset": click.offset,
-        }
-        for click in answer.clicks
+def click_trigger(clicks: Iterable[AnsweredClick]) -> bytes:
+    return orjson.dumps({"kind": "click", "clicks": [click._asdict() for click in clicks]})
+
+
+def request_trigger(request_id: str) -> bytes:
+    return b'{"kind":"request","clicks":[],"request_id":%b}' % orjson.dumps(request_id)
+
+
+def items_json(
+    items: Sequence[int], scores: Sequence[float], sources: Sequence[str], model_version: str, engine: str
+) -> bytes:
+    """The list itself and who made it, as it stands in a body."""
+    lines = [
+        {"item_id": item, "score": score, "source": source}
+        for item, score, source in zip(items, scores, sources, strict=True)
     ]
-    if answer.request_id:
-        trigger["request_id"] = answer.request_id
-    body: dict[str, Any] = {
-        "recommendation_id": answer.recommendation_id,
-        "user_id": answer.user_id,
-        "trigger": trigger,
-        "items": [
-            {"item_id": item, "score": score, "source": source}
-            for item, score, source in zip(answer.items, answer.scores, answer.sources, strict=True)
-        ],
-        "model_version": answer.model_version,
-        "engine": answer.engine,
-        "timings_ms": {name: round(ms, 3) for name, ms in (answer.timings_ms or {}).items()},
-        "generated_at": now_s,
-    }
-    if answer.degraded:
-        body["degraded"] = answer.degraded
-    return Record(record_key(answer.user_id), orjson.dumps(body), LIST_HEADERS)
+    made = orjson.dumps({"items": lines, "model_version": model_version, "engine": engine})
+    return made[1:-1]
+
+
+def ranked(items: bytes, size: int, timings: bytes) -> Listed:
+    """`timings`: JSON of how long what took, in milliseconds."""
+    return Listed(b'%b,"timings_ms":%b' % (items, timings), size)
+
+
+def degraded(items: bytes, size: int, how: Degradation) -> Listed:
+    return Listed(b'%b,"timings_ms":{},"degraded":"%b"' % (items, how.encode()), size, how)
+
+
+def replies(asked: Iterable[Asked], lists: Iterable[Listed], now_s: float) -> list[Record]:
+    """The records of `Recommendation`s, put together from what is written already: a list that nobody
+    ranked costs a microsecond. `tests/stream/test_replies.py` holds them equal to the message type."""
+    now = orjson.dumps(now_s)
+    return [
+        Record(
+            record_key(one.user_id),
+            b'{"recommendation_id":%b,"user_id":%d,"trigger":%b,%b,"generated_at":%b}'
+            % (orjson.dumps(one.recommendation_id), one.user_id, one.trigger, listed.body, now),
+            LIST_HEADERS,
+        )
+        for one, listed in zip(asked, lists, strict=True)
+    ]
 
 
 def dead_letter(record: LogRecord, *, reason: str, detail: str) -> Record:

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 REFRESH_INTERVAL_S = 2.0
 # Of a click's deadline, waiting for an engine.
-QUEUE_SHARE = 0.75
+QUEUE_SHARE = 0.5
 
 
 class Resources:

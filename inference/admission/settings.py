@@ -90,8 +90,8 @@ class AdmissionSettings(BaseSettings):
     ceiling: int | None = Field(default=None, ge=1)
     """Lists in hand that are never exceeded; unset, what the worker may read ahead."""
     queue_target_ms: float | None = Field(default=None, gt=0)
-    """How long lists may wait for an engine before fewer are let in; unset, three quarters of
-    STREAM_CLICK_DEADLINE_MS: fewer are let in only when they would miss it."""
+    """How long lists may wait for an engine before fewer are let in; unset, half of
+    STREAM_CLICK_DEADLINE_MS: what would be late is told so at once and not at its deadline."""
     lag_target_ms: float = Field(default=500.0, gt=0)
     """The same for how late the event loop runs its timers."""
     cpu_high: float = Field(default=0.9, ge=0, lt=1)

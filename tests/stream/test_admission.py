@@ -196,7 +196,7 @@ async def test_places_are_given_back_whatever_becomes_of_the_ranking():
 async def test_the_ceiling_is_all_that_a_worker_may_read_ahead_and_the_target_follows_the_deadline():
     stream = StreamSettings(max_in_flight=100, poll_max_records=20, click_deadline_ms=400)
     limits = admission_of(stream, AdmissionSettings(shared=False)).limit._limits
-    assert (limits.ceiling, limits.queue_target_ms) == (120, 300)
+    assert (limits.ceiling, limits.queue_target_ms) == (120, 200)
     told = settings(ceiling=7, queue_target_ms=15.0)
     limits = admission_of(stream, told).limit._limits
     assert (limits.ceiling, limits.queue_target_ms) == (7, 15)
