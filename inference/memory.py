@@ -15,23 +15,24 @@ import numpy as np
 import numpy.typing as npt
 
 _HUGEPAGE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
-_HUGE_BYTES: Final = 2**21
 _POPULATE_WRITE: Final = 23  # Linux 5.14; the mmap module does not name it
 # Pages of this process alone, written or not.
 _OWN: Final = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
 
-def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike, *, large_pages: bool = False) -> npt.NDArray[Any]:
     """As numpy's, in a mapping of its own: a page takes memory once it is written, and all of them are the
     system's again with the last reference. The allocator, once it has freed something as large, gives used
-    memory that it fills with zeros under the interpreter's lock, and keeps it when it is freed."""
+    memory that it fills with zeros under the interpreter's lock, and keeps it when it is freed.
+
+    `large_pages`: where the system has such, a fault and a page to free for every 2 MiB, not for every 4 KiB;
+    for what is written close together."""
     kind = np.dtype(dtype)
     size = math.prod(shape) * kind.itemsize
     if not size:
         return np.zeros(shape, kind)
     mapping = mmap.mmap(-1, size, **_OWN)
-    if size >= _HUGE_BYTES and _HUGEPAGE is not None:
-        # A fault, and a page to free, for every 2 MiB, not for every 4 KiB, where the system has such pages.
+    if large_pages and _HUGEPAGE is not None:
         with contextlib.suppress(OSError):
             mapping.madvise(_HUGEPAGE)
     return np.frombuffer(mapping, kind).reshape(shape)

@@ -149,7 +149,6 @@ def prepare(wanted: Wanted, cache: Path | None = None) -> Prepared:
 
 def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[str, Any]) -> None:
     """Written beside and renamed: a reader sees all of it or nothing."""
-    artefact.read_all()
     work = Path(tempfile.mkdtemp(prefix=_MAKING, dir=folder.parent))
     try:
         _check_graphs(artefact, wanted)
@@ -164,6 +163,7 @@ def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[s
             own.mkdir()
             engine.prepare(artefact, graphs_of(engine, cached=wanted.cached, artefact=artefact), own)
             engine.close()
+        artefact.read_all()  # what was not read above
         files = {str(path.relative_to(work)): _entry(path) for path in _files(work)}
         (work / RECORD).write_text(json.dumps({"made_from": made_from, "files": files}, indent=1))
         shutil.rmtree(folder, ignore_errors=True)

@@ -92,8 +92,8 @@ class UserCache:
         """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
         states = (slots, model.layers, model.heads, model.max_history, model.dim // model.heads)
         # Zeros take no memory before they are written, and no number in a slot is ever infinite.
-        self._keys = memory.zeros(states, np.float32)
-        self._values = memory.zeros(states, np.float32)
+        self._keys = memory.zeros(states, np.float32, large_pages=True)
+        self._values = memory.zeros(states, np.float32, large_pages=True)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)

@@ -7,7 +7,6 @@ what one graph has brought into a processor's caches is there for the others.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Final
@@ -22,7 +21,7 @@ def share_weights(paths: Sequence[Path]) -> None:
     """Rewrite graphs of one folder, whose large weights lie in files of their own, so that all have theirs in
     one file, and equal ones in one place of it. The files that they had are deleted."""
     left: set[Path] = set()
-    places: dict[bytes, int] = {}
+    places: dict[int, list[tuple[bytes, int]]] = {}
     with (paths[0].parent / SHARED).open("xb") as shared:
         for path in paths:
             model = onnx.load(path, load_external_data=False)
@@ -35,18 +34,22 @@ def share_weights(paths: Sequence[Path]) -> None:
         path.unlink()
 
 
-def _move(tensor: onnx.TensorProto, folder: Path, shared: IO[bytes], places: dict[bytes, int]) -> None:
+def _move(
+    tensor: onnx.TensorProto, folder: Path, shared: IO[bytes], places: dict[int, list[tuple[bytes, int]]]
+) -> None:
+    """`places`: by length, what `shared` holds already, and where."""
     told = _told(tensor)
     with (folder / told["location"]).open("rb") as file:
         file.seek(int(told.get("offset", 0)))
         data = file.read(int(told["length"]))
-    digest = hashlib.sha256(data).digest()
-    if digest not in places:
-        places[digest] = -(-shared.tell() // _ALIGNMENT) * _ALIGNMENT
-        shared.seek(places[digest])
+    alike = places.setdefault(len(data), [])
+    place = next((place for known, place in alike if known == data), None)
+    if place is None:
+        place = shared.seek(-(-shared.tell() // _ALIGNMENT) * _ALIGNMENT)
         shared.write(data)
+        alike.append((data, place))
     del tensor.external_data[:]
-    for key, value in (("location", SHARED), ("offset", places[digest]), ("length", len(data))):
+    for key, value in (("location", SHARED), ("offset", place), ("length", len(data))):
         tensor.external_data.add(key=key, value=str(value))
 
 

@@ -20,7 +20,7 @@ from features.settings import FeatureSettings
 from inference import engines, plane, preparing
 from inference import prepared as prepared_versions
 from inference.engines import model_file
-from inference.engines.base import INPUTS, EngineOptions, graphs_of
+from inference.engines.base import INPUTS, WEIGHTS, EngineOptions, graphs_of
 from inference.engines.calibration import draw
 from inference.errors import ModelUnavailable
 from inference.prepared import MOST_KEPT, RECORD, Prepared, Wanted, prepare
@@ -144,6 +144,15 @@ def test_a_version_that_was_changed_is_refused_although_it_was_prepared_before(w
         prepare(wanted, tmp_path / "cache")
     with pytest.raises(ModelUnavailable, match="announced with checksum"):
         prepare(replace(wanted, sha256="0" * 64), tmp_path / "cache")
+
+
+def test_of_a_version_whose_other_files_were_changed_nothing_is_kept(wanted, tmp_path):
+    file = Path(wanted.registry) / "versions" / Registry(wanted.registry).resolve("serving") / WEIGHTS
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ModelUnavailable, match=f"{WEIGHTS} is not the file that was published"):
+        prepare(wanted, tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_graphs_are_looked_at_once_for_all_times_under_the_same_rules(wanted, tmp_path, monkeypatch):
