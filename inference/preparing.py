@@ -33,14 +33,12 @@ log = logging.getLogger(__name__)
 Priority = Literal["idle", "ordinary"]
 
 # What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
-PATIENCE_S: Final = 120.0
+PATIENCE_S: Final = 30.0
 _LONGEST_S: Final = 600.0
 # Even what runs when nobody else wants to takes memory bandwidth and caches from who does. So it works for
 # about this long at a time, and for no more than this share of the time (LOG.md).
-_TURN_S: Final = 0.001
-_SHARE: Final = 0.1
-_STARTING_SHARE: Final = 0.3  # importing libraries is felt less, and is most of the work of a first version
-_IDLE_S: Final = 0.02  # at most, between two looks at a worker that has nothing to do
+_TURN_S: Final = 0.005
+_SHARE: Final = 0.3
 _LOOK_S: Final = 0.1
 _LEAVES_AFTER_S: Final = 120.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -141,26 +139,21 @@ class Preparer:
 def main() -> None:
     """Until nobody wants anything for a while, or whoever wanted it is gone."""
     _end_with_parent()
-    starting: int | None = None
     if sys.argv[1] == "idle" and hasattr(os, "SCHED_IDLE"):
-        seen, starting = os.pipe()
         worker = os.fork()
         if worker:
-            os.close(starting)
-            _supervise(worker, seen)
+            _supervise(worker)
             return
         _end_with_parent()
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    _work(starting)
+    _work()
 
 
-def _work(starting: int | None) -> None:
+def _work() -> None:
     # Not above: importing takes longer than many a version.
     from inference.prepared import Wanted, prepare
 
-    if starting is not None:
-        os.close(starting)
     while select.select([sys.stdin], [], [], _LEAVES_AFTER_S)[0]:
         wanted = sys.stdin.readline()
         if not wanted:
@@ -173,25 +166,21 @@ def _work(starting: int | None) -> None:
         sys.stdout.flush()
 
 
-def _supervise(worker: int, starting: int) -> None:
-    """See that a process pauses after what it has had of a processor, whatever library it is in; the pipe
-    `starting` is closed once it has started. From here, as in the process that serves it would take the
-    interpreter's lock at every turn."""
+def _supervise(worker: int) -> None:
+    """See that a process pauses after what it has had of a processor, whatever library it is in. From here,
+    as in the process that serves it would take the interpreter's lock at every turn."""
     for pipe in (0, 1):
         os.close(pipe)
-    ran_s, look_s, share = _ran_s(worker), _TURN_S, _STARTING_SHARE
+    ran_s = _ran_s(worker)
     while os.waitpid(worker, os.WNOHANG) == (0, 0):
         before_s, ran_s = ran_s, _ran_s(worker)
-        if share != _SHARE and select.select([starting], [], [], 0)[0]:
-            share = _SHARE
         if ran_s > before_s:
             os.kill(worker, signal.SIGSTOP)
-            time.sleep((ran_s - before_s) * (1 / share - 1))
+            time.sleep((ran_s - before_s) * (1 / _SHARE - 1))
             os.kill(worker, signal.SIGCONT)
-            look_s = _TURN_S
+            time.sleep(_TURN_S)
         else:
-            look_s = min(2 * look_s, _IDLE_S)
-        time.sleep(look_s)
+            time.sleep(2 * _TURN_S)
 
 
 def _ran_s(process: int) -> float:
