@@ -118,7 +118,8 @@ class Transitions:
         )
 
     def scores(self, positions: Int64) -> Float32:
-        return self._counts.scores([self._statistics.history(at, self._length) for at in positions.tolist()])
+        histories = [self._statistics.history(at, self._length) for at in positions.tolist()]
+        return self._counts.scores(histories, self._statistics.sequences.user_of(positions))
 
 
 def fused(model: Scores, counts: Scores, weight: float) -> Scores:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -11,6 +12,7 @@ from compression.evaluation.evaluate import Targets, catalogue_ranks, histories_
 from compression.evaluation.predictors import Scores, Statistics, Transitions, fused
 from compression.logs.dataset import Sequences, SplitName
 from compression.logs.dataset import split as split_sequences
+from compression.retrieval.ensemble import mean_of
 from compression.retrieval.judge import user_vectors
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.release import RetrievalConfig
@@ -37,7 +39,7 @@ def catalogue_scores(
 
 
 def evaluate(
-    network: RetrievalNetwork,
+    networks: Sequence[RetrievalNetwork],
     config: RetrievalConfig,
     sequences: Sequences,
     vocabulary: Vocabulary,
@@ -57,7 +59,7 @@ def evaluate(
     if not len(targets.positions):
         return {"split": split.name, "part": "test", "targets": 0}
     known = statistics.known_items
-    model = catalogue_scores(network, sequences, vocabulary, known)
+    model = mean_of([catalogue_scores(network, sequences, vocabulary, known) for network in networks])
     predictors: dict[str, Scores] = {
         "popularity": statistics.popularity_scores,
         "item_to_item": statistics.item_to_item_scores,
