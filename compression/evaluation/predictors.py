@@ -131,6 +131,20 @@ def fused(model: Scores, counts: Scores, weight: float) -> Scores:
     return scores
 
 
+def remembered(scores: Scores) -> Scores:
+    """The same, worked out once where it is asked for the same array of positions again and again; what
+    it returns may be written to."""
+    kept: tuple[Int64, Float32] | None = None
+
+    def once(positions: Int64) -> Float32:
+        nonlocal kept
+        if kept is None or kept[0] is not positions:
+            kept = positions, scores(positions)
+        return kept[1].copy()
+
+    return once
+
+
 def log_chances(logits: Float32) -> Float32:
     """log P(item) [B, known] of scores that are written to."""
     logits -= logits.max(1, keepdims=True)

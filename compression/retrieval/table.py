@@ -8,8 +8,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.evaluation.evaluate import Targets, catalogue_ranks, histories_before, metrics
-from compression.evaluation.predictors import Scores, Statistics, Transitions, fused
+from compression.evaluation.evaluate import Targets, histories_before, metrics, ranks_by
+from compression.evaluation.predictors import Scores, Statistics, Transitions, fused, remembered
 from compression.logs.dataset import Sequences, SplitName
 from compression.logs.dataset import split as split_sequences
 from compression.retrieval.ensemble import mean_of
@@ -59,14 +59,16 @@ def evaluate(
     if not len(targets.positions):
         return {"split": split.name, "part": "test", "targets": 0}
     known = statistics.known_items
-    model = mean_of([catalogue_scores(network, sequences, vocabulary, known) for network in networks])
+    model = remembered(
+        mean_of([catalogue_scores(network, sequences, vocabulary, known) for network in networks])
+    )
     predictors: dict[str, Scores] = {
         "popularity": statistics.popularity_scores,
         "item_to_item": statistics.item_to_item_scores,
         "recent": statistics.recent_scores,
     }
     if config.counts is not None:
-        counts = Transitions(statistics, config.counts).scores
+        counts = remembered(Transitions(statistics, config.counts).scores)
         predictors["transitions"] = counts
         predictors["fusion"] = fused(model, counts, config.fusion_weight)
     predictors["retrieval"] = model
@@ -79,8 +81,5 @@ def evaluate(
         "seen": "filtered" if filter_seen else "ranked",
         "fitted": config.fitted,
         "fusion_weight": config.fusion_weight if config.counts else None,
-        **{
-            name: metrics(catalogue_ranks(one, targets, known, seen), CUTS)
-            for name, one in predictors.items()
-        },
+        **{name: metrics(ranks, CUTS) for name, ranks in ranks_by(predictors, targets, known, seen).items()},
     }
