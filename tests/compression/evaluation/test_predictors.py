@@ -7,7 +7,7 @@ import pytest
 
 from compression.evaluation.evaluate import Targets, catalogue_ranks, metrics
 from compression.evaluation.neighbours import Neighbours
-from compression.evaluation.predictors import Statistics, Transitions, fused
+from compression.evaluation.predictors import Statistics, Transitions, fused, remembered
 from compression.evaluation.transitions import (
     COMBINED,
     COUNTS,
@@ -133,6 +133,19 @@ def test_a_fusion_adds_the_counts_to_the_log_of_the_models_chances():
     counts = np.array([[0.0, 0.0, 3.0]], np.float32)
     scores = fused(lambda _: logits.copy(), lambda _: counts, 2.0)(np.array([0]))
     assert scores == pytest.approx(np.log(np.exp(logits) / np.exp(logits).sum()) + 2 * counts, abs=1e-5)
+
+
+def test_what_is_remembered_is_worked_out_once_and_may_be_written_to():
+    asked = []
+
+    def scores(positions):
+        asked.append(positions)
+        return positions[:, None].astype(np.float32)
+
+    once, first, other = remembered(scores), np.array([1, 2]), np.array([1, 2])
+    once(first)[:] = -1.0
+    assert once(first).tolist() == [[1], [2]] and len(asked) == 1
+    assert once(other).tolist() == [[1], [2]] and asked[1] is other
 
 
 @pytest.mark.parametrize(
