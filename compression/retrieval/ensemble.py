@@ -45,10 +45,10 @@ def judged(
 ) -> TrainedEnsemble:
     """The members as one, with what validation says of that. Of a single one, fused with what it was
     fused with in training, its training has said so already."""
-    if len(members) == 1 and recipe.fused_counts is None:
+    if len(members) == 1 and recipe.fused() == recipe:
         return TrainedEnsemble(members, members[0].selection.verdict)
     statistics = Statistics(sequences, split, vocabulary)
-    judge = Judge(sequences, split, vocabulary, statistics, recipe, recipe.fused_counts or recipe.counts)
+    judge = Judge(sequences, split, vocabulary, statistics, recipe.fused())
     return TrainedEnsemble(members, judge(*(member.network for member in members)))
 
 

@@ -61,9 +61,7 @@ class Judge:
         vocabulary: Vocabulary,
         statistics: Statistics,
         recipe: RetrievalRecipe,
-        counted: str | None = None,
     ) -> None:
-        """`counted`: the settings of the counts where they are not the recipe's."""
         self._known = statistics.known_items
         limit = max(1, min(recipe.judge_limit, _CELLS // max(1, self._known)))
         drawn = Targets.draw(sequences, split.validation, vocabulary, limit=limit, seed=3)
@@ -86,9 +84,8 @@ class Judge:
         ]
         self._counts: list[Float32] | None = None
         self._weights: tuple[float, ...] = (0.0,)
-        counted = counted or recipe.counts
-        if counted is not None and len(sequences) <= MOST_COUNTED:
-            counts = Transitions(statistics, COUNTS[counted])
+        if recipe.counts is not None and len(sequences) <= MOST_COUNTED:
+            counts = Transitions(statistics, COUNTS[recipe.counts])
             self._counts = [counts.scores(targets.positions[part]) for part in self._parts]
             self._weights = tuple(sorted({0.0, *recipe.fusion_weights}))
 

@@ -18,8 +18,9 @@ from compression.retrieval.network import NetworkConfig
 
 MAX_RECIPE_BYTES: Final = 2**16
 LIMITS: Final = {"epochs", "max_core_minutes", "patience"}
-OF_THE_WHOLE: Final = {"members", "fused_counts"}
+OF_THE_WHOLE: Final = {"members", "fused_counts", "fused_weights"}
 _SHARED: Final = OF_THE_WHOLE | {"max_items", "max_history"}
+Counts = Literal["dense", "sparse", "walked", "combined"]
 Weight = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -69,10 +70,12 @@ class RetrievalRecipe(BaseModel):
     averaged: Annotated[int, Field(ge=1, le=16)] = 5
     """The weights of so many of the best epochs are averaged, where validation likes that better."""
 
-    counts: Literal["dense", "sparse", "walked"] | None = "dense"
+    counts: Counts | None = "dense"
     """Settings of the transition counts that a network is judged and fused with; None: alone."""
-    fused_counts: Literal["dense", "sparse", "walked", "combined"] | None = None
+    fused_counts: Counts | None = None
     """Others that what is released is fused with."""
+    fused_weights: tuple[Weight, ...] | None = None
+    """And what weights of theirs are tried, if not the same."""
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
     members: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=16)] = ({},)
     """A network for each, of this recipe with some fields changed; the mean of their log-chances counts."""
@@ -88,6 +91,11 @@ class RetrievalRecipe(BaseModel):
         """How each network is trained, itself a recipe of one network."""
         whole = self.model_dump(exclude=OF_THE_WHOLE)
         return [RetrievalRecipe.model_validate(whole | fields) for fields in self.members]
+
+    def fused(self) -> RetrievalRecipe:
+        """With the counts and weights of what is released in the place of those of its trainings."""
+        counts, weights = self.fused_counts or self.counts, self.fused_weights or self.fusion_weights
+        return self.model_copy(update={"counts": counts, "fusion_weights": weights})
 
     def trains(self) -> dict[str, Any]:
         """All of it but how long: trainings that agree in this go the same way, one further."""
@@ -121,6 +129,9 @@ RECIPES: Final = {
         fusion_weights=(5.0, 7.0, 10.0, 15.0, 20.0),
         ema=0.99,
         fused_counts="combined",
+        # By the last but one of users fitted without their last three. What validation asks for comes right
+        # after what was learnt, which favours the networks (7.0) more than a test two events later does.
+        fused_weights=(15.0,),
         members=({}, {"dim": 128, "dropout": 0.5, "epochs": 10}),
     ),
     "full": RetrievalRecipe(),

@@ -47,7 +47,7 @@ class RetrievalConfig(BaseModel):
 
 def config_of(trained: TrainedEnsemble, recipe: RetrievalRecipe, fitted: Fitted) -> RetrievalConfig:
     first, *more = [network.config for network in trained.networks]
-    counts = recipe.fused_counts or recipe.counts
+    counts = recipe.fused().counts
     return RetrievalConfig(
         network=first,
         more=tuple(more),

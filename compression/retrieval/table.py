@@ -58,6 +58,10 @@ def evaluate(
     targets = Targets.draw(sequences, split.test, vocabulary, limit=limit, seed=seed)
     if not len(targets.positions):
         return {"split": split.name, "part": "test", "targets": 0}
+    # Those with histories of like length together: a batch is as wide as its longest.
+    before = targets.positions - sequences.offsets[sequences.user_of(targets.positions)]
+    by_length = np.argsort(np.minimum(before, config.network.max_history), kind="stable")
+    targets = Targets(targets.positions[by_length], targets.rows[by_length])
     known = statistics.known_items
     model = remembered(
         mean_of([catalogue_scores(network, sequences, vocabulary, known) for network in networks])

@@ -1,6 +1,7 @@
 """What is released is what was trained: evaluated from the registry it gives the same figures."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -94,6 +95,7 @@ def ensemble(benched, tmp_path_factory):
         "epochs": 3,
         "members": [{}, {"dim": 8, "epochs": 2}],
         "fused_counts": "combined",
+        "fused_weights": [1.5],
     }
     recipe, out = folder / "recipe.json", folder / "out.json"
     recipe.write_text(json.dumps(fields))
@@ -142,8 +144,9 @@ def test_an_ensemble_scores_by_the_mean_of_log_chances(benched, ensemble):
     targets = Targets.draw(sequences, split.test, vocabulary, limit=10**6, seed=1)
     ranks = catalogue_ranks(mean_of(models), targets, known, statistics.seen)
     assert metrics(ranks, (10,))["ndcg@10"] == run["retrieval"]["ndcg@10"]
-    judge = Judge(sequences, split, vocabulary, statistics, RECIPE, "combined")
-    assert judge(*networks).fused == run["validation"]["fused"]
+    judge = Judge(sequences, split, vocabulary, statistics, RetrievalRecipe(**ensemble[1]["recipe"]).fused())
+    verdict = judge(*networks)
+    assert asdict(verdict) == run["validation"] and verdict.weight in (0.0, 1.5)
 
 
 def test_a_version_whose_second_network_is_missing_is_refused(ensemble, tmp_path):
