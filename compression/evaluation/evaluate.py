@@ -225,10 +225,21 @@ def catalogue_ranks(
 ) -> Float64:
     """The rank of each target among all `known` items but those its user has `seen`; one that was seen
     is a miss. Ties count half."""
-    ranks = np.empty(len(targets.positions))
-    for part in _parts(len(ranks), known):
+    return ranks_by({"": scores}, targets, known, seen)[""]
+
+
+def ranks_by(
+    predictors: Mapping[str, Scores],
+    targets: Targets,
+    known: int,
+    seen: Callable[[int], Int64] | None = None,
+) -> dict[str, Float64]:
+    """As above, by each of several predictors, which are asked for the same positions in turn."""
+    ranks = {name: np.empty(len(targets.positions)) for name in predictors}
+    for part in _parts(len(targets.positions), known):
         some = Targets(targets.positions[part], targets.rows[part])
-        ranks[part] = _ranks(scores(some.positions), some, seen)
+        for name, scores in predictors.items():
+            ranks[name][part] = _ranks(scores(some.positions), some, seen)
     return ranks
 
 

@@ -118,7 +118,8 @@ class Transitions:
         )
 
     def scores(self, positions: Int64) -> Float32:
-        return self._counts.scores([self._statistics.history(at, self._length) for at in positions.tolist()])
+        histories = [self._statistics.history(at, self._length) for at in positions.tolist()]
+        return self._counts.scores(histories, self._statistics.sequences.user_of(positions))
 
 
 def fused(model: Scores, counts: Scores, weight: float) -> Scores:
@@ -128,6 +129,20 @@ def fused(model: Scores, counts: Scores, weight: float) -> Scores:
         return log_chances(model(positions)) + np.float32(weight) * counts(positions)
 
     return scores
+
+
+def remembered(scores: Scores) -> Scores:
+    """The same, worked out once where it is asked for the same array of positions again and again; what
+    it returns may be written to."""
+    kept: tuple[Int64, Float32] | None = None
+
+    def once(positions: Int64) -> Float32:
+        nonlocal kept
+        if kept is None or kept[0] is not positions:
+            kept = positions, scores(positions)
+        return kept[1].copy()
+
+    return once
 
 
 def log_chances(logits: Float32) -> Float32:

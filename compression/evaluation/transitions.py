@@ -6,11 +6,14 @@ of times item a came d events after item b, I the number of items and history b_
     C(b, a)  = sum over d = 1..W of d^-p · N_d(b, a)
     score(a) = sum over j of w_j · log(1 + C(b_j, a) · I / tau) + boost · log P(a)
                + walk · log(1 + H(a) · I / walk_tau)
+               + neighbours · score of `neighbours.py` + trend · log((l_a + 30 · m) / (n_a + 30))
 
-The last line and `recency` are not theirs. `recency` r counts an arrival at a as max(0.2, r^(events of its
-user that were counted after it)), not as one: what will be asked for lies at the ends. H is where a walk of
-two steps ends that starts at b_j with chance w_j and steps by C + C^T, every row made to sum to one (random
-walks for recommending: Cooper and others, WWW 2014): it reaches items that never met.
+The last two lines and `recency` are not theirs. `recency` r counts an arrival at a as max(0.2, r^(events of
+its user that were counted after it)), not as one: what will be asked for lies at the ends. H is where a walk
+of two steps ends that starts at b_j with chance w_j and steps by C + C^T, every row made to sum to one
+(random walks for recommending: Cooper and others, WWW 2014): it reaches items that never met. l_a is how
+many of item a's n_a events are among the last three of their users, m the mean share: what comes into
+fashion, of rare items with caution.
 
 The kernel w sums to one. `tail`: the newest `head` events share `recent_mass` in proportion to
 decay^j, all older ones share the rest evenly; where there are no older ones the newest have it all.
@@ -25,6 +28,8 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+
+from compression.evaluation.neighbours import Neighbours
 
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -45,6 +50,8 @@ class TransitionSettings:
     recency: float = 1.0
     walk: float = 0.0
     walk_tau: float = 5.0
+    neighbours: float = 0.0
+    trend: float = 0.0
 
     def kernel(self, length: int) -> Float32:
         """[length] weights, newest event first; they sum to one."""
@@ -68,8 +75,13 @@ SPARSE: Final = TransitionSettings(
 PUBLISHED: Final = {"dense": DENSE, "sparse": SPARSE}
 # The latter with recency and walks, chosen on Amazon Beauty's validation items.
 WALKED: Final = replace(SPARSE, recency=0.92, walk=0.12)
-COUNTS: Final = PUBLISHED | {"walked": WALKED}
+# With all there is, chosen there in fusion with networks: fitted without a user's last three, asked for the
+# last but one.
+COMBINED: Final = replace(SPARSE, distance_power=0.75, boost=-0.07, walk=0.125, neighbours=0.12, trend=0.67)
+COUNTS: Final = PUBLISHED | {"walked": WALKED, "combined": COMBINED}
 _LEAST_RECENCY: Final = 0.2
+_NEWEST: Final = 3
+_CAUTION: Final = 30.0
 
 
 class TransitionCounts:
@@ -85,11 +97,17 @@ class TransitionCounts:
         counts.data = np.log1p(counts.data * np.float32(catalogue / settings.tau))
         self._evidence = counts
         often = np.bincount(rows[rows > 0], minlength=catalogue + 1).astype(np.float64)
-        self._prior = (settings.boost * np.log((often + 1) / (often.sum() + catalogue))).astype(np.float32)
+        prior = settings.boost * np.log((often + 1) / (often.sum() + catalogue))
+        if settings.trend:
+            late = np.bincount(rows[(events_after(users) < _NEWEST) & (rows > 0)], minlength=catalogue + 1)
+            mean = late.sum() / max(1.0, often.sum())
+            prior += settings.trend * np.log((late + _CAUTION * mean + 1e-9) / (often + _CAUTION))
+        self._prior = prior.astype(np.float32)
+        self._neighbours = Neighbours(rows, users, catalogue) if settings.neighbours else None
 
-    def scores(self, histories: Iterator[Int64] | list[Int64]) -> Float32:
+    def scores(self, histories: Iterator[Int64] | list[Int64], askers: Int64 | None = None) -> Float32:
         """[B, catalogue] scores of the items at rows 1 to `catalogue` after histories of rows, each oldest
-        first."""
+        first. `askers` [B]: whose they are, of the users counted; nobody is a neighbour of himself."""
         from scipy import sparse
 
         newest = [history[::-1][: self.settings.max_history] for history in histories]
@@ -109,6 +127,8 @@ class TransitionCounts:
             reached = asked @ self._steps @ self._steps
             reached.data = np.log1p(reached.data * np.float32(self.catalogue / self.settings.walk_tau))
             evidence += (reached * np.float32(self.settings.walk)).toarray()
+        if self._neighbours is not None:
+            evidence += np.float32(self.settings.neighbours) * self._neighbours.scores(newest, askers)
         return np.asarray((evidence + self._prior)[:, 1:], np.float32)
 
 
@@ -119,9 +139,7 @@ def pair_counts(rows: Int64, users: Int64, catalogue: int, settings: TransitionS
     size = catalogue + 1
     counted = np.ones(len(rows), np.float32)
     if settings.recency < 1.0:
-        last = np.append(np.flatnonzero(users[1:] != users[:-1]), len(users) - 1)
-        at = np.arange(len(users))
-        after = last[np.searchsorted(last, at)] - at
+        after = events_after(users)
         counted = np.maximum(_LEAST_RECENCY, settings.recency**after).astype(np.float32)
     counts: Any = sparse.csr_matrix((size, size), dtype=np.float32)
     for distance in range(1, min(settings.window, len(rows) - 1) + 1):
@@ -130,6 +148,13 @@ def pair_counts(rows: Int64, users: Int64, catalogue: int, settings: TransitionS
         places = rows[:-distance][pairs], rows[distance:][pairs]
         counts = counts + sparse.coo_matrix((weight, places), shape=(size, size)).tocsr()
     return counts
+
+
+def events_after(users: Int64) -> Int64:
+    """[n] for each event, how many of its user come after it; a user's events are adjacent."""
+    last = np.append(np.flatnonzero(users[1:] != users[:-1]), len(users) - 1)
+    at = np.arange(len(users))
+    return np.asarray(last[np.searchsorted(last, at)] - at, np.int64)
 
 
 def _chances(weights: Any) -> Any:

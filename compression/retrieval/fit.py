@@ -13,13 +13,17 @@ from typing import Any, Final
 
 from compression.logs.dataset import Log, build_vocabulary, leave_one_out
 from compression.releases.registry import Manifest, Registry
+from compression.retrieval.ensemble import TrainedEnsemble, judged
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import Fitted, config_of, publish
 from compression.retrieval.table import evaluate
-from compression.retrieval.trainer import TrainedRetrieval, refit, train
+from compression.retrieval.trainer import refit, train
 from features.encoding import Vocabulary
 
 PROTOCOLS: Final[tuple[Fitted, ...]] = ("train", "train+validation")
+
+_APART: Final = 1_000
+"""From a network's seed to the next one's: further apart than seeds that are asked for."""
 
 Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
 
@@ -45,48 +49,75 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
     recipe, sequences = settings.recipe, log.sequences
     split = leave_one_out(sequences)
     vocabulary = build_vocabulary(sequences, max_items=recipe.max_items, item_buckets=1, category_buckets=2)
-    folder = settings.state / f"{settings.log_sha256[:12]}-{recipe.digest()}-seed-{settings.seed}"
 
-    def tell(step: str) -> Callable[[float, str], None]:
-        return lambda fraction, note: progress(step, fraction, note) if progress else None
+    def tell(step: str, number: int) -> Callable[[float, str], None]:
+        named = f"{step} {number + 1}" if len(recipe.members) > 1 else step
+        return lambda fraction, note: progress(named, fraction, note) if progress else None
 
-    trained = train(
-        sequences,
-        split,
-        vocabulary,
-        recipe,
-        seed=settings.seed,
-        folder=folder / "train",
-        progress=tell("train"),
-    )
-    released = []
-    if "train" in settings.protocols:
-        released.append(_release(registry, trained, "train", log, vocabulary, settings))
-    if "train+validation" in settings.protocols:
-        again = refit(
+    members = [
+        _Member(number, one, settings.seed + _APART * number, settings)
+        for number, one in enumerate(recipe.of_members())
+    ]
+    trained = [
+        train(
             sequences,
             split,
             vocabulary,
-            recipe,
-            trained.selection,
-            seed=settings.seed,
-            folder=folder / "-".join(["refit", *map(str, trained.selection.epochs)]),
-            progress=tell("refit"),
+            member.recipe,
+            seed=member.seed,
+            folder=member.folder / "train",
+            progress=tell("train", member.number),
         )
-        released.append(_release(registry, again, "train+validation", log, vocabulary, settings))
+        for member in members
+    ]
+    whole = judged(trained, sequences, split, vocabulary, recipe)
+    released = []
+    if "train" in settings.protocols:
+        released.append(_release(registry, whole, "train", log, vocabulary, settings))
+    if "train+validation" in settings.protocols:
+        again = [
+            refit(
+                sequences,
+                split,
+                vocabulary,
+                member.recipe,
+                one.selection,
+                seed=member.seed,
+                folder=member.folder / "-".join(["refit", *map(str, one.selection.epochs)]),
+                progress=tell("refit", member.number),
+            )
+            for member, one in zip(members, trained, strict=True)
+        ]
+        anew = TrainedEnsemble(again, whole.verdict)
+        released.append(_release(registry, anew, "train+validation", log, vocabulary, settings))
     return released
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """One network of a version: its recipe, the seed and the folder of its training."""
+
+    number: int
+    recipe: RetrievalRecipe
+    seed: int
+    settings: FitSettings
+
+    @property
+    def folder(self) -> Path:
+        name = f"{self.settings.log_sha256[:12]}-{self.recipe.digest()}-seed-{self.seed}"
+        return self.settings.state / name
 
 
 def _release(
     registry: Registry,
-    trained: TrainedRetrieval,
+    trained: TrainedEnsemble,
     fitted: Fitted,
     log: Log,
     vocabulary: Vocabulary,
     settings: FitSettings,
 ) -> Manifest:
     config = config_of(trained, settings.recipe, fitted)
-    metrics = evaluate(trained.network, config, log.sequences, vocabulary)
+    metrics = evaluate(trained.networks, config, log.sequences, vocabulary)
     data: dict[str, Any] = {
         "log": settings.log_name,
         "sha256": settings.log_sha256,

@@ -89,12 +89,17 @@ class Judge:
             self._counts = [counts.scores(targets.positions[part]) for part in self._parts]
             self._weights = tuple(sorted({0.0, *recipe.fusion_weights}))
 
-    def __call__(self, network: RetrievalNetwork) -> Verdict:
-        network.eval()
-        table = network.items.weight.detach()[1 : self._known + 1].numpy().T
+    def __call__(self, *networks: RetrievalNetwork) -> Verdict:
+        """Of one network, or of the mean of the log-chances of several."""
+        for network in networks:
+            network.eval()
+        tables = [network.items.weight.detach()[1 : self._known + 1].numpy().T for network in networks]
         ranks: dict[float, list[Float64]] = {weight: [] for weight in self._weights}
         for at, part in enumerate(self._parts):
-            scores = log_chances(user_vectors(network, self._histories[at]) @ table)
+            scores = np.zeros((len(self.targets.rows[part]), self._known), np.float32)
+            for network, table in zip(networks, tables, strict=True):
+                scores += log_chances(user_vectors(network, self._histories[at]) @ table)
+            scores /= len(networks)
             scores[self._seen[at]] = -np.inf
             for weight, found in ranks.items():
                 found.append(self._ranks(scores, at, weight, self.targets.rows[part]))

@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compression.files import read_plain
 from compression.retrieval.network import NetworkConfig
 
 MAX_RECIPE_BYTES: Final = 2**16
 LIMITS: Final = {"epochs", "max_core_minutes", "patience"}
+OF_THE_WHOLE: Final = {"members", "fused_counts", "fused_weights"}
+_SHARED: Final = OF_THE_WHOLE | {"max_items", "max_history"}
+Counts = Literal["dense", "sparse", "walked", "combined"]
 Weight = Annotated[float, Field(ge=0, le=100)]
 
 
@@ -67,14 +70,37 @@ class RetrievalRecipe(BaseModel):
     averaged: Annotated[int, Field(ge=1, le=16)] = 5
     """The weights of so many of the best epochs are averaged, where validation likes that better."""
 
-    counts: Literal["dense", "sparse", "walked"] | None = "dense"
-    """Settings of the transition counts that the model is fused with; None: the model alone."""
+    counts: Counts | None = "dense"
+    """Settings of the transition counts that a network is judged and fused with; None: alone."""
+    fused_counts: Counts | None = None
+    """Others that what is released is fused with."""
+    fused_weights: tuple[Weight, ...] | None = None
+    """And what weights of theirs are tried, if not the same."""
     fusion_weights: tuple[Weight, ...] = (0.0, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 5.0, 7.0)
+    members: Annotated[tuple[dict[str, Any], ...], Field(min_length=1, max_length=16)] = ({},)
+    """A network for each, of this recipe with some fields changed; the mean of their log-chances counts."""
+
+    @model_validator(mode="after")
+    def _members_differ_as_networks(self) -> RetrievalRecipe:
+        for fields in self.members:
+            if wrong := sorted(set(fields) - set(type(self).model_fields) | set(fields) & _SHARED):
+                raise ValueError(f"{', '.join(wrong)} cannot be changed in a member")
+        return self
+
+    def of_members(self) -> list[RetrievalRecipe]:
+        """How each network is trained, itself a recipe of one network."""
+        whole = self.model_dump(exclude=OF_THE_WHOLE)
+        return [RetrievalRecipe.model_validate(whole | fields) for fields in self.members]
+
+    def fused(self) -> RetrievalRecipe:
+        """With the counts and weights of what is released in the place of those of its trainings."""
+        counts, weights = self.fused_counts or self.counts, self.fused_weights or self.fusion_weights
+        return self.model_copy(update={"counts": counts, "fusion_weights": weights})
 
     def trains(self) -> dict[str, Any]:
         """All of it but how long: trainings that agree in this go the same way, one further."""
         later: set[str] = {"start"} if self.start == "normal" else set()  # older states know nothing of it
-        return self.model_dump(mode="json", exclude=LIMITS | later)
+        return self.model_dump(mode="json", exclude=LIMITS | OF_THE_WHOLE | later)
 
     def digest(self) -> str:
         """Eight letters that a recipe which trains otherwise does not share, for names of folders."""
@@ -102,6 +128,11 @@ RECIPES: Final = {
         counts="walked",
         fusion_weights=(5.0, 7.0, 10.0, 15.0, 20.0),
         ema=0.99,
+        fused_counts="combined",
+        # By the last but one of users fitted without their last three. What validation asks for comes right
+        # after what was learnt, which favours the networks (7.0) more than a test two events later does.
+        fused_weights=(15.0,),
+        members=({}, {"dim": 128, "dropout": 0.5, "epochs": 10}),
     ),
     "full": RetrievalRecipe(),
     "laptop": RetrievalRecipe(epochs=20, max_core_minutes=4.0, max_history=100, averaged=3, patience=4),
@@ -131,9 +162,10 @@ def change(recipe: RetrievalRecipe, fields: dict[str, Any], named: str) -> Retri
     """The recipe with some fields changed, checked anew."""
     try:
         changed = RetrievalRecipe.model_validate(recipe.model_dump() | fields)
-        changed.network(2)
+        for member in changed.of_members():
+            member.network(2)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
+        field = ".".join(str(part) for part in first["loc"]) or "members"
         raise RecipeInvalid(f"{named}: {field}: {first['msg']}") from None
     return changed

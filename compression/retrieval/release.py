@@ -1,7 +1,7 @@
 """A trained retrieval model as a version in the registry, and back.
 
-Beside the vocabulary a version holds `network.json`, how to build the network again and what to fuse it
-with, and the weights. Counts are taken anew from the log that the model is used on.
+Beside the vocabulary a version holds `network.json`, how to build its networks again and what to fuse
+them with, and the weights of each. Counts are taken anew from the log that the model is used on.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from compression.errors import ArtefactInvalid
 from compression.evaluation.transitions import COUNTS, TransitionSettings
 from compression.releases.provenance import git_revision
 from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
+from compression.retrieval.ensemble import TrainedEnsemble
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
-from compression.retrieval.trainer import TrainedRetrieval
 from features.encoding import Vocabulary
 
 NETWORK: Final = "network.json"
@@ -33,28 +33,33 @@ Fitted = Literal["train", "train+validation"]
 
 
 class RetrievalConfig(BaseModel):
-    """`network.json`. `fitted`: on what part of each user's events; `counts` None: nothing to fuse with."""
+    """`network.json`. `fitted`: on what part of each user's events; `counts` None: nothing to fuse with;
+    `more`: networks beside the first."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     network: NetworkConfig
+    more: tuple[NetworkConfig, ...] = Field(default=(), max_length=15)
     counts: TransitionSettings | None
     fusion_weight: float = Field(ge=0)
     fitted: Fitted
 
 
-def config_of(trained: TrainedRetrieval, recipe: RetrievalRecipe, fitted: Fitted) -> RetrievalConfig:
+def config_of(trained: TrainedEnsemble, recipe: RetrievalRecipe, fitted: Fitted) -> RetrievalConfig:
+    first, *more = [network.config for network in trained.networks]
+    counts = recipe.fused().counts
     return RetrievalConfig(
-        network=trained.network.config,
-        counts=COUNTS[recipe.counts] if recipe.counts else None,
-        fusion_weight=trained.selection.verdict.weight,
+        network=first,
+        more=tuple(more),
+        counts=COUNTS[counts] if counts else None,
+        fusion_weight=trained.verdict.weight,
         fitted=fitted,
     )
 
 
 def publish(
     registry: Registry,
-    trained: TrainedRetrieval,
+    trained: TrainedEnsemble,
     config: RetrievalConfig,
     vocabulary: Vocabulary,
     *,
@@ -63,7 +68,7 @@ def publish(
     data: dict[str, Any],
 ) -> Manifest:
     """Publish without promoting: nothing serves such a version. `data` says what it was fitted on and
-    holds the log's `sha256` and the `seed`."""
+    holds the log's `sha256` and the `seed`. Lists in the manifest's data are one entry a network."""
     from safetensors.torch import save_file
 
     created = datetime.now(UTC)
@@ -89,10 +94,10 @@ def publish(
             | {
                 "fitted": config.fitted,
                 "recipe": recipe.model_dump(mode="json"),
-                "epochs": len(trained.epochs),
-                "selected_epochs": trained.selection.epochs,
-                "validation": asdict(trained.selection.verdict),
-                "stopped": trained.stopped,
+                "epochs": [len(member.epochs) for member in trained.members],
+                "selected_epochs": [member.selection.epochs for member in trained.members],
+                "validation": asdict(trained.verdict),
+                "stopped": [member.stopped for member in trained.members],
                 "core_minutes": round(trained.core_seconds / 60, 2),
                 "minutes": round(trained.seconds / 60, 2),
             },
@@ -103,8 +108,9 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:
         staging = Path(folder)
         (staging / NETWORK).write_text(config.model_dump_json(indent=1))
-        weights = {name: tensor.contiguous() for name, tensor in trained.network.state_dict().items()}
-        save_file(weights, staging / WEIGHTS)
+        for number, network in enumerate(trained.networks):
+            weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+            save_file(weights, staging / weights_name(number))
         vocabulary.save(staging / VOCABULARY)
         return registry.publish(staging, manifest)
 
@@ -116,19 +122,29 @@ def load_config(artefact: Artefact) -> RetrievalConfig:
         first = error.errors(include_url=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {field}: {first['msg']}") from None
-    if config.network.item_rows != artefact.manifest.model.item_rows:
+    rows = {one.item_rows for one in (config.network, *config.more)}
+    if rows != {artefact.manifest.model.item_rows}:
         raise ArtefactInvalid(f"{artefact.version}: {NETWORK} and the manifest differ in rows")
     return config
 
 
-def load_network(artefact: Artefact) -> RetrievalNetwork:
-    """The network of a version, in evaluation mode, or `ArtefactInvalid`."""
+def load_networks(artefact: Artefact) -> list[RetrievalNetwork]:
+    """The networks of a version, in evaluation mode, or `ArtefactInvalid`."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    network = RetrievalNetwork(load_config(artefact).network)
-    try:
-        network.load_state_dict(load(artefact.read(WEIGHTS)))
-    except (RuntimeError, SafetensorError) as error:
-        raise ArtefactInvalid(f"{artefact.version}: {WEIGHTS}: {error}") from None
-    return network.eval()
+    config = load_config(artefact)
+    networks = []
+    for number, sizes in enumerate((config.network, *config.more)):
+        network, name = RetrievalNetwork(sizes), weights_name(number)
+        try:
+            network.load_state_dict(load(artefact.read(name)))
+        except (RuntimeError, SafetensorError) as error:
+            raise ArtefactInvalid(f"{artefact.version}: {name}: {error}") from None
+        networks.append(network.eval())
+    return networks
+
+
+def weights_name(number: int) -> str:
+    """The file of the first network, and of those beside it."""
+    return WEIGHTS if number == 0 else f"weights-{number + 1}.safetensors"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
-from compression.evaluation.evaluate import Targets, catalogue_ranks, histories_before, metrics
-from compression.evaluation.predictors import Scores, Statistics, Transitions, fused
+from compression.evaluation.evaluate import Targets, histories_before, metrics, ranks_by
+from compression.evaluation.predictors import Scores, Statistics, Transitions, fused, remembered
 from compression.logs.dataset import Sequences, SplitName
 from compression.logs.dataset import split as split_sequences
+from compression.retrieval.ensemble import mean_of
 from compression.retrieval.judge import user_vectors
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.release import RetrievalConfig
@@ -37,7 +39,7 @@ def catalogue_scores(
 
 
 def evaluate(
-    network: RetrievalNetwork,
+    networks: Sequence[RetrievalNetwork],
     config: RetrievalConfig,
     sequences: Sequences,
     vocabulary: Vocabulary,
@@ -56,15 +58,21 @@ def evaluate(
     targets = Targets.draw(sequences, split.test, vocabulary, limit=limit, seed=seed)
     if not len(targets.positions):
         return {"split": split.name, "part": "test", "targets": 0}
+    # Those with histories of like length together: a batch is as wide as its longest.
+    before = targets.positions - sequences.offsets[sequences.user_of(targets.positions)]
+    by_length = np.argsort(np.minimum(before, config.network.max_history), kind="stable")
+    targets = Targets(targets.positions[by_length], targets.rows[by_length])
     known = statistics.known_items
-    model = catalogue_scores(network, sequences, vocabulary, known)
+    model = remembered(
+        mean_of([catalogue_scores(network, sequences, vocabulary, known) for network in networks])
+    )
     predictors: dict[str, Scores] = {
         "popularity": statistics.popularity_scores,
         "item_to_item": statistics.item_to_item_scores,
         "recent": statistics.recent_scores,
     }
     if config.counts is not None:
-        counts = Transitions(statistics, config.counts).scores
+        counts = remembered(Transitions(statistics, config.counts).scores)
         predictors["transitions"] = counts
         predictors["fusion"] = fused(model, counts, config.fusion_weight)
     predictors["retrieval"] = model
@@ -77,8 +85,5 @@ def evaluate(
         "seen": "filtered" if filter_seen else "ranked",
         "fitted": config.fitted,
         "fusion_weight": config.fusion_weight if config.counts else None,
-        **{
-            name: metrics(catalogue_ranks(one, targets, known, seen), CUTS)
-            for name, one in predictors.items()
-        },
+        **{name: metrics(ranks, CUTS) for name, ranks in ranks_by(predictors, targets, known, seen).items()},
     }

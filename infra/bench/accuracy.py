@@ -120,12 +120,12 @@ def command(
 def _judged(registry: Registry, manifest: Manifest, log: Path) -> dict[str, Any]:
     """The figures of a version as it lies in the registry, which must be those of the training."""
     from compression.logs.dataset import read_log
-    from compression.retrieval.release import load_config, load_network
+    from compression.retrieval.release import load_config, load_networks
     from compression.retrieval.table import evaluate
 
     artefact = registry.open(manifest.version, kind="retrieval")
     report = evaluate(
-        load_network(artefact), load_config(artefact), read_log(log).sequences, artefact.vocabulary()
+        load_networks(artefact), load_config(artefact), read_log(log).sequences, artefact.vocabulary()
     )
     differing = [name for name in PREDICTORS if report.get(name) != manifest.metrics.get(name)]
     if differing:
@@ -137,8 +137,9 @@ def _judged(registry: Registry, manifest: Manifest, log: Path) -> dict[str, Any]
 
 def _line(run: dict[str, Any]) -> str:
     best = run["fusion" if "fusion" in run else "retrieval"]
+    epochs = " + ".join(map(str, run["epochs"]))
     return (
-        f"{run['version']} ({run['fitted']}) NDCG@10 {best['ndcg@10']:.4f} after {run['epochs']} epochs, "
+        f"{run['version']} ({run['fitted']}) NDCG@10 {best['ndcg@10']:.4f} after {epochs} epochs, "
         f"{run['core_minutes']:.1f} core minutes"
     )
 

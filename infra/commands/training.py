@@ -106,7 +106,7 @@ def evaluate(
             from compression.retrieval import release, table
 
             report = table.evaluate(
-                release.load_network(artefact),
+                release.load_networks(artefact),
                 release.load_config(artefact),
                 sequences,
                 artefact.vocabulary(),

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from compression.evaluation.evaluate import Targets, catalogue_ranks, metrics
-from compression.evaluation.predictors import Statistics, Transitions, fused
+from compression.evaluation.neighbours import Neighbours
+from compression.evaluation.predictors import Statistics, Transitions, fused, remembered
 from compression.evaluation.transitions import (
+    COMBINED,
     COUNTS,
     DENSE,
     SPARSE,
@@ -23,10 +25,11 @@ BEAUTY = Path(__file__).parents[3] / "shared" / "data" / "amazon-beauty" / "Beau
 
 def by_the_formula(sequences, catalogue, settings, history):
     counts = np.zeros((catalogue + 1, catalogue + 1))
-    often = np.zeros(catalogue + 1)
+    often, late = np.zeros(catalogue + 1), np.zeros(catalogue + 1)
     for items in sequences:
         for later, item in enumerate(items):
             often[item] += 1
+            late[item] += later >= len(items) - 3
             once = 1.0
             if settings.recency < 1:
                 once = max(0.2, settings.recency ** (len(items) - 1 - later))
@@ -41,11 +44,21 @@ def by_the_formula(sequences, catalogue, settings, history):
     start = np.zeros(catalogue + 1)
     np.add.at(start, newest, settings.kernel(len(newest)))
     scores += settings.walk * np.log1p(start @ steps @ steps * catalogue / settings.walk_tau)
+    alike = np.zeros(catalogue + 1)
+    for items in sequences:
+        shared = sum(
+            0.8**age * max(0.0, np.log(len(sequences) / (1 + often[item]))) * (items == item).sum()
+            for age, item in enumerate(newest)
+        )
+        np.add.at(alike, items, shared / np.sqrt(1 + len(items)))
+    scores += settings.neighbours * np.log1p(3 * alike)
+    if settings.trend:
+        scores += settings.trend * np.log((late + 30 * late.sum() / often.sum()) / (often + 30))
     return scores[1:]
 
 
 @pytest.mark.parametrize(
-    "settings", [DENSE, SPARSE, WALKED, TransitionSettings(window=3, head=2, max_history=4)]
+    "settings", [DENSE, SPARSE, WALKED, COMBINED, TransitionSettings(window=3, head=2, max_history=4)]
 )
 def test_counts_score_as_the_formula_says(settings):
     rng = np.random.default_rng(5)
@@ -68,6 +81,32 @@ def test_a_walk_reaches_an_item_that_never_met_the_history():
     assert without[2] == 0.0
     # From 1 the first step is to 2, the second from there to 1 or 3, which met 2 once each.
     assert walked - without == pytest.approx([np.log1p(0.5 * 4 / 5), 0, np.log1p(0.5 * 4 / 5), 0])
+
+
+def test_neighbours_offer_what_else_they_had_and_nobody_is_his_own():
+    rows, users = np.array([1, 2, 1, 3, 4, 5]), np.array([0, 0, 1, 1, 2, 2])
+    neighbours = Neighbours(rows, users, 5)
+    rare = np.log(3 / (1 + 2)), np.log(3 / (1 + 1))
+    history = np.array([2, 1])
+    scores = neighbours.scores([history, history], np.array([2, 0]))
+    # User 0 had both, user 1 the common one alone, which is worth nothing; user 2 had neither.
+    likeness = (rare[1] + 0.8 * rare[0]) / np.sqrt(3)
+    assert scores[0] == pytest.approx([0, np.log1p(3 * likeness), np.log1p(3 * likeness), 0, 0, 0], abs=1e-6)
+    assert scores[1] == pytest.approx(np.zeros(6), abs=1e-6)
+    assert neighbours.scores([np.array([], np.int64)]) == pytest.approx(np.zeros((1, 6)))
+
+
+def test_a_trend_favours_what_came_last():
+    rows, users = np.array([1, 1, 2, 3, 4, 1, 2, 3, 4]), np.array([0, 0, 0, 0, 0, 1, 1, 1, 1])
+    without, trending = (
+        TransitionCounts(rows, users, 4, TransitionSettings(trend=trend)).scores([np.array([], np.int64)])[0]
+        for trend in (0.0, 1.0)
+    )
+    gained = trending - without
+    assert gained == pytest.approx(
+        np.log((np.array([0, 2, 2, 2]) + 30 * 6 / 9) / (np.array([3, 2, 2, 2]) + 30))
+    )
+    assert gained[0] < gained[1]
 
 
 def test_the_kernel_gives_all_to_the_newest_where_there_is_nothing_older():
@@ -94,6 +133,19 @@ def test_a_fusion_adds_the_counts_to_the_log_of_the_models_chances():
     counts = np.array([[0.0, 0.0, 3.0]], np.float32)
     scores = fused(lambda _: logits.copy(), lambda _: counts, 2.0)(np.array([0]))
     assert scores == pytest.approx(np.log(np.exp(logits) / np.exp(logits).sum()) + 2 * counts, abs=1e-5)
+
+
+def test_what_is_remembered_is_worked_out_once_and_may_be_written_to():
+    asked = []
+
+    def scores(positions):
+        asked.append(positions)
+        return positions[:, None].astype(np.float32)
+
+    once, first, other = remembered(scores), np.array([1, 2]), np.array([1, 2])
+    once(first)[:] = -1.0
+    assert once(first).tolist() == [[1], [2]] and len(asked) == 1
+    assert once(other).tolist() == [[1], [2]] and asked[1] is other
 
 
 @pytest.mark.parametrize(

@@ -1,17 +1,25 @@
 """What is released is what was trained: evaluated from the registry it gives the same figures."""
 
 import json
+from dataclasses import asdict
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from compression.errors import ArtefactInvalid
+from compression.evaluation.evaluate import Targets, catalogue_ranks, metrics
+from compression.evaluation.predictors import Statistics
+from compression.evaluation.transitions import COMBINED
 from compression.releases.registry import Registry
+from compression.retrieval.ensemble import mean_of
+from compression.retrieval.judge import Judge
 from compression.retrieval.recipe import RetrievalRecipe
-from compression.retrieval.release import load_config, load_network
+from compression.retrieval.release import load_config, load_networks
+from compression.retrieval.table import catalogue_scores
 from infra.bench.accuracy import command as accuracy
 from infra.commands.training import evaluate
-from tests.compression.retrieval.worlds import RECIPE, write
+from tests.compression.retrieval.worlds import RECIPE, parts, write
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +87,79 @@ def test_a_second_bench_trains_nothing(benched, monkeypatch):
     assert f"{kept['runs'][0]['fusion']['ndcg@10']:.4f}" in answer.output
 
 
+@pytest.fixture(scope="module")
+def ensemble(benched, tmp_path_factory):
+    """As above, with a second network of another shape, and other counts."""
+    folder = tmp_path_factory.mktemp("ensemble")
+    fields = RECIPE.model_dump(mode="json") | {
+        "epochs": 3,
+        "members": [{}, {"dim": 8, "epochs": 2}],
+        "fused_counts": "combined",
+        "fused_weights": [1.5],
+    }
+    recipe, out = folder / "recipe.json", folder / "out.json"
+    recipe.write_text(json.dumps(fields))
+    options = [
+        *("--log", benched[0], "--registry", folder / "models", "--recipe", recipe, "--seeds", "1"),
+        *("--state", benched[1].parent / "trainings"),
+    ]
+    answer = CliRunner().invoke(accuracy, [str(one) for one in (*options, "--json", out)])
+    assert answer.exit_code == 0, answer.output
+    return folder / "models", json.loads(out.read_text())
+
+
+def test_an_ensemble_is_one_version_that_evaluate_reproduces(benched, ensemble):
+    registry, kept = ensemble
+    for run in kept["runs"]:
+        artefact = Registry(registry).open(run["version"], kind="retrieval")
+        assert [network.config.dim for network in load_networks(artefact)] == [16, 8]
+        assert load_config(artefact).counts == COMBINED
+        answer = evaluated(benched[0], registry, run["version"], "--filter-seen", "--json")
+        assert answer.exit_code == 0, answer.output
+        report = json.loads(answer.stdout)
+        assert report["retrieval"] == run["retrieval"] and report["fusion"] == run["fusion"]
+    assert [run["epochs"] for run in kept["runs"]] == [
+        [3, 2],
+        [max(chosen) for chosen in kept["runs"][0]["selected_epochs"]],
+    ]
+
+
+def test_its_first_network_is_the_one_trained_alone(benched, ensemble):
+    alone = Registry(benched[1]).open(benched[2]["runs"][0]["version"], kind="retrieval")
+    first = Registry(ensemble[0]).open(ensemble[1]["runs"][0]["version"], kind="retrieval")
+    for name, tensor in load_networks(alone)[0].state_dict().items():
+        assert tensor.equal(load_networks(first)[0].state_dict()[name])
+
+
+def test_an_ensemble_scores_by_the_mean_of_log_chances(benched, ensemble):
+    sequences, split, vocabulary = parts(benched[0])
+    run = ensemble[1]["runs"][0]
+    networks = load_networks(Registry(ensemble[0]).open(run["version"], kind="retrieval"))
+    known = len(vocabulary.item_ids)
+    models = [catalogue_scores(network, sequences, vocabulary, known) for network in networks]
+    at = split.test[:5]
+    expected = sum(torch.log_softmax(torch.from_numpy(model(at)), 1) for model in models) / 2
+    assert mean_of(models)(at) == pytest.approx(expected.numpy(), abs=1e-4)
+    statistics = Statistics(sequences, split, vocabulary)
+    targets = Targets.draw(sequences, split.test, vocabulary, limit=10**6, seed=1)
+    ranks = catalogue_ranks(mean_of(models), targets, known, statistics.seen)
+    assert metrics(ranks, (10,))["ndcg@10"] == run["retrieval"]["ndcg@10"]
+    judge = Judge(sequences, split, vocabulary, statistics, RetrievalRecipe(**ensemble[1]["recipe"]).fused())
+    verdict = judge(*networks)
+    assert asdict(verdict) == run["validation"] and verdict.weight in (0.0, 1.5)
+
+
+def test_a_version_whose_second_network_is_missing_is_refused(ensemble, tmp_path):
+    import shutil
+
+    registry, kept = ensemble
+    shutil.copytree(registry, tmp_path / "models")
+    version = kept["runs"][0]["version"]
+    (tmp_path / "models" / "versions" / version / "weights-2.safetensors").unlink()
+    with pytest.raises((ArtefactInvalid, OSError)):
+        load_networks(Registry(tmp_path / "models").open(version, kind="retrieval"))
+
+
 def test_a_retrieval_model_is_never_served(benched):
     _, registry, kept, _, _ = benched
     version = kept["runs"][0]["version"]
@@ -100,7 +181,7 @@ def test_an_altered_release_is_refused(benched, tmp_path):
         Registry(tmp_path / "models").open(version, kind="retrieval")
     artefact = Registry(registry).open(version, kind="retrieval")
     assert load_config(artefact).fitted == "train"
-    assert load_network(artefact).config == load_config(artefact).network
+    assert [one.config for one in load_networks(artefact)] == [load_config(artefact).network]
 
 
 def test_the_bench_says_what_is_wrong(benched):

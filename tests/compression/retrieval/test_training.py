@@ -195,6 +195,13 @@ def test_windows_lose_a_share_of_their_events_but_never_all():
     assert ends[-1] == len(kept.items)
 
 
+def test_members_are_recipes_of_one_network_and_no_part_of_how_another_trains():
+    whole = change(RECIPE, {"members": [{}, {"dim": 8}], "fused_counts": "combined"}, "test")
+    first, second = whole.of_members()
+    assert first == RECIPE and first.digest() == whole.digest() == RECIPE.digest()
+    assert second == change(RECIPE, {"dim": 8}, "test") and second.digest() != first.digest()
+
+
 def test_recipes_have_names_or_are_files(tmp_path):
     assert load_recipe("beauty") is RECIPES["beauty"]
     path = tmp_path / "mine.json"
@@ -203,6 +210,10 @@ def test_recipes_have_names_or_are_files(tmp_path):
     for text, sentence in (
         ('{"dims": 96}', "dims"),
         ('{"dim": 10, "heads": 3}', "heads"),
+        ('{"members": [{}, {"dim": 10, "heads": 3}]}', "heads"),
+        ('{"members": [{"max_history": 10}]}', "members: .*max_history"),
+        ('{"members": [{"dims": 10}]}', "members: .*dims"),
+        ('{"members": []}', "members"),
         ('{"base": "mine"}', "base"),
         ("[1]", "not a JSON object"),
         ("{", "mine.json"),
