@@ -76,17 +76,17 @@ def test_a_queue_that_is_short_for_a_moment_does_not_cost_the_highest_tier_its_l
         await world.finish()
         assert world.batches[1:] == [[1, 2, 3, 4]]
         assert len(world.executor.held) == 1, "two are left, and go on one lane"
-        await world.advance(0.05)
-        world.ask(Question(7))
-        await world.advance(0.05)
-        assert len(world.executor.held) == 1, "what comes then waits behind them"
-        first = world.ask(Question(8, tier=2))
+        first = world.ask(Question(7, tier=2))
         await world.turn()
-        assert len(world.executor.held) == 2, "and the highest tier for nothing"
+        assert len(world.executor.held) == 2, "the highest tier waits for no company"
         world.executor.held.reverse()
         await world.finish()
-        assert await first == [80]
-        assert world.batches[2:] == [[8]], "alone"
+        assert await first == [70]
+        assert world.batches[2:] == [[7]], "alone"
+        await world.advance(0.05)
+        world.ask(Question(8))
+        await world.turn()
+        assert len(world.executor.held) == 1, "its lane is kept, however short the queue"
         await world.settle()
         await world.advance(0.3)
         world.ask(Question(9))
