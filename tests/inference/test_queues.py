@@ -85,7 +85,7 @@ def test_a_queue_that_is_short_for_a_moment_does_not_cost_the_highest_tier_its_l
         assert world.batches[2:] == [[7]], "alone"
         await world.advance(0.05)
         world.ask(Question(8))
-        await world.turn()
+        await world.advance(0.05)
         assert len(world.executor.held) == 1, "its lane is kept, however short the queue"
         await world.settle()
         await world.advance(0.3)
