@@ -89,13 +89,13 @@ class Dealt:
                 self._end()
                 self._alone()
                 return
+            self._had[front] += 1  # even if it did not arrive, for want of files: then it has ended
             for file in files:
                 self._take(front, socket.socket(fileno=file))
 
     def _take(self, front: bytes, connection: socket.socket) -> None:
         connection.setblocking(False)
         connection.set_inheritable(False)
-        self._had[front] += 1
         task = asyncio.get_running_loop().create_task(self._hand_over(front, connection))
         self._coming[task] = front
         task.add_done_callback(self._coming.pop)
