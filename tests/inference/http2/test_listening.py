@@ -142,19 +142,20 @@ def test_a_connection_that_was_accepted_elsewhere_is_served(loop: str, secure: b
         server = Server(Methods().table(), Limits())
         server.begin(tls=context if secure else None)
         with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(10)
             address = f"127.0.0.1:{listener.getsockname()[1]}"
-            channel = (
+            open_ = (
                 grpc.aio.secure_channel(address, trusted) if secure else grpc.aio.insecure_channel(address)
             )
-            call = channel.unary_unary(PATH + "Now")(b"ab", timeout=5, wait_for_ready=True)
-            accepted, _ = await asyncio.to_thread(listener.accept)
-            accepted.setblocking(False)
-            await server.take(accepted)
-        assert await call == b"ba"
-        assert server.open == 1
-        await channel.close()
-        await eventually_async(lambda: server.open == 0)
+            async with open_ as channel:
+                call = channel.unary_unary(PATH + "Now")(b"ab", timeout=10, wait_for_ready=True)
+                accepted, _ = await asyncio.to_thread(listener.accept)
+                accepted.setblocking(False)
+                await server.take(accepted)
+                assert await call == b"ba"
+                assert server.open == 1
         await server.stop(0)
+        assert server.open == 0
 
     run(loop, story())
 
