@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import weakref
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
-from operator import attrgetter
 from typing import Any, Final
 
 import numpy as np
-import numpy.typing as npt
 from google.protobuf.message import DecodeError
 
 from inference.oip import open_inference_pb2 as pb
@@ -37,40 +34,12 @@ class _Gap:
 
     name: str
     mark: bytes  # what stands before them: the field, and their length
-    place: slice
-    datatype: str
+    at: int
+    dtype: np.dtype[Any]
+    unsigned: np.dtype[Any]
     shape: tuple[int, ...]
     count: int
     high: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Kind:
-    """Gaps of one type, whose numbers are looked at together."""
-
-    gaps: Sequence[_Gap]
-    dtype: np.dtype[Any]
-    unsigned: np.dtype[Any]
-    edges: Sequence[tuple[int, int]]  # of each gap's numbers among those of all
-    starts: npt.NDArray[np.intp]
-    highs: npt.NDArray[Any]
-
-    @classmethod
-    def of(cls, datatype: str, gaps: Sequence[_Gap]) -> _Kind:
-        unsigned = _UNSIGNED[datatype]
-        ends = np.cumsum([0, *(gap.count for gap in gaps)])
-        edges = list(pairwise(ends.tolist()))
-        highs = np.array([gap.high for gap in gaps], unsigned)
-        return cls(gaps, DTYPES[datatype], unsigned, edges, ends[:-1].astype(np.intp), highs)
-
-    def numbers(self, message: bytes) -> npt.NDArray[Any] | None:
-        """Of all its gaps, one after the other; None where one is not allowed."""
-        content = b"".join([message[gap.place] for gap in self.gaps])
-        # Seen as unsigned, what is negative is large: one look at the numbers finds both faults.
-        numbers = np.frombuffer(content, self.unsigned)
-        if (np.maximum.reduceat(numbers, self.starts) > self.highs).any():
-            return None
-        return numbers.view(self.dtype)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,25 +50,24 @@ class Form:
     length: int
     head: bytes
     gaps: Sequence[_Gap]
-    kinds: Sequence[_Kind]
     model: weakref.ref[ServedModel]  # a version that has gone is not kept alive
     call: Call
     heads: dict[tuple[Any, ...], bytes]
 
     def fits(self, message: bytes) -> bool:
         return message.startswith(self.head) and all(
-            message.startswith(gap.mark, gap.place.start - len(gap.mark)) for gap in self.gaps
+            message.startswith(gap.mark, gap.at - len(gap.mark)) for gap in self.gaps
         )
 
     def tensors(self, message: bytes) -> Tensors | None:
         """The inputs, C-contiguous and read-only; None where a number is not allowed."""
         tensors: Tensors = {}
-        for kind in self.kinds:
-            numbers = kind.numbers(message)
-            if numbers is None:
+        for gap in self.gaps:
+            # Seen as unsigned, what is negative is large: one look at the numbers finds both faults.
+            numbers = np.frombuffer(message, gap.unsigned, gap.count, gap.at)
+            if np.maximum.reduce(numbers) > gap.high:
                 return None
-            for gap, (start, end) in zip(kind.gaps, kind.edges, strict=True):
-                tensors[gap.name] = numbers[start:end].reshape(gap.shape)
+            tensors[gap.name] = numbers.view(gap.dtype).reshape(gap.shape)
         return tensors
 
 
@@ -131,13 +99,13 @@ class Forms:
                 return
             at -= len(content)
             before = mark(_RAW_INPUT, len(content))
-            count, shape = len(content) // DTYPES[spec.datatype].itemsize, tuple(tensor.shape)
-            place = slice(at, at + len(content))
-            gaps.append(_Gap(tensor.name, before, place, spec.datatype, shape, count, high))
+            dtype, unsigned = DTYPES[spec.datatype], _UNSIGNED[spec.datatype]
+            shape = tuple(tensor.shape)
+            gaps.append(
+                _Gap(tensor.name, before, at, dtype, unsigned, shape, len(content) // dtype.itemsize, high)
+            )
             at -= len(before)
-        gaps.reverse()
-        head = message[: max(at, 0)]
-        form = Form(len(message), head, gaps, _kinds(gaps), weakref.ref(model), call, {})
+        form = Form(len(message), message[: max(at, 0)], gaps[::-1], weakref.ref(model), call, {})
         if at <= 0 or not gaps or not form.fits(message):
             return
         try:
@@ -148,11 +116,6 @@ class Forms:
         self._forms[len(message)] = form
         if len(self._forms) > _MOST:
             self._forms.popitem(last=False)
-
-
-def _kinds(gaps: Iterable[_Gap]) -> list[_Kind]:
-    of_type = attrgetter("datatype")
-    return [_Kind.of(datatype, list(some)) for datatype, some in groupby(sorted(gaps, key=of_type), of_type)]
 
 
 def serialise(form: Form | None, request_id: str, model: ServedModel, answer: Answer) -> bytes:
