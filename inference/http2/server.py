@@ -1,8 +1,9 @@
-"""Listens, looks at its connections now and then, and leaves in order."""
+"""Listens, or is handed connections; looks at them now and then, and leaves in order."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
 from contextlib import suppress
@@ -19,7 +20,7 @@ _LAST_S: Final = 0.5
 
 
 class Server:
-    """start → stop. `methods` are by path: /package.Service/Method."""
+    """start, or begin and take → stop. `methods` are by path: /package.Service/Method."""
 
     def __init__(self, methods: Mapping[str, Method], limits: Limits) -> None:
         self.limits = limits
@@ -30,29 +31,46 @@ class Server:
         self._alone.set()
         self._listener: asyncio.Server | None = None
         self._sweep: asyncio.TimerHandle | None = None
+        self._tls: ssl.SSLContext | None = None
 
-    async def start(
-        self, host: str, port: int, *, tls: ssl.SSLContext | None = None, reuse_port: bool = False
-    ) -> int:
+    @property
+    def open(self) -> int:
+        """How many connections there are."""
+        return len(self._connections)
+
+    async def start(self, host: str, port: int, *, tls: ssl.SSLContext | None = None) -> int:
         """The port it listens on. Raises `OSError` where that cannot be."""
-        loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
+        self._listener = await asyncio.get_running_loop().create_server(
             self._accept,
             host,
             port,
             ssl=tls,
             backlog=_BACKLOG,
-            reuse_port=reuse_port,
             ssl_handshake_timeout=None if tls is None else self.limits.handshake_s,
         )
-        self._sweep = loop.call_later(self.limits.sweep_s, self._look)
+        self.begin(tls=tls)
         return int(self._listener.sockets[0].getsockname()[1])
+
+    def begin(self, *, tls: ssl.SSLContext | None = None) -> None:
+        """Serve what it is handed."""
+        self._tls = tls
+        self._sweep = asyncio.get_running_loop().call_later(self.limits.sweep_s, self._look)
+
+    async def take(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere; over when it is open. Raises `OSError`."""
+        await asyncio.get_running_loop().connect_accepted_socket(
+            self._accept,
+            connection,
+            ssl=self._tls,
+            ssl_handshake_timeout=None if self._tls is None else self.limits.handshake_s,
+        )
 
     async def stop(self, grace_s: float) -> None:
         """Accept nothing more; calls in hand have so long."""
-        if self._listener is None:
+        if self._sweep is None:
             return
-        self._listener.close()
+        if self._listener is not None:
+            self._listener.close()
         await asyncio.sleep(0)  # who was accepted in this turn of the loop is made in the next
         for connection in list(self._connections):
             connection.leave()
@@ -63,8 +81,7 @@ class Server:
         for connection in list(self._connections):
             connection.abort()
         await self._closed(_LAST_S)
-        if self._sweep is not None:
-            self._sweep.cancel()
+        self._sweep.cancel()
 
     async def _closed(self, most_s: float) -> None:
         """Until no connection is left, or so long."""

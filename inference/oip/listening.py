@@ -1,8 +1,9 @@
-"""Listening over HTTP: how many connections there may be, and how long one may be idle."""
+"""HTTP: how many connections there may be, and how long one may be idle."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
 from typing import Final
 
@@ -12,6 +13,7 @@ from aiohttp import web
 HANDSHAKE_S: Final = 10.0
 # How long a client that is one too many may take to read that it is.
 LINGER_S: Final = 1.0
+_BACKLOG: Final = 128
 _BODY: Final = b'{"error":"the server has as many connections as it may have"}'
 _REFUSAL: Final = (
     b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nRetry-After: 1\r\n"
@@ -19,65 +21,77 @@ _REFUSAL: Final = (
 )
 
 
-async def listen(
-    app: web.Application,
-    host: str,
-    port: int,
-    *,
-    reuse_port: bool = False,
-    tls: ssl.SSLContext | None = None,
-    most: int = 1024,
-    idle_s: float = 75.0,
-) -> tuple[web.AppRunner, int]:
-    """Serve an application; the runner to clean up, and the port. A client that goes away cancels its
-    handler; one beyond `most` connections reads a 503; one that asks nothing for `idle_s`, or does not
-    finish asking, is closed."""
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        handle_signals=False,
-        handler_cancellation=True,
-        shutdown_timeout=1.0,
-        keepalive_timeout=idle_s,
-    )
-    await runner.setup()
-    try:
-        await _Site(runner, host, port, reuse_port=reuse_port, ssl_context=tls, most=most).start()
-    except OSError:
-        await runner.cleanup()
-        raise
-    return runner, int(runner.addresses[0][1])
+class Http:
+    """begin → listen, or take → close. A client that goes away cancels its handler; one beyond `most`
+    connections reads a 503; one that asks nothing for `idle_s`, or does not finish asking, is closed."""
 
-
-class _Site(web.TCPSite):
-    """Counts before it accepts. Handshakes in progress are not counted; they are bounded in time."""
-
-    def __init__(self, runner: web.AppRunner, host: str, port: int, *, most: int, **options: object) -> None:
-        super().__init__(runner, host, port, **options)  # type: ignore[arg-type]
+    def __init__(
+        self,
+        app: web.Application,
+        *,
+        tls: ssl.SSLContext | None = None,
+        most: int = 1024,
+        idle_s: float = 75.0,
+    ) -> None:
+        self._runner = web.AppRunner(
+            app,
+            access_log=None,
+            handle_signals=False,
+            handler_cancellation=True,
+            shutdown_timeout=1.0,
+            keepalive_timeout=idle_s,
+        )
+        self._tls = tls
+        self._handshake_s = None if tls is None else HANDSHAKE_S
         self._most = most
         self._new = 0
+        self._listener: asyncio.Server | None = None
 
-    async def start(self) -> None:
-        await web.BaseSite.start(self)
-        self._server = await asyncio.get_running_loop().create_server(
+    @property
+    def open(self) -> int:
+        """How many connections there are, without handshakes in progress: those are bounded in time."""
+        return len(self._server.connections) + self._new
+
+    async def begin(self) -> None:
+        await self._runner.setup()
+
+    async def listen(self, host: str, port: int) -> int:
+        """The port. Raises `OSError` where that cannot be."""
+        self._listener = await asyncio.get_running_loop().create_server(
             self._accept,
-            self._host,
-            self._port,
-            ssl=self._ssl_context,
-            backlog=self._backlog,
-            reuse_port=self._reuse_port,
-            ssl_handshake_timeout=None if self._ssl_context is None else HANDSHAKE_S,
+            host,
+            port,
+            ssl=self._tls,
+            backlog=_BACKLOG,
+            ssl_handshake_timeout=self._handshake_s,
+        )
+        return int(self._listener.sockets[0].getsockname()[1])
+
+    async def take(self, connection: socket.socket) -> None:
+        """Serve a connection that was accepted elsewhere; over when it is open. Raises `OSError`."""
+        await asyncio.get_running_loop().connect_accepted_socket(
+            self._accept, connection, ssl=self._tls, ssl_handshake_timeout=self._handshake_s
         )
 
-    def _accept(self) -> asyncio.BaseProtocol:
+    async def close(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        await self._runner.cleanup()
+
+    @property
+    def _server(self) -> web.Server:
         server = self._runner.server
         assert server is not None
-        if len(server.connections) + self._new >= self._most:
+        return server
+
+    def _accept(self) -> asyncio.BaseProtocol:
+        """Counts before it accepts."""
+        if self.open >= self._most:
             return _Refused()
         # The handler counts itself in the loop's next turn.
         self._new += 1
         asyncio.get_running_loop().call_soon(self._counted)
-        return server()
+        return self._server()
 
     def _counted(self) -> None:
         self._new -= 1

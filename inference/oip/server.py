@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from ssl import SSLContext
@@ -25,12 +26,13 @@ from inference.admission.load import LoadProbe
 from inference.admission.settings import AdmissionSettings
 from inference.admission.users import TierStore, UserTiers
 from inference.errors import InferenceError, ModelUnavailable
-from inference.oip import admin, rest, tls
+from inference.oip import admin, dealt, rest, tls
 from inference.oip.admin import is_loopback
+from inference.oip.dealt import Dealt
 from inference.oip.gate import Gate, GateMetrics, admission_of
 from inference.oip.grpc_server import make_server
 from inference.oip.list_model import ListModel
-from inference.oip.listening import listen
+from inference.oip.listening import Http
 from inference.oip.models import Catalogue
 from inference.oip.service import Service
 from inference.oip.settings import ServeSettings
@@ -73,10 +75,12 @@ class InferenceServer:
         admission: AdmissionSettings | None = None,
         tiers: TierStore | None = None,
         redis_url: str | None = None,
+        alone: Callable[[], None] = lambda: None,
     ) -> None:
         """Raises `TlsInvalid` and `AdminRefused`. `token` is the admin listener's; `alias` may be a
         version. Without `tiers` every user has the
-        default one; rates are shared with other processes through `redis_url`."""
+        default one; rates are shared with other processes through `redis_url`. `alone` is called when the
+        process that dealt connections has gone."""
         self.settings = serve or ServeSettings()
         self._tls = tls.load(self.settings)
         # What follows what is read with appends, and nobody appends here: the weights were chosen for lists
@@ -107,7 +111,9 @@ class InferenceServer:
         self._admin = admin.make_app(self.releases, self.metrics, self.settings, token)
         self._rest = rest.make_app(self.service, self.settings)
         self._grpc = make_server(self.service, self.settings)
-        self._runners: list[web.AppRunner] = []
+        self._http: list[Http] = []
+        self._dealt: Dealt | None = None
+        self._alone = alone
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Self:
@@ -118,23 +124,30 @@ class InferenceServer:
         await self.close()
 
     async def start(self) -> Ports:
-        """Listen on every port, before or after loading. Raises `OSError` where one is taken."""
+        """Listen on every port, before or after loading; where connections are dealt, on the admin's only.
+        Raises `OSError` where one is taken."""
         settings = self.settings
-        grpc_port = await self._start_grpc()
         context = self._tls.context if self._tls else None
-        http = await self._listen(
-            self._rest, settings.host, settings.http_port, context, reuse_port=settings.reuse_port
-        )
+        http = await self._begin(self._rest, context)
+        grpc_port, http_port = settings.grpc_port, settings.http_port
+        if settings.dealt_fd is None:
+            grpc_port = await self._start_grpc()
+            http_port = await http.listen(settings.host, settings.http_port)
+        else:
+            self._grpc.begin(tls=self._tls.h2 if self._tls else None)
         # The admin listener's token does not travel in the clear.
         beyond = not is_loopback(settings.admin_host)
-        admin_port = await self._listen(
-            self._admin, settings.admin_host, settings.admin_port, context if beyond else None
-        )
+        guarded = await self._begin(self._admin, context if beyond else None)
+        admin_port = await guarded.listen(settings.admin_host, settings.admin_port)
+        if settings.dealt_fd is not None:
+            line = socket.socket(fileno=settings.dealt_fd)
+            self._dealt = Dealt(line, {dealt.GRPC: self._grpc, dealt.HTTP: http}, self._alone)
+            self._dealt.begin()
         await self.admission.leases.renew()
         self._tasks += map(
             asyncio.create_task, (self._refresh(), self._load.run(), self.admission.leases.run())
         )
-        self.ports = Ports(grpc_port, http, admin_port)
+        self.ports = Ports(grpc_port, http_port, admin_port)
         return self.ports
 
     async def load(self) -> float:
@@ -157,9 +170,11 @@ class InferenceServer:
         idle = await self.service.idle(grace_s)
         if not idle:
             log.warning("%d requests are given up", self.service.requests)
+        if self._dealt is not None:
+            await self._dealt.close()
         await self._grpc.stop(0.1)
-        for runner in self._runners:
-            await runner.cleanup()
+        for http in self._http:
+            await http.close()
         for task in self._tasks:
             task.cancel()
         if self._tasks:
@@ -181,24 +196,16 @@ class InferenceServer:
         host, port = self.settings.host, self.settings.grpc_port
         context = self._tls.h2 if self._tls else None
         try:
-            return await self._grpc.start(host, port, tls=context, reuse_port=self.settings.reuse_port)
+            return await self._grpc.start(host, port, tls=context)
         except OSError as error:
             raise OSError(f"gRPC cannot listen on {host}:{port}: {error}") from error
 
-    async def _listen(
-        self, app: web.Application, host: str, port: int, tls: SSLContext | None, *, reuse_port: bool = False
-    ) -> int:
-        runner, port = await listen(
-            app,
-            host,
-            port,
-            reuse_port=reuse_port,
-            tls=tls,
-            most=self.settings.max_connections,
-            idle_s=self.settings.idle_timeout_ms / 1e3,
-        )
-        self._runners.append(runner)
-        return port
+    async def _begin(self, app: web.Application, tls: SSLContext | None) -> Http:
+        settings = self.settings
+        http = Http(app, tls=tls, most=settings.max_connections, idle_s=settings.idle_timeout_ms / 1e3)
+        await http.begin()
+        self._http.append(http)
+        return http
 
     async def _refresh(self) -> None:
         """What is popular, as the stream's workers learn it."""

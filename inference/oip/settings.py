@@ -22,8 +22,9 @@ class ServeSettings(BaseSettings):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8002
 
-    reuse_port: bool = False
-    """Several processes listen on the same ports, and the system shares connections out among them."""
+    dealt_fd: Annotated[int, Field(ge=0)] | None = None
+    """A Unix socket over which connections come from the process that listens, which sets this:
+    `tailrace serve --workers`."""
 
     tls_certificate: Path | None = None
     tls_key: Path | None = None

@@ -43,7 +43,8 @@ _PORT = click.IntRange(0, 65535)
     type=click.IntRange(1, 64),
     default=1,
     show_default=True,
-    help="Processes on the same ports; each has an admin port of its own, the next ones from --admin-port.",
+    help="Processes on the same ports, connections for the one with fewest; each has an admin port of its "
+    "own, the next ones from --admin-port.",
 )
 @click.option(
     "--redis-url",
@@ -95,8 +96,10 @@ def serve(
     """
     from features.settings import FeatureSettings
     from inference.admission.settings import AdmissionSettings
+    from inference.oip.dealt import GRPC, HTTP
     from inference.oip.settings import ServeSettings
     from inference.settings import InferenceSettings
+    from infra.dealing import Dealer
 
     started_s = time.perf_counter()
     logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
@@ -114,11 +117,14 @@ def serve(
     admission = settings.read(AdmissionSettings)
     inference = settings.read(InferenceSettings, engine=engine)
     if workers > 1:
-        ports = [grpc_port, http_port, *(admin_port + number for number in range(workers))]
-        taken = [port for port in ports if not is_free(port)]
+        taken = [port for port in range(admin_port, admin_port + workers) if not is_free(port)]
         if 0 in (grpc_port, http_port, admin_port) or taken:
             why = f"{taken[0]} is taken" if taken else "0 would be another one for each"
             raise click.ClickException(f"several processes need ports of their own: {why}")
+        try:
+            dealer = Dealer({GRPC: (host, grpc_port), HTTP: (host, http_port)}, workers)
+        except OSError as error:
+            raise click.ClickException(str(error)) from error
         arguments = [
             *("--registry", str(registry), "--version", version, "--host", host, "--admin-host", admin_host),
             *("--grpc-port", str(grpc_port), "--http-port", str(http_port), "--engine", engine),
@@ -126,9 +132,9 @@ def serve(
         ]
         # Not on the command line: others may read that, and the address may hold a password.
         os.environ["SERVE_REDIS_URL"] = redis_url
-        command = ["env", "SERVE_REUSE_PORT=true", sys.executable, "-m", "infra.cli", "serve", *arguments]
+        command = [sys.executable, "-m", "infra.cli", "serve", *arguments]
         commands = [[*command, "--admin-port", str(admin_port + number)] for number in range(workers)]
-        raise SystemExit(supervise(commands))
+        raise SystemExit(supervise(commands, dealer))
     try:
         import grpc  # noqa: F401  # named here, so that its absence is a sentence
     except ModuleNotFoundError as error:
@@ -160,10 +166,11 @@ def serve(
             admission=admission,
             tiers=store if isinstance(store, RedisStore) else None,
             redis_url=redis_url or None,
+            alone=stop.set,
         )
         try:
             # One of several processes is not given connections before it can serve them.
-            ports = None if told.reuse_port else await server.start()
+            ports = None if told.dealt_fd is not None else await server.start()
             loading = asyncio.create_task(server.load())
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from infra.bench.serve import payload
 from infra.bench.serve.arms import Arm, NoServer, OurServer, Served, spawn_server
 from infra.bench.serve.arrivals import BURST_S, bursty
 from infra.bench.serve.driver import Done, Offer, summary
-from infra.bench.serve.grpc_client import GrpcSender
+from infra.bench.serve.grpc_client import CONNECTIONS, GrpcSender
 from infra.bench.serve.http_client import HttpSender
 from infra.bench.serve.parity import difference, expected_scores
 from infra.bench.serve.running import ArmFailed, running
@@ -399,51 +398,19 @@ def test_a_server_is_measured_with_its_cpu(registry: Path, sessions_file: Path) 
     assert up.difference < 1e-4
 
 
-OF_TWO = SCRIPT.replace("print=None", "print=None, reuse_port=True").replace(
-    "async def rank(request):",
-    """if len(sys.argv) < 2:
-        # Another process listens, too, but later.
-        subprocess.Popen([sys.executable, "-c", SELF, "late"], env={**os.environ, "SELF": SELF})
-    else:
-        time.sleep(1.5)
-
-    async def rank(request):""",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class OfTwo(Arm):
-    """A server of two processes, the second of which takes longer to start."""
-
-    def listeners(self, served: Served) -> int:
-        return 2
-
-    def start(self, served: Served) -> subprocess.Popen[bytes]:
-        imports = "import os, subprocess, sys, time\nSELF = os.environ['SELF']\n"
-        script = imports + textwrap.dedent(OF_TWO).replace("{spoil}", "")
-        return spawn_server([sys.executable, "-c", script], served.folder, {**served.told(), "SELF": script})
-
-
-def most_listeners() -> int:
-    """How many of our child processes listen on one port, at most."""
-    ports = [
-        {one.laddr.port for one in process.net_connections("tcp") if one.status == psutil.CONN_LISTEN}
-        for process in psutil.Process().children(recursive=True)
-    ]
-    return max(Counter(port for own in ports for port in own).values(), default=0)
-
-
-def test_load_begins_once_all_processes_of_a_server_listen(registry: Path, sessions_file: Path) -> None:
-    with running(OfTwo("of-two", "raw"), registry, sessions_file, lists=1, workers=2):
-        assert most_listeners() == 2
-
-
-def test_our_server_has_as_many_processes_as_the_others(registry: Path, sessions_file: Path) -> None:
+def test_our_server_has_as_many_processes_as_the_others_and_load_on_each(
+    registry: Path, sessions_file: Path
+) -> None:
     arm = OurServer("tailrace", "oip", "tailrace-rank")
     with running(arm, registry, sessions_file, lists=2, workers=2) as up:
-        assert most_listeners() == 2
         found = up.step(100, seconds=1.0, seed=1)
+        connected = [
+            sum(one.status == psutil.CONN_ESTABLISHED for one in process.net_connections("tcp"))
+            for process in psutil.Process().children(recursive=True)
+            if "serve" in process.cmdline() and "--workers" not in process.cmdline()
+        ]
     assert found.failed == 0
+    assert connected == [CONNECTIONS / 2] * 2
 
 
 def test_ports_that_follow_one_another_are_none_of_those_in_use() -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from aiohttp import ClientError, ClientSession
 from click.testing import CliRunner
+from grpc import ssl_channel_credentials as trust
 
 from inference.errors import Overloaded
 from inference.oip.client import Client
 from infra.cli import main
-from infra.local.server import free_port, is_free
+from infra.local.server import free_port, free_ports
+from tests.inference.oip.test_tls import Authority
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["--grpc-port", "0", "--http-port", "0", "--admin-port", "0", "--engine", "onnx"]
@@ -143,7 +147,7 @@ def test_a_taken_port_is_a_sentence(registry: Path, port: str) -> None:
 def test_several_processes_share_the_ports_and_drain_together(registry: Path) -> None:
     grpc_port = free_port()
     http_port = free_port(grpc_port)
-    admin_port = next(port for port in range(free_port(), 32_000) if is_free(port) and is_free(port + 1))
+    admin_port = free_ports(2, grpc_port, http_port)
     words = ["--grpc-port", grpc_port, "--http-port", http_port, "--admin-port", admin_port]
     process = serve(registry, "--workers", "2", *map(str, words))
     try:
@@ -164,6 +168,38 @@ def test_several_processes_share_the_ports_and_drain_together(registry: Path) ->
         said, errors = process.communicate(timeout=30)
         assert process.returncode == 0, errors
         assert said.count("all were answered") == 2
+    finally:
+        process.terminate()
+        process.communicate()
+
+
+def test_several_processes_speak_tls_on_both_fronts(registry: Path, tmp_path: Path) -> None:
+    authority = Authority(tmp_path, "authority")
+    certificate, key = authority.issue("server")
+    trusted = ssl.create_default_context(cafile=str(authority.file))
+    grpc_port = free_port()
+    http_port = free_port(grpc_port)
+    ports = ["--grpc-port", grpc_port, "--http-port", http_port]
+    ports += ["--admin-port", free_ports(2, grpc_port, http_port)]
+    secured = {"SERVE_TLS_CERTIFICATE": str(certificate), "SERVE_TLS_KEY": str(key)}
+    process = serve(registry, "--workers", "2", *map(str, ports), **secured)
+
+    async def ask() -> None:
+        address, credentials = f"127.0.0.1:{grpc_port}", trust(authority.file.read_bytes())
+        async with Client(address, credentials=credentials) as client, ClientSession() as session:
+            assert await client.ready()
+            url = f"https://127.0.0.1:{http_port}/v2/health/ready"
+            async with session.get(url, ssl=trusted) as answer:
+                assert answer.status == 200
+            # Who does not speak it is not served, and in nobody's way.
+            with pytest.raises(ClientError):
+                await session.get(url.replace("https", "http"))
+            assert await client.ready()
+
+    try:
+        assert process.stdout is not None
+        assert all("serving" in process.stdout.readline() for _ in range(2))
+        asyncio.run(ask())
     finally:
         process.terminate()
         process.communicate()

@@ -78,10 +78,6 @@ class Arm(ABC):
         """What it computes in: how far its scores may lie from ONNX Runtime's."""
         return "f32"
 
-    def listeners(self, served: Served) -> int:
-        """How many of its processes listen once all of it is up; 0 where whoever answers is all of it."""
-        return 0
-
     @abstractmethod
     def start(self, served: Served) -> subprocess.Popen[bytes] | None:
         """The process that will answer at the port; None where there is none to start."""
@@ -166,9 +162,6 @@ class OurServer(Arm):
     def precision(self) -> Precision:
         return our_precision()
 
-    def listeners(self, served: Served) -> int:
-        return served.workers
-
     def start(self, served: Served) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "infra.cli", "serve", "--registry", str(served.registry)]
         http_port = free_port(served.port)
@@ -179,6 +172,8 @@ class OurServer(Arm):
         told = {
             "INFERENCE_LANES": our_lanes(max(1, (os.cpu_count() or 1) // served.workers)),
             "INFERENCE_SPARES": "0",
+            # One version is open, as in the others.
+            "SERVE_KEEP_PREVIOUS": "0",
             "INFERENCE_BATCHES": json.dumps(BATCHES),
             "INFERENCE_HISTORIES": json.dumps(HISTORIES),
             "INFERENCE_CANDIDATE_SIZES": json.dumps(WIDTHS),

@@ -91,7 +91,6 @@ def running(arm: Arm, registry: Path, sessions: Path, *, lists: int, workers: in
         else:
             address = Address(arm.wire, HOST, served.port, arm.target(served), arm.padding)
             found = _wait(server, address, artefact, sessions, lists, folder)
-            _wait_for_all(server, served.port, arm.listeners(served), folder)
             arguments = [
                 "infra.bench.serve.load",
                 *(address.wire, address.host, str(address.port), address.target, address.padding),
@@ -139,24 +138,6 @@ def _wait(
             raise ArmFailed(f"no answer in {START_S:.0f} s{_tail(folder)}")
         time.sleep(0.2)
     return difference(answers, expected)
-
-
-def _wait_for_all(server: subprocess.Popen[bytes], port: int, listeners: int, folder: Path) -> None:
-    """Until so many processes listen: connections made before would all be of the first."""
-    deadline_s = time.monotonic() + START_S
-    tree = psutil.Process(server.pid)
-    while sum(_listens(process, port) for process in _tree(tree)) < listeners:
-        if time.monotonic() > deadline_s:
-            raise ArmFailed(f"not {listeners} processes listen after {START_S:.0f} s{_tail(folder)}")
-        time.sleep(0.1)
-
-
-def _listens(process: psutil.Process, port: int) -> bool:
-    try:
-        sockets = process.net_connections("tcp")
-    except (psutil.NoSuchProcess, psutil.AccessDenied):
-        return False
-    return any(one.status == psutil.CONN_LISTEN and one.laddr.port == port for one in sockets)
 
 
 def _tail(folder: Path, lines: int = 8) -> str:

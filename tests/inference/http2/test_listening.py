@@ -133,15 +133,29 @@ def test_a_client_that_never_ends_tls_is_cut_off_when_the_server_stops(loop: str
 
 
 @pytest.mark.parametrize("loop", LOOPS)
-def test_several_processes_may_share_a_port(loop: str) -> None:
+@pytest.mark.parametrize("secure", [False, True])
+def test_a_connection_that_was_accepted_elsewhere_is_served(loop: str, secure: bool, tmp_path: Path) -> None:
+    context, authority = contexts(tmp_path)
+    trusted = grpc.ssl_channel_credentials(authority.file.read_bytes())
+
     async def story() -> None:
-        first, second = (Server(Methods().table(), Limits()) for _ in range(2))
-        port = await first.start("127.0.0.1", 0, reuse_port=True)
-        assert await second.start("127.0.0.1", port, reuse_port=True) == port
-        await first.stop(0)
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            assert await channel.unary_unary(PATH + "Now")(b"ab", timeout=5, wait_for_ready=True) == b"ba"
-        await second.stop(0)
+        server = Server(Methods().table(), Limits())
+        server.begin(tls=context if secure else None)
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            listener.settimeout(10)
+            address = f"127.0.0.1:{listener.getsockname()[1]}"
+            open_ = (
+                grpc.aio.secure_channel(address, trusted) if secure else grpc.aio.insecure_channel(address)
+            )
+            async with open_ as channel:
+                call = channel.unary_unary(PATH + "Now")(b"ab", timeout=10, wait_for_ready=True)
+                accepted, _ = await asyncio.to_thread(listener.accept)
+                accepted.setblocking(False)
+                await server.take(accepted)
+                assert await call == b"ba"
+                assert server.open == 1
+        await server.stop(0)
+        assert server.open == 0
 
     run(loop, story())
 

@@ -17,7 +17,7 @@ from inference.oip import open_inference_pb2_grpc as pb_grpc
 from inference.oip import rest
 from inference.oip.client import Client
 from inference.oip.grpc_server import make_server
-from inference.oip.listening import listen
+from inference.oip.listening import Http
 from inference.oip.messages import request_of
 from inference.oip.models import Answer, Catalogue, Question, TensorSpec
 from inference.oip.service import Service
@@ -90,13 +90,15 @@ async def world() -> AsyncIterator[World]:
     settings = ServeSettings(max_requests=2, read_timeout_ms=200)
     server = make_server(service, settings)
     port = await server.start("127.0.0.1", 0)
-    runner, http_port = await listen(rest.make_app(service, settings), "127.0.0.1", 0)
+    http = Http(rest.make_app(service, settings))
+    await http.begin()
+    http_port = await http.listen("127.0.0.1", 0)
     world = World(model, service, f"127.0.0.1:{port}", f"http://127.0.0.1:{http_port}")
     yield world
     model.release.set()
     await world.session.close()
     await world.client.close()
-    await runner.cleanup()
+    await http.close()
     await server.stop(0)
 
 
@@ -239,7 +241,9 @@ LIVE = b"GET /v2/health/live HTTP/1.1\r\nHost: x\r\n\r\n"
 
 async def test_a_connection_too_many_reads_a_503_and_the_others_go_on(world: World) -> None:
     app = rest.make_app(world.service, ServeSettings())
-    runner, port = await listen(app, "127.0.0.1", 0, most=2)
+    http = Http(app, most=2)
+    await http.begin()
+    port = await http.listen("127.0.0.1", 0)
     try:
         first, second = [await _raw(port, LIVE) for _ in range(2)]
         for reader, _ in (first, second):
@@ -264,20 +268,22 @@ async def test_a_connection_too_many_reads_a_503_and_the_others_go_on(world: Wor
         await eventually_async(served)
         first[1].close()
     finally:
-        await runner.cleanup()
+        await http.close()
 
 
 @pytest.mark.parametrize("asked", [b"", b"GET /v2/health", LIVE])
 async def test_a_connection_that_asks_nothing_more_is_closed(world: World, asked: bytes) -> None:
     app = rest.make_app(world.service, ServeSettings())
-    runner, port = await listen(app, "127.0.0.1", 0, idle_s=0.05)
+    http = Http(app, idle_s=0.05)
+    await http.begin()
+    port = await http.listen("127.0.0.1", 0)
     try:
         reader, writer = await _raw(port, asked)
         async with asyncio.timeout(5):
             await reader.read()
         writer.close()
     finally:
-        await runner.cleanup()
+        await http.close()
 
 
 async def test_grpc_has_a_limit_of_connections_too(world: World) -> None:
