@@ -43,17 +43,6 @@ def mask(weights: Tensor, theta: float) -> Tensor:
     return weights.detach().abs() >= theta
 
 
-def row_mask(weights: Tensor, share: float) -> Tensor:
-    """As `mask` with a threshold of its own for each row [rows, n]: every row loses as much, give or take one
-    weight, so that the share of the whole is met. Equal weights of a row go in order."""
-    if not 0.0 <= share < 1.0:
-        raise ValueError(f"a share to prune lies in [0, 1), not {share}")
-    rows, size = weights.shape
-    so_far = (torch.arange(rows + 1, dtype=torch.float64) * share * size).floor().long()
-    places = weights.detach().abs().argsort(dim=1, stable=True).argsort(dim=1)
-    return places.to(weights.device) >= so_far.diff()[:, None]
-
-
 def zeros(model: nn.Module) -> float:
     """The share of all parameters that are zero, item table, biases and norms included."""
     parameters = list(model.parameters())

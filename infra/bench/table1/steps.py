@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,9 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from compression.evaluation.scoring import to_history
 from compression.files import write_whole
-from compression.logs.dataset import Sequences, batches, build_vocabulary, read_log, training_windows
+from compression.logs.dataset import Sequences, build_vocabulary, read_log
 from compression.logs.dataset import split as split_sequences
 from compression.logs.item_lists import is_item_lists
 from compression.logs.synth import SynthSettings, synthesize, write_log
@@ -33,23 +31,16 @@ from compression.ranking.judging import Data, Ranks
 from compression.ranking.network import CandidateRanker
 from compression.ranking.training import Effort, fit
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
-from compression.smaller import packed, pruning, structured, surgeon
+from compression.smaller import packed, pruning, structured
 from compression.smaller.quantization import Grid, aware
 from compression.training.checkpoint import Checkpoints
-from compression.training.model import History
-from features.encoding import encode_histories
 from infra.bench.table1.shapes import EIGHT, Shape, untrained
 
 Say = Callable[[str], None]
 FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
 TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
-CLOSE: Final = Effort(learning_rate=3e-4, batch_windows=32, taught=0.9)  # to what it was made from
-PARTS: Final = {"round": 0.04, "close": 0.04, "rounding": 0.08, "student": 0.6, "on": 0.32}
-"""Of the Baseline's epochs: a round of pruning, rounding what was pruned, rounding a student, a student, and
-the Baseline trained on."""
-WATCHED: Final = 256  # windows on which is seen what heads and channels do
+PARTS: Final = {"round": 0.08, "rounding": 0.08, "student": 0.6}  # of the Baseline's epochs
 TRAINED_ON: Final = "Baseline, trained on"
-_AT_ONCE: Final = 16
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
 TABLE: Final = "network.items"
@@ -129,7 +120,7 @@ class Steps:
 
     def _trained_on(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         ranker = copy(baseline.ranker)
-        self._fit(ranker, PARTS["on"], TUNING)
+        self._fit(ranker, PARTS["round"] * self._shape.rounds + PARTS["rounding"], TUNING)
         return ranker, {}
 
     def _quantized(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
@@ -138,51 +129,45 @@ class Steps:
         return ranker, grids_of(ranker, EIGHT)
 
     def _pruned(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
-        """Table by threshold, heads and channels for good, K rounds of both (formulas 5 to 7). What stays
-        first takes over what it can of what goes, by least squares, then training does the rest."""
-        shape, ranker = self._shape, copy(baseline.ranker, dropout=0.0)
-        watched = self._watched()
+        """Table by threshold, heads and channels for good, K rounds of both (formulas 5 to 7)."""
+        shape, ranker = self._shape, copy(baseline.ranker)
         # Matrices lose their share by getting smaller, so what is left to zero is the tables'.
         for number in range(1, shape.rounds + 1):
             part = number / shape.rounds
             heads = round(shape.heads - (shape.heads - shape.kept_heads) * part)
             channels = round(shape.ffn - (shape.ffn - shape.kept_channels) * part)
-            surgeon.shrink(ranker.network, watched, heads=heads, channels=channels)
+            structured.shrink(ranker.network, heads=heads, channels=channels)
             masks = self._masks(ranker, shape.pruned * part, baseline.parameters)
-            table = ranker.network.items.weight
-            surgeon.refit(table, masks[f"{TABLE}.weight"], surgeon.asked(ranker.network, watched))
+            pruning.apply(ranker, masks)
             self._fit(
                 ranker,
                 PARTS["round"],
-                CLOSE,
+                TUNING,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
             )
         return ranker, {}
 
     def _masks(self, ranker: CandidateRanker, share: float, of: int) -> dict[str, torch.Tensor]:
-        """Masks of the table with which that share of `of` parameters is gone or zero; every item loses as
-        much."""
+        """Masks of the table with which that share of `of` parameters is gone or zero."""
         gone = of - count(ranker)
         table = ranker.network.items.weight
         left = max(0.0, (share * of - gone) / table.numel())
-        return {f"{TABLE}.weight": pruning.row_mask(table, left)}
+        return {f"{TABLE}.weight": pruning.mask(table, pruning.threshold(table, left))}
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(copy(pruned.ranker, dropout=0.0), grid, baseline.ranker, "close", CLOSE)
+        return self._rounded(pruned.ranker, grid, baseline.ranker)
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
         student = untrained(self._shape.student(self._rows), self._seed + 1)
         narrow_table(student, baseline.ranker)
         self._fit(student, PARTS["student"], FROM_SCRATCH, teacher=baseline.ranker)
-        return self._rounded(
-            student, Grid(self._shape.student_bits, per_row=True), baseline.ranker, "rounding", TUNING
-        )
+        return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
 
     def _rounded(
-        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker, part: str, effort: Effort
+        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -192,8 +177,8 @@ class Steps:
         with aware(ranker, grids):
             self._fit(
                 ranker,
-                PARTS[part],
-                effort,
+                PARTS["rounding"],
+                TUNING,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
             )
@@ -260,20 +245,6 @@ class Steps:
             checkpoints=Checkpoints(folder, f"{effort} seed {self._seed}"),
         )
         self._say(f"  {steps} steps")
-
-    def _watched(self) -> list[History]:
-        """Windows of the log as the network sees them, or drawn ones where nothing is learned."""
-        rng, length = np.random.default_rng(self._seed), self._shape.history
-        if not self._epochs:
-            drawn = torch.from_numpy(rng.integers(1, self._rows, (_AT_ONCE, length)))
-            nothing = torch.zeros_like(drawn)
-            return [History(drawn, nothing, nothing, nothing, torch.full((_AT_ONCE,), length))]
-        log = self._of_log()
-        windows = training_windows(log.sequences, log.split.train_ends, length, rng)
-        return [
-            to_history(encode_histories(log.sequences.windows(starts, ends), log.vocabulary, length))
-            for starts, ends in islice(batches(*windows, _AT_ONCE, rng), WATCHED // _AT_ONCE)
-        ]
 
     def _of_log(self) -> Data:
         if self._data is None:
@@ -358,10 +329,9 @@ def load(path: Path, config: NetworkConfig) -> CandidateRanker:
     return ranker.eval()
 
 
-def copy(ranker: CandidateRanker, **changes: float) -> CandidateRanker:
-    """The same weights, in a network whose configuration is changed where that leaves them their shapes."""
+def copy(ranker: CandidateRanker) -> CandidateRanker:
     weights: Mapping[str, torch.Tensor] = ranker.state_dict()
-    made = CandidateRanker(RetrievalNetwork(ranker.network.config.model_copy(update=changes)))
+    made = CandidateRanker(RetrievalNetwork(ranker.network.config))
     own = {name.removeprefix("network."): one for name, one in weights.items() if name.startswith("network.")}
     structured.fit_to(made.network, own)
     made.load_state_dict(weights)

@@ -66,14 +66,3 @@ def test_the_threshold_of_a_round_follows_what_training_made_of_the_weights():
     pruning.prune(model, grow, share=0.3, rounds=2, after=rounds.append)
     first, second = (r.thresholds["1.weight"] for r in rounds)
     assert second > 10 * first
-
-
-def test_every_row_loses_its_smallest_as_many_as_the_others():
-    torch.manual_seed(0)
-    weights = torch.randn(50, 10) * torch.arange(1, 51)[:, None]
-    mask = pruning.row_mask(weights, 0.37)
-    gone = (~mask).sum(1)
-    assert int(gone.sum()) == 185 and set(gone.tolist()) == {3, 4}
-    for row, kept in zip(weights.abs(), mask, strict=True):
-        assert row[kept].min() > row[~kept].max()
-    assert pruning.row_mask(torch.ones(4, 10), 0.5).sum(1).tolist() == [5, 5, 5, 5]
