@@ -127,7 +127,7 @@ def descend(
     mean = RunningMean(model, effort.mean)
     checkpoints = checkpoints or Checkpoints()
     at = checkpoints.restore(model, [optimizer])
-    steps = sum(epoch["steps"] for epoch in at.done) + at.step
+    steps: int = sum(epoch["steps"] for epoch in at.done) + at.step
     if at.kept:
         mean.load(at.kept["mean"], steps)
     at.kept = {"mean": mean.weights}
