@@ -28,6 +28,7 @@ from compression.retrieval.losses import Negatives, full_softmax, shared_negativ
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.step import multiplies_bf16
 from compression.smaller.distil import maps_divergence, opinion_divergence
+from compression.training.checkpoint import Checkpoints
 from compression.training.model import MASKED, History
 from features.encoding import HistoryArrays, encode_histories
 
@@ -67,8 +68,10 @@ def fit(
     teacher: CandidateRanker | None = None,
     after_step: Callable[[], None] = lambda: None,
     seed: int = 1,
+    checkpoints: Checkpoints | None = None,
 ) -> int:
-    """Train a ranker, by a teacher where there is one; the steps that were taken."""
+    """Train a ranker, by a teacher where there is one; the steps that were taken. With `checkpoints` a
+    training that was killed goes on, and one that is whole is not taken again."""
     rng = np.random.default_rng(seed)
     loss = _Losses(data, effort, rng)
     if teacher is not None:
@@ -77,12 +80,13 @@ def fit(
         _keep_maps(ranker, True)
     steps = descend(
         ranker,
-        lambda windows: loss(ranker, windows, teacher),
+        lambda windows, step: loss(ranker, windows, teacher, step),
         data,
         effort,
         length=ranker.network.config.max_history - 1,
         after_step=after_step,
         rng=rng,
+        checkpoints=checkpoints,
     )
     if teacher is not None:
         _keep_maps(ranker, False)
@@ -94,7 +98,7 @@ def fit_retrieval(network: RetrievalNetwork, data: Data, effort: Effort, *, seed
     rng = np.random.default_rng(seed)
     catalogue = _Catalogue(data, effort, rng)
 
-    def loss(windows: HistoryArrays) -> Tensor:
+    def loss(windows: HistoryArrays, step: int) -> Tensor:
         history, targets, inside, _ = _asked(windows, data.known)
         with _autocast(effort):
             users = network(history)
@@ -106,43 +110,59 @@ def fit_retrieval(network: RetrievalNetwork, data: Data, effort: Effort, *, seed
 @flushed()
 def descend(
     model: nn.Module,
-    loss_of: Callable[[HistoryArrays], Tensor],
+    loss_of: Callable[[HistoryArrays, int], Tensor],
     data: Data,
     effort: Effort,
     *,
     length: int,
     rng: np.random.Generator,
     after_step: Callable[[], None] = lambda: None,
+    checkpoints: Checkpoints | None = None,
 ) -> int:
     """Train for the epochs, windows in new order in each; the steps that were taken. The learning rate
-    rises over the first steps and falls to nothing with the last."""
+    rises over the first steps and falls to nothing with the last. `loss_of` is told the step's number, from
+    1 on."""
     torch.manual_seed(int(rng.integers(2**62)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0, fused=True)
     mean = RunningMean(model, effort.mean)
+    checkpoints = checkpoints or Checkpoints()
+    at = checkpoints.restore(model, [optimizer])
+    steps: int = sum(epoch["steps"] for epoch in at.done) + at.step
+    if at.kept:
+        mean.load(at.kept["mean"], steps)
+    at.kept = {"mean": mean.weights}
+    last = at.done[0]["last"] if at.done else steps + 1
     model.train()
-    steps, last = 0, 1
     while steps < last:
+        at.begin_epoch(rng)
         starts, ends = training_windows(data.sequences, data.split.train_ends, length, rng)
-        a_pass = -(-len(starts) // effort.batch_windows)
-        last = min(effort.max_steps, max(1, round(effort.epochs * a_pass))) if not steps else last
-        for batch_starts, batch_ends in batches(starts, ends, effort.batch_windows, rng):
-            warm, left = (steps + 1) / min(50, 1 + last // 10), (last - steps) / last
+        if not at.done:
+            a_pass = -(-len(starts) // effort.batch_windows)
+            last = min(effort.max_steps, max(1, round(effort.epochs * a_pass)))
+        order = list(batches(starts, ends, effort.batch_windows, rng))
+        checkpoints.resume_rng(rng)
+        for batch_starts, batch_ends in order[at.step : at.step + last - steps]:
+            steps += 1
+            warm, left = steps / min(50, 1 + last // 10), (last - steps + 1) / last
             for group in optimizer.param_groups:
                 group["lr"] = effort.learning_rate * min(1.0, warm) * left
             width = int((batch_ends - batch_starts).max())
             windows = encode_histories(
                 data.sequences.windows(batch_starts, batch_ends), data.vocabulary, width
             )
-            loss = loss_of(windows)
+            loss = loss_of(windows, steps)
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             after_step()
             mean.update()
-            steps += 1
-            if steps == last:
-                break
+            at.step += 1
+            if steps < last:
+                checkpoints.offer(model, [optimizer], rng, at)
+        at.done.append({"steps": at.step, "last": last})
+        at.end_epoch()
+    checkpoints.keep(model, [optimizer], rng, at)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(mean.weights[name])
@@ -218,14 +238,12 @@ class _Losses:
     def __init__(self, data: Data, effort: Effort, rng: np.random.Generator) -> None:
         self._effort, self._rng, self._known = effort, rng, data.known
         self._catalogue = _Catalogue(data, effort, rng)
-        self._steps = 0
 
     def __call__(
-        self, ranker: CandidateRanker, windows: HistoryArrays, teacher: CandidateRanker | None
+        self, ranker: CandidateRanker, windows: HistoryArrays, teacher: CandidateRanker | None, step: int
     ) -> Tensor:
-        self._steps += 1
         history, targets, inside, events = _asked(windows, self._known)
-        if self._steps % self._effort.candidates_every:
+        if step % self._effort.candidates_every:
             with _autocast(self._effort):
                 users = ranker.network(history)
                 taught = None

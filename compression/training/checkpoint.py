@@ -149,13 +149,25 @@ class Checkpoints:
         ends: bool = False,
     ) -> None:
         """Keep the state if the last time is long enough ago, or if the training `ends` here."""
-        began_s = time.monotonic()
-        if self._path is not None and (ends or began_s - self._saved_s >= self._pause_s):
-            write_whole(self._path, _packed(model, optimizers, rng, at, self._identity))
-            self._saved_s = time.monotonic()
-            self._pause_s = max(self._every_s, _SHARE * (self._saved_s - began_s))
+        if ends or time.monotonic() - self._saved_s >= self._pause_s:
+            self.keep(model, optimizers, rng, at)
         if ends:
             raise Stopped("asked to end during training")
+
+    def keep(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        rng: np.random.Generator,
+        at: Standing,
+    ) -> None:
+        """Keep the state now."""
+        if self._path is None:
+            return
+        began_s = time.monotonic()
+        write_whole(self._path, _packed(model, optimizers, rng, at, self._identity))
+        self._saved_s = time.monotonic()
+        self._pause_s = max(self._every_s, _SHARE * (self._saved_s - began_s))
 
 
 def _packed(

@@ -40,7 +40,7 @@ from infra.console import console
     type=click.FloatRange(0.01),
     default=20.0,
     show_default=True,
-    help="Of the Baseline's training; all others together take 2.2 times as many.",
+    help="Of the Baseline's training; all others together take 1.3 times as many.",
 )
 @click.option(
     "--log-epochs",

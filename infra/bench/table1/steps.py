@@ -1,8 +1,8 @@
 """Train, prune, quantize, distil: steps that each leave a packed file and their figures behind.
 
-A step whose files are there is not taken again, so a run that was stopped goes on, and a run after a whole
-one only measures. Without epochs to train nothing is learned: weights are random, and accuracy is left
-open.
+A step whose files are there is not taken again, and a training that was stopped goes on from its last
+checkpoint, so hours of training can be taken in parts, and a run after a whole one only measures. Without
+epochs to train nothing is learned: weights are random, and accuracy is left open.
 
 All that is fine-tuned after it was made smaller has the Baseline for a teacher, and the Baseline itself is
 trained on for as long as the longest of them, so that what more training does is seen apart.
@@ -11,6 +11,7 @@ trained on for as long as the longest of them, so that what more training does i
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from compression.ranking.training import Effort, fit
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.smaller import packed, pruning, structured
 from compression.smaller.quantization import Grid, aware
+from compression.training.checkpoint import Checkpoints
 from infra.bench.table1.shapes import EIGHT, Shape, untrained
 
 Say = Callable[[str], None]
@@ -76,6 +78,8 @@ class Steps:
         self._log = log
         self._data: Data | None = None
         self._rows = shape.items + 2
+        self._under = ""  # the step that is being taken
+        self._training: list[Path] = []  # and its checkpoints
 
     def baseline(self) -> Made:
         """What the others are made from and compared with."""
@@ -120,7 +124,9 @@ class Steps:
         return ranker, {}
 
     def _quantized(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
-        return self._rounded(baseline.ranker, EIGHT, baseline.ranker)
+        """Rounded as it is: training at 8 bits loses more than rounding does."""
+        ranker = copy(baseline.ranker)
+        return ranker, grids_of(ranker, EIGHT)
 
     def _pruned(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Table by threshold, heads and channels for good, K rounds of both (formulas 5 to 7)."""
@@ -188,6 +194,7 @@ class Steps:
         weights, said, ranks = (self._folder / f"{name}.{end}" for end in ("packed", "json", "ranks"))
         if not said.is_file():
             self._say(f"{method}: training" if self._epochs else f"{method}: random weights")
+            self._under, self._training = name, []
             ranker, grids = make()
             packed.write(
                 weights, ranker.state_dict(), {f"{module}.weight": grid for module, grid in grids.items()}
@@ -196,6 +203,8 @@ class Steps:
                 self._of_log().ranks(load(weights, config)).save(ranks)
             kept = {"grids": {module: [grid.bits, grid.per_row] for module, grid in grids.items()}}
             write_whole(said, json.dumps(kept, indent=1).encode())
+            for folder in self._training:
+                shutil.rmtree(folder)
         stored = json.loads(said.read_bytes())
         ranker = load(weights, config)
         with torch.device("meta"):
@@ -223,7 +232,18 @@ class Steps:
         if not self._epochs:
             return
         effort = replace(effort, epochs=self._epochs * part)
-        steps = fit(ranker, self._of_log(), effort, teacher=teacher, after_step=after_step, seed=self._seed)
+        folder = self._folder / f"{self._under}-{len(self._training) + 1}"
+        folder.mkdir(exist_ok=True)
+        self._training.append(folder)
+        steps = fit(
+            ranker,
+            self._of_log(),
+            effort,
+            teacher=teacher,
+            after_step=after_step,
+            seed=self._seed,
+            checkpoints=Checkpoints(folder, f"{effort} seed {self._seed}"),
+        )
         self._say(f"  {steps} steps")
 
     def _of_log(self) -> Data:

@@ -1,10 +1,12 @@
 """A ranker learns a log's structure, and a student what its teacher knows."""
 
+import pytest
 import torch
 
 from compression.ranking.network import CandidateRanker
 from compression.ranking.training import Effort, fit, fit_retrieval
 from compression.retrieval.network import RetrievalNetwork
+from compression.training.checkpoint import Checkpoints
 from infra.bench.table1.shapes import QUICK, untrained
 from infra.bench.table1.steps import data
 
@@ -69,3 +71,38 @@ def _history(log):
         log.targets.positions - log.sequences.offsets[log.sequences.user_of(log.targets.positions)] >= 16
     ]
     return to_history(histories_before(log.sequences, log.vocabulary, 16)(positions[:1]))
+
+
+class Killed(Exception):
+    """As a process that ends between two steps."""
+
+
+def test_a_training_that_was_killed_goes_on_to_the_weights_it_would_have_had(tmp_path):
+    log = data(QUICK, 1)
+    config = QUICK.config(log.vocabulary.item_rows)
+    # Steps of more than one pass, so that an epoch before the one that was left counts too.
+    effort, taken = Effort(epochs=2.5, batch_windows=16, negatives=64), []
+    teacher = untrained(config, 3)
+    whole = untrained(config, 1)
+    steps = fit(whole, log, effort, teacher=teacher, after_step=lambda: taken.append(1))
+    assert steps == len(taken)
+
+    def train(made, until):
+        count = []
+
+        def after_step():
+            count.append(1)
+            if len(count) == until:
+                raise Killed
+
+        kept = Checkpoints(tmp_path, "one", every_s=0.0)
+        return fit(made, log, effort, teacher=teacher, after_step=after_step, checkpoints=kept), len(count)
+
+    with pytest.raises(Killed):
+        train(untrained(config, 1), until=int(0.7 * steps))
+    again = untrained(config, 2)
+    done, left = train(again, until=-1)
+    assert done == steps and 0 < left < steps
+    for one, other in zip(whole.state_dict().values(), again.state_dict().values(), strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+    assert train(untrained(config, 2), until=-1) == (steps, 0)
