@@ -73,7 +73,7 @@ class Call(Sending):
         self.body += memoryview(data)[at:end]
         if not self.line.hold(end - at):
             self.fail(
-                Failure(Status.RESOURCE_EXHAUSTED, "too many requests on this connection are not whole")
+                Failure(Status.RESOURCE_EXHAUSTED, "too many bytes are held of requests that are not whole")
             )
             return
         try:

@@ -37,6 +37,7 @@ class Host(Protocol):
 
     limits: Limits
     calls: int  # of all connections
+    held: int  # bytes of requests that are not whole, of all connections
 
     def parse(self, fields: Fields) -> Head: ...
 
@@ -166,7 +167,9 @@ class Connection(asyncio.Protocol):
 
     def hold(self, more: int) -> bool:
         self._held += more
-        return self._held <= self.limits.max_held_bytes
+        self._host.held += more
+        limits = self.limits
+        return self._held <= limits.max_held_bytes and self._host.held <= limits.max_unfinished_bytes
 
     def _finished(self, sending: Sending) -> None:
         """A call has its answer."""
@@ -285,7 +288,7 @@ class Connection(asyncio.Protocol):
         self._host.calls -= 1
         self._watch.asked()
         if call.body:
-            self._held -= len(call.body)
+            self.hold(-len(call.body))
         call.body = None
         if self._leaving:
             self._part_when_idle()

@@ -43,6 +43,7 @@ class Limits:
     """What differs between servers."""
 
     max_message_bytes: int = 64 * 2**20
+    max_unfinished_bytes: int = 512 * 2**20  # of requests that are not whole, all connections
     max_calls: int = 1088  # of all connections
     max_connections: int = 1024
     max_streams: int = 256  # of one connection

@@ -24,7 +24,7 @@ class Server:
 
     def __init__(self, methods: Mapping[str, Method], limits: Limits) -> None:
         self.limits = limits
-        self.calls = 0
+        self.calls = self.held = 0
         self._methods = methods
         self._connections: set[Connection] = set()
         self._alone = asyncio.Event()

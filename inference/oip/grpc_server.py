@@ -50,6 +50,7 @@ def make_server(service: Service, settings: ServeSettings) -> Server:
 def _limits(settings: ServeSettings) -> Limits:
     return Limits(
         max_message_bytes=settings.max_message_bytes,
+        max_unfinished_bytes=settings.max_unfinished_bytes,
         max_calls=settings.max_requests + _HEALTH_ROOM,
         max_connections=settings.max_connections,
         max_streams=settings.max_streams,

@@ -82,7 +82,7 @@ class Rest:
         self._service = service
         self._catalogue = service.catalogue
         self._settings = settings
-        self._reading = 0
+        self._reading = self._coming = 0  # bodies being read, and their bytes so far
 
     async def live(self, request: web.Request) -> web.Response:
         return _json({"live": True})
@@ -128,13 +128,18 @@ class Rest:
         if self._reading >= self._service.max_requests:
             raise web.HTTPTooManyRequests(text=f"{self._reading} requests are being read already")
         self._reading += 1
+        content = bytearray()
         try:
             async with asyncio.timeout(self._settings.read_timeout_ms / 1e3):
-                content = await request.read()
+                async for part in request.content.iter_any():
+                    content += part
+                    self._coming += len(part)
+                    self._check_room(len(content))
         except TimeoutError:
             raise web.HTTPRequestTimeout(text="the body did not come in time") from None
         finally:
             self._reading -= 1
+            self._coming -= len(content)
         size = _header_length(request, len(content))
         if size > self._settings.max_json_bytes:
             most = self._settings.max_json_bytes
@@ -148,6 +153,14 @@ class Rest:
         if not isinstance(body, dict):
             raise InvalidRequest("the body is a JSON object, nothing else")
         return body, memoryview(content)[size:]
+
+    def _check_room(self, size: int) -> None:
+        """For a body of so many bytes so far, and for those of all others."""
+        most = self._settings.max_message_bytes
+        if size > most:
+            raise web.HTTPRequestEntityTooLarge(most, size)
+        if self._coming > self._settings.max_unfinished_bytes:
+            raise web.HTTPTooManyRequests(text="too many bytes are held of requests that are not whole")
 
 
 def _header_length(request: web.Request, total: int) -> int:

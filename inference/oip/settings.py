@@ -37,6 +37,9 @@ class ServeSettings(BaseSettings):
     max_json_bytes: Annotated[int, Field(ge=1024, le=2**30)] = 4 * 2**20
     """The JSON part of a REST request: its numbers are parsed on the event loop."""
 
+    max_unfinished_bytes: Annotated[int, Field(ge=1024, le=2**40)] = 512 * 2**20
+    """Of requests that are still coming in, of all clients of a front; who brings more is refused."""
+
     max_requests: Annotated[int, Field(ge=1, le=65_536, description="in hand at once, both fronts")] = 1024
     max_connections: Annotated[int, Field(ge=1, le=65_536, description="per front")] = 1024
     idle_timeout_ms: Annotated[int, Field(ge=1_000)] = 75_000

@@ -264,3 +264,23 @@ async def test_a_connection_that_was_told_goodbye_and_stays_is_closed(
     assert not peer.closed
     await eventually_async(lambda: peer.closed)
     peer.lose()
+
+
+async def test_requests_that_are_not_whole_are_bounded_over_all_connections() -> None:
+    first = Peer(max_unfinished_bytes=1_000)
+    second = Peer(server=first.server)
+    begun = message(bytes(700))[:-1]
+    first.send(first.opening(1) + f.frame(f.DATA, 0, 1, begun))
+    assert first.server.held == len(begun)
+    second.send(second.opening(1) + f.frame(f.DATA, 0, 1, begun))
+    refused = second.answer(1)
+    assert (refused.status, refused.words) == ("8", "too many bytes are held of requests that are not whole")
+    # Who was there before is served, and then there is room again.
+    first.send(f.frame(f.DATA, f.END_STREAM, 1, b"\0"))
+    assert (await first.ask(3)).status == "0"
+    assert first.answer(1).messages == [bytes(700)]
+    assert first.server.held == 0
+    assert (await second.ask(3)).status == "0"
+    second.send(second.opening(5) + f.frame(f.DATA, 0, 5, begun))
+    second.lose()
+    assert first.server.held == 0

@@ -321,3 +321,29 @@ async def test_when_to_come_again_is_said_where_nothing_was_let_in(world: World)
     world.service.ready = False
     async with world.session.post(world.infer, json=BODY) as response:
         assert (response.status, response.headers["Retry-After"]) == (503, "1")
+
+
+async def test_bodies_that_are_being_read_are_bounded_together(world: World) -> None:
+    app = rest.make_app(world.service, ServeSettings(max_unfinished_bytes=60_000))
+    http = Http(app)
+    await http.begin()
+    port = await http.listen("127.0.0.1", 0)
+    begun = b"POST /v2/models/held/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 40_000
+    try:
+        readers, writers = zip(*[await _raw(port, begun) for _ in range(2)], strict=True)
+        answers = [asyncio.ensure_future(reader.readline()) for reader in readers]
+        # The one that is second is told at once; the first may go on.
+        done, going = await asyncio.wait(answers, timeout=10, return_when=asyncio.FIRST_COMPLETED)
+        assert [answer.result() for answer in done] == [b"HTTP/1.1 429 Too Many Requests\r\n"]
+        (first,) = going
+        assert not first.done()
+        writers[answers.index(first)].close()
+        world.model.release.set()
+        async with world.session.post(f"http://127.0.0.1:{port}/v2/models/held/infer", json=BODY) as answer:
+            assert answer.status == 200
+    finally:
+        for task in answers:
+            task.cancel()
+        for writer in writers:
+            writer.close()
+        await http.close()
