@@ -328,7 +328,9 @@ async def test_bodies_that_are_being_read_are_bounded_together(world: World) -> 
     http = Http(app)
     await http.begin()
     port = await http.listen("127.0.0.1", 0)
-    begun = b"POST /v2/models/held/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 40_000
+    begun = (
+        b"POST /v2/models/held/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100000\r\n\r\n" + b"x" * 40_000
+    )
     try:
         readers, writers = zip(*[await _raw(port, begun) for _ in range(2)], strict=True)
         answers = [asyncio.ensure_future(reader.readline()) for reader in readers]
