@@ -39,7 +39,21 @@ from infra.bench.table1.shapes import EIGHT, Shape, untrained
 Say = Callable[[str], None]
 FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
 TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
-PARTS: Final = {"round": 0.08, "rounding": 0.08, "student": 0.6}  # of the Baseline's epochs
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """How long what is made smaller is trained, by the Baseline's epochs: after each step of pruning, while
+    weights are rounded, and a student."""
+
+    round: float
+    rounding: float
+    student: float
+
+
+PARTS: Final = Parts(0.08, 0.08, 0.6)
+# What people do is harder to learn again than what was drawn from a few numbers (LOG.md).
+PARTS_OF_LOGS: Final = Parts(0.4, 0.08, 1.5)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -76,6 +90,7 @@ class Steps:
     ) -> None:
         self._shape, self._folder, self._epochs, self._seed, self._say = shape, folder, epochs, seed, say
         self._log = log
+        self._parts = PARTS if log is None else PARTS_OF_LOGS
         self._data: Data | None = None
         self._rows = shape.items + 2
         self._under = ""  # the step that is being taken
@@ -120,7 +135,7 @@ class Steps:
 
     def _trained_on(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         ranker = copy(baseline.ranker)
-        self._fit(ranker, PARTS["round"] * self._shape.rounds + PARTS["rounding"], TUNING)
+        self._fit(ranker, self._parts.round * self._shape.rounds + self._parts.rounding, TUNING)
         return ranker, {}
 
     def _quantized(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
@@ -141,7 +156,7 @@ class Steps:
             pruning.apply(ranker, masks)
             self._fit(
                 ranker,
-                PARTS["round"],
+                self._parts.round,
                 TUNING,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
@@ -163,7 +178,7 @@ class Steps:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
         student = untrained(self._shape.student(self._rows), self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, PARTS["student"], FROM_SCRATCH, teacher=baseline.ranker)
+        self._fit(student, self._parts.student, FROM_SCRATCH, teacher=baseline.ranker)
         return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
 
     def _rounded(
@@ -177,7 +192,7 @@ class Steps:
         with aware(ranker, grids):
             self._fit(
                 ranker,
-                PARTS["rounding"],
+                self._parts.rounding,
                 TUNING,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
