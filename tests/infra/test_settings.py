@@ -130,7 +130,7 @@ def test_a_worker_without_a_broker_ends_with_a_sentence():
 def test_the_address_of_redis_is_on_no_command_line_of_a_child(command, ports, variable, monkeypatch):
     started = []
     module = sys.modules[command.callback.__module__]
-    monkeypatch.setattr(module, "supervise", lambda commands: started.extend(commands) or 0)
+    monkeypatch.setattr(module, "supervise", lambda commands, *_: started.extend(commands) or 0)
     monkeypatch.setattr(sys.modules[serve.callback.__module__], "is_free", lambda _: True)
     monkeypatch.setattr(admin, "check_listens", lambda _: None)
     monkeypatch.setenv(variable, "redis://elsewhere/0")

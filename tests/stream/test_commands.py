@@ -52,7 +52,7 @@ def test_a_wrong_setting_stops_the_start_of_one_process_and_of_many(processes, m
     def nothing_starts(*_):
         raise AssertionError("started")
 
-    monkeypatch.setattr(processes_beside, "_start", nothing_starts)
+    monkeypatch.setattr(processes_beside.subprocess, "Popen", nothing_starts)
     answer = CliRunner().invoke(
         worker,
         ["--workers", processes, "--bootstrap", "x:1", "--redis-url", "redis://x"],

@@ -101,8 +101,8 @@ async def test_an_alias_that_moves_switches_the_server_and_fails_nobody(
 
 
 async def _only(seen: list[str], version: str) -> None:
-    """Until the last dozen answers are of one version."""
-    await eventually_async(lambda: set(seen[-12:]) == {version}, what=f"{version} answers")
+    """Until the last dozen answers are of one version; beside busy processes it is prepared late."""
+    await eventually_async(lambda: set(seen[-12:]) == {version}, 60, what=f"{version} answers")
 
 
 async def test_a_canary_answers_its_users_by_hash_of_the_id_and_says_so(
