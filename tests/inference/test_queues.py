@@ -116,3 +116,25 @@ def test_who_has_no_lane_kept_is_told_at_once_what_the_lanes_that_are_left_canno
         assert await top == [120]
 
     on_clock(story)
+
+
+def test_beside_the_highest_tier_others_go_in_small_batches_and_start_none_while_it_is_ranked() -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=16)
+        world.ask(Question(0, tier=2))
+        await world.settle()
+        world.ask(*questions(*range(1, 41)))
+        await world.turn()
+        world.ask(Question(50, tier=2))
+        await world.turn()
+        assert len(world.executor.held) == 2
+        await world.finish()
+        await world.turn()
+        assert world.batches[1:] == [list(range(1, 9))], "eight, though sixteen may go together"
+        assert len(world.executor.held) == 1, "side by side they would slow the highest tier down"
+        await world.advance(0.006)
+        assert len(world.executor.held) == 2, "but they do not wait for long"
+        await world.settle()
+        assert world.batches[2:4] == [[50], list(range(9, 17))]
+
+    on_clock(story)
