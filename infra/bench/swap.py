@@ -215,7 +215,7 @@ async def measure(
             ask = partial(drive, model.rank, requests, due_s, first=asked)
             part = await _one(model, plane, ask, steady_s, root, names[(number + 1) % versions])
             asked += len(part.outcomes.due_s)
-            kept.append(Kept.of(part))
+            kept.append(Kept.of(part, Path(name) / f"swap-{number}"))
             found.append(
                 Swap(
                     seconds=round(part.to_s - part.from_s, 3),
@@ -260,7 +260,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Kept:
-    """What is kept of one swap: little, as the memory of this process is what is measured. Seconds."""
+    """What is kept of one swap, in files: the memory of this process is what is measured. Seconds."""
 
     lists: int
     failed: int
@@ -271,17 +271,29 @@ class Kept:
     lag_inside_s: np.ndarray
 
     @classmethod
-    def of(cls, part: Part) -> Kept:
-        took_s = part.outcomes.took_s.astype(np.float32)
-        return cls(
-            len(took_s),
-            part.outcomes.failed(),
-            part.outcomes.unanswered,
+    def of(cls, part: Part, file: Path) -> Kept:
+        """With its arrays in files that are named after this one. They stay readable when it is deleted."""
+        took_s = part.outcomes.took_s
+        arrays = (
             took_s[part.before],
             took_s[part.inside],
-            part.lags_s(inside=False).astype(np.float32),
-            part.lags_s(inside=True).astype(np.float32),
+            part.lags_s(inside=False),
+            part.lags_s(inside=True),
         )
+        written = [
+            _written(file.with_name(f"{file.name}-{number}.npy"), array)
+            for number, array in enumerate(arrays)
+        ]
+        return cls(len(took_s), part.outcomes.failed(), part.outcomes.unanswered, *written)
+
+
+def _written(file: Path, array: np.ndarray) -> np.ndarray:
+    """The same numbers, in a file instead of in memory."""
+    if not array.size:
+        return array
+    np.save(file, array.astype(np.float32))
+    mapped: np.ndarray = np.load(file, mmap_mode="r")
+    return mapped
 
 
 async def _one(
