@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
+from compression.releases.provenance import sha256_of
 from compression.releases.registry import (
     Artefact,
     ArtefactInvalid,
@@ -229,8 +230,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _entry(path: Path) -> list[Any]:
-    with path.open("rb") as file:
-        return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
+    return [path.stat().st_size, sha256_of(path)]
 
 
 def _forget_old(root: Path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from compression.logs.dataset import Log, read_log
+from compression.releases.provenance import sha256_of
 
 
 class Source(Protocol):
@@ -31,5 +31,4 @@ class LogFile:
         return read_log(self.path, max_events=max_events, progress=progress)
 
     def provenance(self) -> dict[str, Any]:
-        with self.path.open("rb") as file:
-            return {"log": self.path.name, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"log": self.path.name, "sha256": sha256_of(self.path)}

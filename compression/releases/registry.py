@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compression.errors import ArtefactInvalid, ReleaseRefused, first_fault
 from compression.files import fsync, hash_plain, read_plain, write_whole
 from compression.releases.aliases import Aliases, AliasState, Release, check_name, is_name
+from compression.releases.provenance import sha256_of
 from compression.releases.signing import MAX_SIGNATURE_BYTES, SIGNATURE, Signer, Trust
 from features.encoding import Vocabulary, VocabularyInvalid
 from features.fusion import Fusion
@@ -436,9 +437,7 @@ def _check_complete(manifest: Manifest) -> None:
 
 
 def _entry(path: Path) -> FileEntry:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return FileEntry(sha256=digest, bytes=path.stat().st_size)
+    return FileEntry(sha256=sha256_of(path), bytes=path.stat().st_size)
 
 
 def _sha256(data: bytes) -> str:

@@ -7,7 +7,6 @@ them with, and the weights of each. Counts are taken anew from the log that the 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import tempfile
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,9 +15,9 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compression.errors import ArtefactInvalid
+from compression.errors import ArtefactInvalid, first_fault
 from compression.evaluation.transitions import COUNTS, TransitionSettings
-from compression.releases.provenance import git_revision
+from compression.releases.provenance import git_revision, libraries
 from compression.releases.registry import VOCABULARY, Artefact, Manifest, ModelShape, Registry
 from compression.retrieval.ensemble import TrainedEnsemble
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
@@ -102,7 +101,7 @@ def publish(
                 "minutes": round(trained.seconds / 60, 2),
             },
             "git_revision": git_revision(),
-            "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
+            "libraries": libraries(_LIBRARIES),
         }
     )
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:
@@ -119,9 +118,7 @@ def load_config(artefact: Artefact) -> RetrievalConfig:
     try:
         config = RetrievalConfig.model_validate_json(artefact.read(NETWORK))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {field}: {first['msg']}") from None
+        raise ArtefactInvalid(f"{artefact.version}: {NETWORK}: {first_fault(error)}") from None
     rows = {one.item_rows for one in (config.network, *config.more)}
     if rows != {artefact.manifest.model.item_rows}:
         raise ArtefactInvalid(f"{artefact.version}: {NETWORK} and the manifest differ in rows")
