@@ -40,7 +40,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def make_app(service: Service, settings: ServeSettings) -> web.Application:
     """The application; whoever runs it listens."""
     rest = Rest(service, settings)
-    app = web.Application(client_max_size=settings.max_message_bytes, middlewares=[sentences])
+    app = web.Application(middlewares=[sentences])
     app.add_routes(
         [
             web.get("/v2/health/live", rest.live),
