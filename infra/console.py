@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -24,3 +25,11 @@ def console() -> Console:
 def print_json(value: Any) -> None:
     """One line on standard output, for a program to read."""
     click.echo(orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY).decode())
+
+
+def log_to_stderr(level: str, *chatty: str) -> None:
+    """One line an event. Libraries that are `chatty` tell what is wrong only, unless all is to be told."""
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    if level != "DEBUG":
+        for name in chatty:
+            logging.getLogger(name).setLevel(logging.WARNING)

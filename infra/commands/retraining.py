@@ -14,7 +14,7 @@ from compression.home import home
 from compression.smaller.plan import PLANS
 from infra.commands import options, settings
 from infra.commands.training import PRECISIONS, RECIPES, SPLITS, print_metrics
-from infra.console import print_json
+from infra.console import log_to_stderr, print_json
 from infra.retraining import REFUSED
 
 if TYPE_CHECKING:
@@ -295,12 +295,11 @@ def _serve(
 ) -> None:
     """The command line once more without its schedule, whenever the schedule says so."""
     import asyncio
-    import logging
     import sys
 
     from infra.retraining.schedule import Cron, ScheduleInvalid, Service
 
-    logging.basicConfig(level="INFO", format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
+    log_to_stderr("INFO")
     try:
         cron = Cron(schedule)
     except ScheduleInvalid as error:

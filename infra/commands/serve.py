@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import os
 import signal
 import sys
@@ -14,6 +13,7 @@ from pathlib import Path
 import click
 
 from infra.commands import options, settings
+from infra.console import log_to_stderr
 from infra.local.server import is_free
 from infra.supervise import supervise
 
@@ -102,9 +102,7 @@ def serve(
     from infra.dealing import Dealer
 
     started_s = time.perf_counter()
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
-    if log_level != "DEBUG":
-        logging.getLogger("faiss").setLevel(logging.WARNING)
+    log_to_stderr(log_level, "faiss")
     told = settings.read(
         ServeSettings,
         host=host,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import socket
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import click
 
 from infra.commands import options, settings
+from infra.console import log_to_stderr
 from infra.supervise import supervise
 
 
@@ -93,10 +93,7 @@ def worker(
     from stream.worker import run
     from topics.admin import check_listens
 
-    logging.basicConfig(level=log_level, format="%(asctime)s %(levelname).1s %(name)s: %(message)s")
-    if log_level != "DEBUG":
-        for chatty in ("aiokafka", "faust", "mode", "kafka", "httpx", "faiss"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+    log_to_stderr(log_level, "aiokafka", "faust", "mode", "kafka", "httpx", "faiss")
     stream = settings.read(
         StreamSettings,
         bootstrap=bootstrap,
