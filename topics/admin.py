@@ -73,7 +73,20 @@ def topic_epoch(bootstrap: str, topic: str, *, timeout_s: float = 15.0) -> int:
         for found in admin.describe_topics([topic]):
             if found["error_code"] == 0:
                 return _epoch(found)
-    raise TopicsUnavailable(f"there is no topic {topic!r} at {bootstrap}; `tailrace up` creates the topics")
+    raise _absent(bootstrap, topic)
+
+
+def check_there(bootstrap: str, topics: Sequence[Topic], *, timeout_s: float = 15.0) -> None:
+    """`TopicsUnavailable` where no broker answers, or one has not all of the topics."""
+    with _admin(bootstrap, timeout_s) as admin:
+        found = _described(admin, topics)
+    for topic in topics:
+        if topic.name not in found:
+            raise _absent(bootstrap, topic.name)
+
+
+def _absent(bootstrap: str, topic: str) -> TopicsUnavailable:
+    return TopicsUnavailable(f"there is no topic {topic!r} at {bootstrap}; `tailrace up` creates the topics")
 
 
 def ping(bootstrap: str, *, timeout_s: float = 5.0) -> int:

@@ -25,9 +25,18 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 @click.option("--items", type=click.IntRange(1), default=5_000, show_default=True)
 @click.option("--categories", type=click.IntRange(1), default=100, show_default=True)
 @options.seed()
+@click.option("--overwrite", is_flag=True, help="Write over a file that is there.")
 @options.one_json
 def synth(
-    *, out: Path, events: int, users: int, items: int, categories: int, seed: int, as_json: bool
+    *,
+    out: Path,
+    events: int,
+    users: int,
+    items: int,
+    categories: int,
+    seed: int,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Write a Taobao-format log with learnable structure to OUT (.csv or .csv.gz).
 
@@ -39,6 +48,8 @@ def synth(
 
     from compression.logs.synth import SynthSettings, synthesize, write_log
 
+    if out.exists() and not overwrite:
+        raise click.ClickException(f"{out} is there already: --overwrite writes over it")
     started = time.monotonic()
     try:
         log = synthesize(SynthSettings(events, users, items, categories, seed))

@@ -91,7 +91,8 @@ def worker(
     from inference.settings import InferenceSettings
     from stream.settings import StreamSettings
     from stream.worker import run
-    from topics.admin import check_listens
+    from topics.admin import check_there
+    from topics.catalog import suffixed
 
     log_to_stderr(log_level, "aiokafka", "faust", "mode", "kafka", "httpx", "faiss")
     stream = settings.read(
@@ -113,7 +114,7 @@ def worker(
     ports = range(http_port, http_port + workers) if http_port else ()
     for port in ports:
         _check_listens(http_host, port)
-    check_listens(bootstrap)
+    check_there(bootstrap, suffixed(topic_suffix))
     if workers > 1:
         # Not on the command line: others may read that, and the address may hold a password.
         os.environ["TAILRACE_REDIS_URL"] = redis_url

@@ -132,6 +132,7 @@ def test_an_empty_registry_says_how_to_fill_it(tmp_path):
 def test_a_broker_that_is_away_leaves_the_change_made_and_says_so(registry, monkeypatch):
     monkeypatch.setattr("infra.announce.announce", lambda *_: "x:1: the release was not announced")
     answer = run("promote", "v1", "--bootstrap", "x:1", "--json")
+    assert answer.exit_code == 1
     assert "not announced" in answer.stderr
     assert json.loads(answer.stdout)["announced"] is False
     assert stages() == {"v1": "serving"}

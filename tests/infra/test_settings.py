@@ -132,13 +132,23 @@ def test_the_address_of_redis_is_on_no_command_line_of_a_child(command, ports, v
     module = sys.modules[command.callback.__module__]
     monkeypatch.setattr(module, "supervise", lambda commands, *_: started.extend(commands) or 0)
     monkeypatch.setattr(sys.modules[serve.callback.__module__], "is_free", lambda _: True)
-    monkeypatch.setattr(admin, "check_listens", lambda _: None)
+    monkeypatch.setattr(admin, "check_there", lambda *_: None)
     monkeypatch.setenv(variable, "redis://elsewhere/0")
     done = CliRunner().invoke(command, ["--workers", "2", *ports, "--redis-url", "redis://u:secret@h/0"])
     assert done.exit_code == 0, done.output
     assert len(started) == 2
     assert "secret" not in " ".join(word for command in started for word in command)
     assert os.environ[variable] == "redis://u:secret@h/0"
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_a_worker_without_topics_ends_with_a_sentence(workers, bootstrap):
+    options = ("--topic-suffix", ".nobodys", "--http-port", "0", "--workers", workers)
+    done = CliRunner().invoke(main, ["worker", "--bootstrap", bootstrap, *options])
+    assert done.exit_code == 1
+    assert "there is no topic 'clicks.nobodys'" in done.output and "tailrace up" in done.output
+    assert "Traceback" not in done.output
 
 
 @pytest.mark.integration

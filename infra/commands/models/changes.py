@@ -157,7 +157,7 @@ def _change(
     percent: float = 100.0,
     rolled_back: Any = None,
 ) -> None:
-    """Verify, change the alias, announce, say so; ends with 1 where a server does not take it."""
+    """Verify, change the alias, announce, say so; ends with 1 where the broker or a server was not told."""
     from infra.announce import announce
     from infra.servers import refresh
     from topics.messages import ModelReleased
@@ -190,7 +190,7 @@ def _change(
         print_json({**body, "state": state.model_dump(exclude_none=True)})
     else:
         click.echo(words.format(alias=alias, version=name))
-    if not_taken:
+    if error or not_taken:
         raise SystemExit(1)
 
 

@@ -171,6 +171,11 @@ def test_synth_and_retrain_say_what_is_wrong(tmp_path):
     assert answer.exit_code == 2 and "categories" in answer.output
     assert command("synth", tmp_path / "log.csv", "--events", 50, "--json").exit_code == 0
     assert len((tmp_path / "log.csv").read_text().splitlines()) == 50
+    answer = command("synth", tmp_path / "log.csv", "--events", 60)
+    assert answer.exit_code == 1 and "--overwrite" in answer.output
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 50
+    assert command("synth", tmp_path / "log.csv", "--events", 60, "--overwrite").exit_code == 0
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 60
     (tmp_path / "empty.csv").write_text("")
     answer = command("retrain", "--log", tmp_path / "empty.csv", "--registry", tmp_path / "models")
     assert answer.exit_code == 1 and "tailrace synth" in answer.output
