@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import orjson
 import psutil
 from rich.table import Table
 
@@ -44,10 +44,12 @@ def environment() -> dict[str, Any]:
 
 
 def write(path: Path | None, name: str, body: dict[str, Any]) -> None:
-    """The measurement as JSON, where a path is given."""
+    """The measurement as JSON, where a path is given; what was not measured (NaN) is null."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"bench": name, **environment(), **body}, indent=2) + "\n")
+        figures = {"bench": name, **environment(), **body}
+        options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+        path.write_bytes(orjson.dumps(figures, option=options | orjson.OPT_APPEND_NEWLINE))
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
