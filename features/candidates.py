@@ -21,6 +21,7 @@ The same rows, weighed otherwise, are the evidence that is added to the network'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -36,6 +37,7 @@ from features.settings import FeatureSettings
 from features.statistics import ItemWeights, StatisticsReader
 from topics.messages import BEHAVIORS, Source
 
+Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
 Number = TypeVar("Number", bound=np.number[Any])
@@ -176,8 +178,9 @@ class _Rows:
         return start, start + items.shape[1]
 
 
-def _filled(filled: npt.NDArray[np.bool_], values: Int64, padding: int) -> Int64:
-    matrix = np.full(filled.shape, padding)
+def _filled(filled: Bool, values: npt.NDArray[Number], padding: int) -> npt.NDArray[Number]:
+    """Values in order, a line as many as are to be filled of it."""
+    matrix = np.full(filled.shape, padding, values.dtype)
     matrix[filled] = values
     return matrix
 
@@ -259,15 +262,17 @@ def _add_retrieved(
 ) -> None:
     """`needs_history`: without it the model knows nothing that popularity does not."""
     ids, scores = retrieved
-    valid = ids >= 0
-    valid &= np.isfinite(scores)
+    low = np.minimum.reduce(scores, axis=1, keepdims=True)
+    high = np.maximum.reduce(scores, axis=1, keepdims=True)
+    finite = math.isfinite(low.min()) and math.isfinite(high.max())
+    if finite and ids.min() >= 0 and (not needs_history or lengths.min() > 0):
+        scaled = scores - low
+        scaled /= np.maximum(high - low, 1e-6)
+        rows.add(ids, _scored(_WEIGHT[RETRIEVAL] * scaled, RETRIEVAL))
+        return
+    valid = (ids >= 0) & np.isfinite(scores)
     if needs_history:
         valid &= (lengths > 0)[:, None]
-    if valid.all():
-        low = scores.min(axis=1, keepdims=True)
-        high = scores.max(axis=1, keepdims=True)
-        rows.add(ids, _scored(_WEIGHT[RETRIEVAL] * ((scores - low) / np.maximum(high - low, 1e-6)), RETRIEVAL))
-        return
     low = np.where(valid, scores, np.inf).min(axis=1, keepdims=True)
     high = np.where(valid, scores, -np.inf).max(axis=1, keepdims=True)
     with np.errstate(invalid="ignore"):
@@ -369,82 +374,88 @@ def _screen(
 ) -> Candidates:
     """Best first within each user, at most `category_cap` of a category, at most `limit`."""
     limit = settings.candidate_limit
-    starts, ranked, counts = _ranked(union, users)
+    ranked, counts = _ranked(union, users)
     width = ranked.shape[1]
+    least = int(counts.min(initial=width))
     # The cap seldom reaches past twice the limit; where it does, all of them are looked at.
     for depth in (min(width, limit), min(width, 2 * limit), width):
-        valid = np.arange(depth) < counts[:, None]
-        row = ranked[:, :depth] + starts[:, None]
-        if not valid.all():
-            row[~valid] = 0
-        over = None
-        if category_of is not None and row.size and len(union.item):
-            over = _over_cap(category_of(union.item.take(row)), valid, settings.category_cap)
-        if over is None:
-            found = np.minimum(counts, depth)
+        row, chosen = ranked[:, :depth], None
+        if least < depth:
+            chosen = np.arange(depth) < counts[:, None]
+            row = np.where(chosen, row, 0)
+        item = union.item.take(row) if len(union.item) else row
+        if category_of is None or depth <= settings.category_cap:
             break
-        valid &= ~over
-        found = np.count_nonzero(valid, axis=1)
+        over = _over_cap(category_of(item), chosen, settings.category_cap)
+        if over is None:
+            break
+        chosen = ~over if chosen is None else chosen & ~over
+        found = np.count_nonzero(chosen, axis=1)
         if not ((found < limit) & (counts > depth)).any():
             break
-    if depth > limit:
-        valid &= np.cumsum(valid, axis=1) <= limit
-        found = np.minimum(found, limit)
-    chosen = row[valid]
-    filled = np.arange(found.max(initial=0)) < found[:, None]
-
-    def padded(column: npt.NDArray[Number]) -> npt.NDArray[Number]:
-        if filled.size == len(chosen):
-            return column.take(chosen).reshape(filled.shape)
-        matrix = np.zeros(filled.shape, column.dtype)
-        matrix[filled] = column.take(chosen)
-        return matrix
-
-    sources = (_LAST_SOURCE - (union.most & _LAST_SOURCE)).astype(np.uint8)
-    evidence = None
+    if depth > limit and chosen is not None:
+        chosen &= np.cumsum(chosen, axis=1) <= limit
+    elif depth > limit:
+        row, item = row[:, :limit], item[:, :limit]
+    code, evidence = union.most.take(row), None
     if union.evidence is not None:
-        evidence = (padded(union.evidence) * _PER_EVIDENCE).astype(np.float32)
-    return Candidates(padded(union.item), padded(sources), found, evidence)
+        evidence = (union.evidence.take(row) * _PER_EVIDENCE).astype(np.float32)
+    source = (_LAST_SOURCE - (code & _LAST_SOURCE)).astype(np.uint8)
+    if chosen is None:
+        return Candidates(item, source, np.full(users, row.shape[1]), evidence)
+    return _left(Candidates(item, source, counts, evidence), chosen)
 
 
-def _ranked(union: _Union, users: int) -> tuple[Int64, Int64, Int64]:
-    """Where the items of each user start, which of them come first to last [users, items], and how many
-    of these may appear."""
+def _left(candidates: Candidates, chosen: Bool) -> Candidates:
+    """Those that were chosen, moved to the left."""
+    counts = np.count_nonzero(chosen, axis=1)
+    filled = np.arange(counts.max(initial=0)) < counts[:, None]
+    return Candidates(
+        _filled(filled, candidates.items[chosen], 0),
+        _filled(filled, candidates.sources[chosen], 0),
+        counts,
+        None if candidates.evidence is None else _filled(filled, candidates.evidence[chosen], 0),
+    )
+
+
+def _ranked(union: _Union, users: int) -> tuple[Int64, Int64]:
+    """The places of each user's items in the union, best first [users, items], and how many of these may
+    appear; what comes after means nothing."""
     # Lower is better; equal scores go by item, because they come in that order.
     key = np.maximum(union.score, -1)
     key <<= _PLACE_BITS
     if users == 1:
-        starts = np.zeros(1, np.int64)
-        key = np.subtract(np.arange(len(key)), key, out=key).reshape(1, -1)
-    else:
-        line = union.first // max(1, union.order.shape[1])
-        counts = np.bincount(line, minlength=users)
-        starts = np.cumsum(counts) - counts
-        place = np.arange(len(key)) - starts.repeat(counts)
-        dense = np.full((users, int(counts.max(initial=0))), _NO_KEY)
-        dense[line, place] = place - key
-        key = dense
-    key.sort(axis=1)
-    return starts, key & _LAST_PLACE, (key <= _LAST_PLACE).sum(axis=1)
+        key = np.subtract(np.arange(len(key)), key, out=key)
+        key.sort()
+        return (key & _LAST_PLACE)[None], np.array([key.searchsorted(_LAST_PLACE, side="right")])
+    line = union.first // max(1, union.order.shape[1])
+    counts = np.bincount(line, minlength=users)
+    starts = np.cumsum(counts) - counts
+    place = np.arange(len(key)) - starts.repeat(counts)
+    dense = np.full((users, int(counts.max(initial=0))), _NO_KEY)
+    dense[line, place] = place - key
+    dense.sort(axis=1)
+    return (dense & _LAST_PLACE) + starts[:, None], (dense <= _LAST_PLACE).sum(axis=1)
 
 
-def _over_cap(
-    categories: npt.NDArray[np.integer], valid: npt.NDArray[np.bool_], cap: int
-) -> npt.NDArray[np.bool_] | None:
+def _over_cap(categories: npt.NDArray[np.integer], valid: Bool | None, cap: int) -> Bool | None:
     """Which valid columns of each line, best first, come after the first `cap` of their category; None where
-    there are none."""
-    width = categories.shape[1]
-    if width <= cap:
-        return None
+    there are none. Without `valid` every column is."""
+    if valid is not None:
+        categories = np.where(valid, categories, -1)
     # Categories in order, each one's columns in order. What is not capped comes first and is negative.
-    ordered = (np.where(valid, categories, -1).astype(np.int64) << _PLACE_BITS) + np.arange(width)
+    ordered = categories.astype(np.int64)
+    ordered <<= _PLACE_BITS
+    ordered += np.arange(categories.shape[1])
     ordered.sort(axis=1)
     category = ordered >> _PLACE_BITS
     late = category[:, cap:] == category[:, :-cap]
-    late &= category[:, cap:] >= 0
     if not late.any():
         return None
+    late &= category[:, cap:] >= 0
     line, at = late.nonzero()
+    if not len(at):
+        return None
     over = np.zeros(categories.shape, np.bool_)
     over[line, ordered[line, at + cap] & _LAST_PLACE] = True
     return over
