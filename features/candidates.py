@@ -330,7 +330,9 @@ def _union(rows: _Rows, shares: Int64 | None) -> _Union:
     """`shares`: what of a row's screening score is evidence, by the lowest bits of its score."""
     if not rows.items:
         none = np.empty(0, np.int64)
-        return _Union(np.empty((rows.users, 0), np.int64), none, none, none, none, None if shares is None else none)
+        return _Union(
+            np.empty((rows.users, 0), np.int64), none, none, none, none, None if shares is None else none
+        )
     items, scores = np.concatenate(rows.items, axis=1), np.concatenate(rows.scores, axis=1)
     # Sorting many short rows is several times faster than one long column.
     order = items.argsort(axis=1)

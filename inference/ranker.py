@@ -312,7 +312,7 @@ class Ranker:
     ) -> tuple[Int64, Float32] | None:
         """Ids and scores [users, n]; -1 for users who bring candidates, or whom popularity serves."""
         known = encoded.derived
-        asks = np.array([request.candidates is None for request in requests])
+        asks = np.array([request.candidates is None for request in requests], np.bool_)
         if len(statistics.popular()):
             asks &= histories.lengths > 0
         asks &= _finite(known.vectors)
@@ -356,8 +356,8 @@ class Ranker:
                     places = places[counts[users] > column]
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
-        scored = (~known).nonzero()[0] if encoded.keys else ()
-        if len(scored):
+        if encoded.keys and not known.all():
+            scored = (~known).nonzero()[0]
             encoded.derived.note_scores(scored, rows, counts, scores)
             encoded.news[scored] = True
         return scores
