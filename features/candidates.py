@@ -392,8 +392,8 @@ def _screen(
         if over is None:
             break
         chosen = ~over if chosen is None else chosen & ~over
-        found = np.count_nonzero(chosen, axis=1)
-        if not ((found < limit) & (counts > depth)).any():
+        found = _counted(chosen)
+        if depth == width or not ((found < limit) & (counts > depth)).any():
             break
     if depth > limit and chosen is not None:
         chosen &= np.cumsum(chosen, axis=1) <= limit
@@ -410,7 +410,7 @@ def _screen(
 
 def _left(candidates: Candidates, chosen: Bool) -> Candidates:
     """Those that were chosen, moved to the left."""
-    counts = np.count_nonzero(chosen, axis=1)
+    counts = _counted(chosen)
     filled = np.arange(counts.max(initial=0)) < counts[:, None]
     return Candidates(
         _filled(filled, candidates.items[chosen], 0),
@@ -418,6 +418,11 @@ def _left(candidates: Candidates, chosen: Bool) -> Candidates:
         counts,
         None if candidates.evidence is None else _filled(filled, candidates.evidence[chosen], 0),
     )
+
+
+def _counted(chosen: Bool) -> Int64:
+    """How many of each line."""
+    return np.asarray(np.add.reduce(chosen, axis=1, dtype=np.int64))
 
 
 def _ranked(union: _Union, users: int) -> tuple[Int64, Int64]:
@@ -437,7 +442,7 @@ def _ranked(union: _Union, users: int) -> tuple[Int64, Int64]:
     dense = np.full((users, int(counts.max(initial=0))), _NO_KEY)
     dense[line, place] = place - key
     dense.sort(axis=1)
-    return (dense & _LAST_PLACE) + starts[:, None], (dense <= _LAST_PLACE).sum(axis=1)
+    return (dense & _LAST_PLACE) + starts[:, None], _counted(dense <= _LAST_PLACE)
 
 
 def _over_cap(categories: npt.NDArray[np.integer], valid: Bool | None, cap: int) -> Bool | None:

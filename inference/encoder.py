@@ -7,7 +7,7 @@ copied and appended to where that is measured to be faster, and any other is enc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,7 +183,7 @@ class Encoder:
         return encoded
 
     @staticmethod
-    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> AbstractContextManager[Found]:
+    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> Found:
         return cache.find(
             [encoded.requests[user].user_id for user in users],
             [encoded.keys[user] for user in users],
