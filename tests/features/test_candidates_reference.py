@@ -69,7 +69,7 @@ class World:
             retrieved=self.retrieved,
             exclude=self.exclude,
             explicit=self.explicit,
-            category_of=lambda items: self.category_of_item.take(items),
+            category_of=self.category_of_item.take,
             settings=self.settings,
             fusion=self.fusion,
         )
