@@ -37,7 +37,7 @@ _READING_S: Final = 1.0
 _MOST_MISSED: Final = 4096
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class ItemWeights:
     """Items, heaviest first: ids int64 [n], weights float32 [n] between 0 and 1.
 

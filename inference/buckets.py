@@ -64,6 +64,7 @@ class Buckets:
     _splits: dict[tuple[Work, int, int], tuple[float, tuple[int, ...]]] = field(
         default_factory=dict, repr=False
     )
+    _alone: dict[tuple[Work, int], Cut] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for name, sizes in (
@@ -102,6 +103,18 @@ class Buckets:
 
     def cuts(self, lengths: npt.NDArray[np.integer[Any]], work: Work = "encode") -> list[Cut]:
         """Every user in one cut, shortest histories first, at the least measured cost."""
+        if len(lengths) == 1:
+            # Half of a busy worker's batches, and there are few lengths.
+            length = min(int(lengths[0]), self.histories[-1])
+            known = self._alone.get((work, length))
+            if known is None:
+                (known,) = self._cuts(lengths, work)
+                known.users.flags.writeable = False
+                self._alone[work, length] = known
+            return [known]
+        return self._cuts(lengths, work)
+
+    def _cuts(self, lengths: npt.NDArray[np.integer[Any]], work: Work) -> list[Cut]:
         order = np.argsort(lengths, kind="stable")
         ends = np.searchsorted(lengths[order], self.histories, side="right")
         ends[-1] = len(lengths)  # longer than the largest: its newest events are kept

@@ -55,17 +55,24 @@ class Derived:
         for column, theirs in zip(self._columns(), known._columns(), strict=True):
             column[users] = theirs[at]
 
+    def of(self, users: Sequence[int]) -> Derived:
+        """What is known of some users, in this order, copied."""
+        at = np.array(users)
+        return Derived(*(column.take(at, axis=0) for column in self._columns()))
+
     def scores_of(self, rows: Int32, counts: Int64) -> tuple[Float32, Bool]:
         """Scores of the first `counts` [users] of item rows [users, width], and for which users all of
         them are known; the scores of others mean nothing."""
-        scores = np.zeros(rows.shape, np.float32)
         width = min(rows.shape[1], self.rows.shape[1])
-        known = counts <= width
         if not width or (self.rows[:, 0] == _NO_ROW).all():
-            known[:] = False
-            return scores, known
+            return np.zeros(rows.shape, np.float32), np.zeros(len(rows), np.bool_)
+        scores = np.zeros(rows.shape, np.float32)
         same = rows[:, :width, None] == self.rows[:, None]
-        known &= (same.any(axis=2) | (np.arange(width) >= counts[:, None])).all(axis=1)
+        there = same.any(axis=2)
+        if int(counts.min()) < width:
+            there |= np.arange(width) >= counts[:, None]
+        known: Bool = np.logical_and.reduce(there, axis=1)
+        known &= counts <= width
         if known.any():
             scores[:, :width] = np.take_along_axis(self.row_scores, same.argmax(axis=2), 1)
         return scores, known
@@ -74,10 +81,14 @@ class Derived:
         """Of some users, the first `counts` of item rows [users, width] and their scores, where they fit."""
         width = min(rows.shape[1], self.rows.shape[1])
         counts = counts[users]
-        if len(counts) and counts.max() > width:
+        if len(counts) and int(counts.max()) > width:
             users, counts = users[counts <= width], counts[counts <= width]
-        self.rows[users] = _NO_ROW
-        self.rows[users, :width] = np.where(np.arange(width) < counts[:, None], rows[users, :width], _NO_ROW)
+        kept = rows[users, :width]
+        if width and len(counts) and int(counts.min()) < width:
+            kept[np.arange(width) >= counts[:, None]] = _NO_ROW
+        if width < self.rows.shape[1]:
+            self.rows[users] = _NO_ROW
+        self.rows[users, :width] = kept
         self.row_scores[users, :width] = scores[users, :width]
 
     def _columns(self) -> tuple[npt.NDArray[Any], ...]:

@@ -7,7 +7,7 @@ copied and appended to where that is measured to be faster, and any other is enc
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,11 +66,25 @@ class Encoder:
         self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
     ) -> Encoded:
         """`histories` are those of the requests, unpacked."""
-        users, cache, longest = len(requests), self._cache, self._model.max_history
-        if not engine.keeps_states:
-            cache = None
-        listed = 0 if cache is None else cache.listed
-        encoded = Encoded(
+        cache = self._cache if engine.keeps_states else None
+        if cache is None:
+            encoded = self._nothing_known(engine, requests, histories, [], 0)
+            self._encode(engine, buckets, encoded, np.arange(len(requests)))
+            return encoded
+        longest = self._model.max_history
+        keys = [newest_events(ask.sequence, longest) for ask in requests]
+        return self._find_or_encode(cache, engine, buckets, requests, histories, keys)
+
+    def _nothing_known(
+        self,
+        engine: Engine,
+        requests: Sequence[RankRequest],
+        histories: SequenceBatch,
+        keys: list[bytes],
+        listed: int,
+    ) -> Encoded:
+        users = len(requests)
+        return Encoded(
             requests=requests,
             histories=histories,
             precision=engine.precision,
@@ -78,13 +92,8 @@ class Encoder:
             cuts=[],
             pending=np.zeros(users, np.bool_),
             news=np.ones(users, np.bool_),
-            keys=[] if cache is None else [newest_events(ask.sequence, longest) for ask in requests],
+            keys=keys,
         )
-        if cache is None:
-            self._encode(engine, buckets, encoded, np.arange(users))
-        else:
-            self._find_or_encode(cache, engine, buckets, encoded)
-        return encoded
 
     def inputs(self, buckets: Buckets, histories: SequenceBatch, work: Work) -> Iterator[tuple[Cut, Tensors]]:
         """Histories as an engine reads them, by cut, as they cost least for this work."""
@@ -97,20 +106,20 @@ class Encoder:
     def completed(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> Iterator[None]:
         """See that the needed [users] are in a cut until the block ends, encoded anew where the cache has
         lost them meanwhile. What it has not lost it lends: those keys and values leave with the block."""
-        users = np.flatnonzero(encoded.pending & needed)
+        users = (encoded.pending & needed).nonzero()[0]
         if self._cache is None or not len(users):
             yield
             return
         encoded.pending[users] = False
         with self._find(self._cache, encoded, users.tolist()) as found:
-            same = np.array(found.same)
-            known = np.flatnonzero(same)
+            lost = [row for row, whole in enumerate(found.same) if not whole]
+            known = np.arange(len(users)) if not lost else np.flatnonzero(found.same)
             lent = _known(self._cache, buckets, encoded, found, known, "score", users, lend=True)
             for cut, states in lent:
                 states["user_vector"] = pad_rows(encoded.derived.vectors[cut.users], cut.batch)
                 encoded.cuts.append((cut, states))
-            if not same.all():
-                self._encode(engine, buckets, encoded, users[~same])
+            if lost:
+                self._encode(engine, buckets, encoded, users[lost])
             yield
             for _, states in lent:
                 del states["keys"], states["values"]
@@ -121,7 +130,7 @@ class Encoder:
         if self._cache is None or not encoded.keys or not wanted.any():
             return
         for cut, states in encoded.cuts:
-            rows = np.flatnonzero(wanted[cut.users]).tolist()
+            rows = wanted[cut.users].nonzero()[0].tolist()
             users = cut.users[rows].tolist()
             self._cache.keep(
                 [encoded.requests[user].user_id for user in users],
@@ -133,11 +142,32 @@ class Encoder:
                 encoded.precision,
             )
 
-    def _find_or_encode(self, cache: UserCache, engine: Engine, buckets: Buckets, encoded: Encoded) -> None:
-        everybody = np.arange(len(encoded.requests))
-        with self._find(cache, encoded, everybody.tolist()) as found:
-            same, grown, rest = _parts(buckets, encoded.histories.lengths, found)
-            appends = _known(cache, buckets, encoded, found, grown, "append", everybody)
+    def _find_or_encode(
+        self,
+        cache: UserCache,
+        engine: Engine,
+        buckets: Buckets,
+        requests: Sequence[RankRequest],
+        histories: SequenceBatch,
+        keys: list[bytes],
+    ) -> Encoded:
+        users = len(requests)
+        with cache.find([ask.user_id for ask in requests], keys, engine.precision) as found:
+            if users and all(found.same):
+                metrics.cache_users("hit").inc(users)
+                return Encoded(
+                    requests=requests,
+                    histories=histories,
+                    precision=engine.precision,
+                    derived=cache.derived.of(found.slots),
+                    cuts=[],
+                    pending=np.ones(users, np.bool_),
+                    news=np.zeros(users, np.bool_),
+                    keys=keys,
+                )
+            encoded = self._nothing_known(engine, requests, histories, keys, cache.listed)
+            same, grown, rest = _parts(buckets, histories.lengths, found)
+            appends = _known(cache, buckets, encoded, found, grown, "append", np.arange(users))
             if len(same):
                 encoded.derived.put(same, cache.derived, [found.slots[user] for user in same])
                 encoded.pending[same] = True
@@ -146,13 +176,14 @@ class Encoder:
             self._append(engine, encoded, np.array(found.known), appends)
         if len(rest):
             self._encode(engine, buckets, encoded, rest)
-        misses = sum(1 for user in rest if encoded.keys[user])
-        for outcome, users in (("hit", len(same)), ("append", len(grown)), ("miss", misses)):
-            if users:
-                metrics.cache_users(outcome).inc(users)
+        misses = sum(1 for user in rest if keys[user])
+        for outcome, count in (("hit", len(same)), ("append", len(grown)), ("miss", misses)):
+            if count:
+                metrics.cache_users(outcome).inc(count)
+        return encoded
 
     @staticmethod
-    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> AbstractContextManager[Found]:
+    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> Found:
         return cache.find(
             [encoded.requests[user].user_id for user in users],
             [encoded.keys[user] for user in users],

@@ -253,7 +253,7 @@ class Ranker:
             if candidates.items.shape[1] <= warmed.buckets.candidates[-1]:
                 clock.lap("candidates")
                 scores = self._rank_at_once(warmed, histories, candidates)
-                sound = np.isfinite(scores).sum(axis=1) == candidates.counts
+                sound = _sound(scores, candidates.counts)
                 clock.lap("score")
                 return self._select(warmed.name, requests, candidates, scores, sound, clock)
         encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, histories)
@@ -264,9 +264,7 @@ class Ranker:
         clock.lap("candidates")
         scores = self._score(warmed, encoded, candidates)
         clock.lap("score")
-        # Minus infinity is ours beyond the count, and the engine's before it.
-        sound = np.isfinite(scores).sum(axis=1) == candidates.counts
-        sound &= np.isfinite(encoded.derived.vectors).all(axis=1)
+        sound = _sound(scores, candidates.counts) & _finite(encoded.derived.vectors)
         self._encoder.keep(encoded, sound)
         clock.lap("keep")
         return self._select(warmed.name, requests, candidates, scores, sound, clock)
@@ -313,14 +311,14 @@ class Ranker:
         statistics: ItemStatistics,
     ) -> tuple[Int64, Float32] | None:
         """Ids and scores [users, n]; -1 for users who bring candidates, or whom popularity serves."""
-        asks = np.fromiter((request.candidates is None for request in requests), np.bool_, len(requests))
+        known = encoded.derived
+        asks = np.array([request.candidates is None for request in requests], np.bool_)
         if len(statistics.popular()):
             asks &= histories.lengths > 0
-        known = encoded.derived
-        asks &= np.isfinite(known.vectors).all(axis=1)
+        asks &= _finite(known.vectors)
         if not asks.any():
             return None
-        searched = np.flatnonzero(asks & ~known.has_retrieved)
+        searched = (asks & ~known.has_retrieved).nonzero()[0]
         if len(searched):
             vectors = known.vectors if len(searched) == len(asks) else known.vectors[searched]
             found = self._index.search(vectors, self._retrieved)
@@ -340,7 +338,7 @@ class Ranker:
         with self._encoder.completed(warmed.engine, warmed.buckets, encoded, needed):
             for cut, states in encoded.cuts:
                 column = 0
-                places = np.flatnonzero(needed[cut.users])
+                places = needed[cut.users].nonzero()[0]
                 while len(places):
                     users = cut.users[places]
                     # A width that every one of them fills; who has more candidates goes on to the next.
@@ -359,7 +357,7 @@ class Ranker:
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
         if encoded.keys and not known.all():
-            scored = np.flatnonzero(~known)
+            scored = (~known).nonzero()[0]
             encoded.derived.note_scores(scored, rows, counts, scores)
             encoded.news[scored] = True
         return scores
@@ -377,9 +375,10 @@ class Ranker:
         the candidates. What the cache keeps are the network's alone: evidence is never old."""
         if candidates.evidence is not None:
             scores = scores + candidates.evidence
-        most = max((request.k for request in requests), default=0)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :most]
-        places = best + np.arange(len(best))[:, None] * scores.shape[1]
+        most = max([request.k for request in requests], default=0)
+        places = (-scores).argsort(axis=1, kind="stable")[:, :most]
+        if len(places) > 1:
+            places += np.arange(len(places))[:, None] * scores.shape[1]
         items = candidates.items.take(places).tolist()
         sources = candidates.sources.take(places).tolist()
         values = scores.take(places).tolist()
@@ -471,6 +470,17 @@ def _go_on(rest: Callable[[], bool]) -> None:
 def _close(descriptors: Iterable[int]) -> None:
     for descriptor in descriptors:
         os.close(descriptor)
+
+
+def _finite(vectors: Float32) -> Bool:
+    """Which of them [users, dim] hold numbers only."""
+    return np.asarray(np.logical_and.reduce(np.isfinite(vectors), axis=1))
+
+
+def _sound(scores: Float32, counts: Int64) -> Bool:
+    """Whose scores [users, width] are numbers, minus infinity being ours beyond the count and the engine's
+    before it."""
+    return np.asarray(np.add.reduce(np.isfinite(scores), axis=1, dtype=np.int64) == counts)
 
 
 def _all_given(requests: Sequence[RankRequest]) -> bool:

@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -37,7 +36,8 @@ _USERS_A_STEP: Final = 16
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Found:
-    """What is kept for each history that was asked for, all [users].
+    """What is kept for each history that was asked for, all [users]. It stays where it is until the block
+    ends; copy it out there.
 
     slots: where, -1 for nowhere. known: how many of its first events have their keys and values there.
     same: it is the whole history, so what is derived from it is there, too.
@@ -46,6 +46,13 @@ class Found:
     slots: list[int]
     known: list[int]
     same: list[bool]
+    _unpin: Callable[[Sequence[int]], None]
+
+    def __enter__(self) -> Found:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unpin(self.slots)
 
 
 @dataclass(slots=True, eq=False)
@@ -133,12 +140,10 @@ class UserCache:
         """How many scores are kept of a user."""
         return int(self._derived.rows.shape[1])
 
-    @contextmanager
-    def find(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> Iterator[Found]:
-        """What is kept of these histories (`features.sequence.newest_events`). It stays where it is until
-        the block ends; copy it out there. States computed in another precision are not found."""
+    def find(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> Found:
+        """What is kept of these histories (`features.sequence.newest_events`), to be used in a `with`. States
+        computed in another precision are not found."""
         slots, known, same = [-1] * len(users), [0] * len(users), [False] * len(users)
-        pinned: list[int] = []
         with self._lock:
             for row, (user, history) in enumerate(zip(users, histories, strict=True)):
                 entry = self._entries.get(user)
@@ -156,14 +161,13 @@ class UserCache:
                 slots[row] = entry.slot
                 self._slots.pins[entry.slot] += 1
                 self._entries.move_to_end(user)
-                pinned.append(entry.slot)
-        try:
-            yield Found(slots, known, same)
-        finally:
-            if pinned:
-                with self._lock:
-                    for slot in pinned:
-                        self._slots.unpin(slot)
+        return Found(slots, known, same, self._unpin)
+
+    def _unpin(self, slots: Sequence[int]) -> None:
+        with self._lock:
+            for slot in slots:
+                if slot >= 0:
+                    self._slots.unpin(slot)
 
     def states(self, slots: Sequence[int], batch: int, history: int, *, lend: bool = False) -> Tensors:
         """A copy of keys and values, padded to a shape; only the known events of a row mean anything.
