@@ -50,8 +50,12 @@ class Ratio:
         ]
         own = [_ratio([one], [other], percentile) for one, other in zip(these, those, strict=True)]
         low, high = np.percentile(drawn, _INTERVAL)
-        found = (_ratio(these, those, percentile), float(low), float(high))
-        return cls(*(round(figure, 3) for figure in found), tuple(round(figure, 3) for figure in own))
+        return cls(
+            value=round(_ratio(these, those, percentile), 3),
+            low=round(float(low), 3),
+            high=round(float(high), 3),
+            by_round=tuple(round(figure, 3) for figure in own),
+        )
 
 
 def _ratio(these: Sequence[Seconds], those: Sequence[Seconds], percentile: float) -> float:
