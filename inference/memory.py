@@ -16,6 +16,10 @@ import numpy.typing as npt
 
 _HUGEPAGE: Final[int | None] = getattr(mmap, "MADV_HUGEPAGE", None)
 _POPULATE_WRITE: Final = 23  # Linux 5.14; the mmap module does not name it
+# Of glibc's mallopt.
+_M_TRIM_THRESHOLD: Final = -1
+_M_MMAP_MAX: Final = -4
+_MOST_INT: Final = 2**31 - 1
 # Pages of this process alone, written or not.
 _OWN: Final = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
 
@@ -51,6 +55,15 @@ def give_back() -> None:
     """What a freed model leaves in the allocator goes back, in a few milliseconds during which other
     threads go on. Does nothing where the C library is not glibc."""
     _function("malloc_trim")(0)
+
+
+def keep_freed() -> None:
+    """What is freed stays with the allocator from now on: for a process that works on one large file after
+    the other, and else has the system make and take back the same pages each time. Does nothing where the C
+    library is not glibc."""
+    mallopt = _function("mallopt")
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _MOST_INT)
 
 
 @functools.cache

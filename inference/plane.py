@@ -94,6 +94,8 @@ class Plane:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = threading.Event()
         self._began_s = 0.0  # the quiet thread's own time when its last piece of work began
+        self._asked = 0  # how often anybody has asked, and until when the quiet thread knows of it
+        self._asked_before = 0
 
     @property
     def batcher(self) -> Batcher[RankRequest, RankedList]:
@@ -149,6 +151,7 @@ class Plane:
         self, requests: Sequence[RankRequest], version: Version
     ) -> list[RankedList | InferenceError]:
         """One answer per request, in order; failures are answers."""
+        self._asked += 1
         version.in_flight += 1
         version.idle.clear()
         try:
@@ -294,7 +297,8 @@ class Plane:
         if not self._versions:
             return prepare(wanted)
         try:
-            return Prepared.from_json(self._preparer.prepare(wanted.to_json(), self._closing.is_set))
+            told = self._preparer.prepare(wanted.to_json(), self._closing.is_set, self._is_asked)
+            return Prepared.from_json(told)
         except OSError as error:
             log.warning("A version is prepared while it is opened: %s", error)
             return None
@@ -329,6 +333,11 @@ class Plane:
             self._closing.wait(min(_REST * worked_s, _LONGEST_REST_S))
         self._began_s = time.thread_time()
         return self._closing.is_set()
+
+    def _is_asked(self) -> bool:
+        """Whether anybody was served, or waits, since this was called last. From the quiet thread only."""
+        before, self._asked_before = self._asked_before, self._asked
+        return self._asked_before != before or any(version.in_flight for version in tuple(self._versions))
 
     async def _quietly(self, work: Callable[[], A]) -> A:
         return await asyncio.get_running_loop().run_in_executor(self._quiet, self._begun(work))

@@ -5,7 +5,8 @@ object that lives here, and would hold the interpreter's lock and a processor th
 done by a child that the system lets run when nobody else wants to. The child is kept for a while: most of
 what it does for its first version is importing libraries.
 
-    python -m inference.preparing idle     one `Wanted` a line in, one `Prepared` or reason a line out
+    python -m inference.preparing idle FD    one `Wanted` a line in, one `Prepared` or reason a line out;
+                                             the byte behind FD says whether anybody is served meanwhile
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ log = logging.getLogger(__name__)
 Priority = Literal["idle", "ordinary"]
 
 # What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
-PATIENCE_S: Final = 30.0
+PATIENCE_S: Final = 90.0
 _LONGEST_S: Final = 600.0
-# Even what runs when nobody else wants to takes memory bandwidth and caches from who does. So it works for
-# about this long at a time, and for no more than this share of the time (LOG.md).
+# Even what runs when nobody else wants to is felt by who does: a processor that has such work to go on with
+# does not look for threads that wait for another one. So it works for about this long at a time, and for no
+# more than a share of the time: a smaller one while somebody is served (LOG.md).
 _TURN_S: Final = 0.005
 _SHARE: Final = 0.3
+_SHARE_BESIDE: Final = 0.1
+_NOBODY, _SOMEBODY = b"\0", b"\1"
 _LOOK_S: Final = 0.1
 _LEAVES_AFTER_S: Final = 120.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -52,19 +56,22 @@ class Preparer:
         self._patience_s = patience_s
         self._child: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
+        self._told: IO[bytes] | None = None
         self._using = threading.RLock()
 
-    def prepare(self, wanted: str, stop: Callable[[], bool]) -> str:
+    def prepare(
+        self, wanted: str, stop: Callable[[], bool], serving: Callable[[], bool] = lambda: True
+    ) -> str:
         """JSON of a `Wanted` in, of a `Prepared` out. Waits in short steps as long as `stop` does not say
-        otherwise. Raises `ModelUnavailable` where the version is refused, and `OSError` where no child
-        will do it."""
+        otherwise; `serving` is asked at each of them whether anybody was served since the last. Raises
+        `ModelUnavailable` where the version is refused, and `OSError` where no child will do it."""
         with self._using:
-            answer = self._ask(wanted, stop, "idle", self._patience_s)
+            answer = self._ask(wanted, stop, serving, "idle", self._patience_s)
             if answer is None:
                 log.warning(
                     "Preparing a version had no turn in %g s: it goes on like any work", self._patience_s
                 )
-                answer = self._ask(wanted, stop, "ordinary", _LONGEST_S)
+                answer = self._ask(wanted, stop, serving, "ordinary", _LONGEST_S)
                 self.close()
         if answer is None:
             raise OSError(f"preparing a version took more than {_LONGEST_S:g} s")
@@ -79,20 +86,27 @@ class Preparer:
             if self._child is None:
                 return
             self._child.kill()
-            for pipe in (self._child.stdin, self._child.stdout, self._complaints):
+            for pipe in (self._child.stdin, self._child.stdout, self._complaints, self._told):
                 if pipe is not None:
                     pipe.close()
             self._child.wait()
             self._child = None
 
-    def _ask(self, wanted: str, stop: Callable[[], bool], priority: Priority, limit_s: float) -> str | None:
+    def _ask(
+        self,
+        wanted: str,
+        stop: Callable[[], bool],
+        serving: Callable[[], bool],
+        priority: Priority,
+        limit_s: float,
+    ) -> str | None:
         """What the child says; None, and no child any more, where that was not in time."""
         child = self._living(priority)
         assert child.stdin is not None and child.stdout is not None
         answer = None
         try:
             os.write(child.stdin.fileno(), wanted.encode() + b"\n")
-            answer = self._read_line(child.stdout.fileno(), stop, time.monotonic() + limit_s)
+            answer = self._read_line(child.stdout.fileno(), stop, serving, time.monotonic() + limit_s)
         finally:
             if answer is None:
                 self.close()
@@ -105,9 +119,11 @@ class Preparer:
             ours = str(Path(__file__).resolve().parents[1])
             paths = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
             self._complaints = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the child
+            self._told = tempfile.TemporaryFile()  # noqa: SIM115  # too
             # Not asyncio's, which would copy this process's page tables: subprocess has vfork.
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "inference.preparing", priority],
+                [sys.executable, "-m", "inference.preparing", priority, str(self._told.fileno())],
+                pass_fds=[self._told.fileno()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -115,11 +131,15 @@ class Preparer:
             )
         return self._child
 
-    def _read_line(self, descriptor: int, stop: Callable[[], bool], ends_s: float) -> str | None:
+    def _read_line(
+        self, descriptor: int, stop: Callable[[], bool], serving: Callable[[], bool], ends_s: float
+    ) -> str | None:
+        assert self._told is not None
         told = b""
         while not told.endswith(b"\n"):
             if stop():
                 raise ModelUnavailable("not needed any more")
+            os.pwrite(self._told.fileno(), _SOMEBODY if serving() else _NOBODY, 0)
             if time.monotonic() > ends_s:
                 return None
             if not select.select([descriptor], [], [], _LOOK_S)[0]:
@@ -142,7 +162,7 @@ def main() -> None:
     if sys.argv[1] == "idle" and hasattr(os, "SCHED_IDLE"):
         worker = os.fork()
         if worker:
-            _supervise(worker)
+            _supervise(worker, int(sys.argv[2]))
             return
         _end_with_parent()
         with contextlib.suppress(OSError):
@@ -152,8 +172,11 @@ def main() -> None:
 
 def _work() -> None:
     # Not above: importing takes longer than many a version.
+    from inference import memory
     from inference.prepared import Wanted, prepare
 
+    # Pages that were made anew for each file were half of the system's time here (LOG.md).
+    memory.keep_freed()
     while select.select([sys.stdin], [], [], _LEAVES_AFTER_S)[0]:
         wanted = sys.stdin.readline()
         if not wanted:
@@ -166,9 +189,10 @@ def _work() -> None:
         sys.stdout.flush()
 
 
-def _supervise(worker: int) -> None:
+def _supervise(worker: int, told: int) -> None:
     """See that a process pauses after what it has had of a processor, whatever library it is in. From here,
-    as in the process that serves it would take the interpreter's lock at every turn."""
+    as in the process that serves it would take the interpreter's lock at every turn. `told`: a descriptor,
+    behind which is said whether anybody is served."""
     for pipe in (0, 1):
         os.close(pipe)
     ran_s = _ran_s(worker)
@@ -176,7 +200,8 @@ def _supervise(worker: int) -> None:
         before_s, ran_s = ran_s, _ran_s(worker)
         if ran_s > before_s:
             os.kill(worker, signal.SIGSTOP)
-            time.sleep((ran_s - before_s) * (1 / _SHARE - 1))
+            share = _SHARE if os.pread(told, 1, 0) == _NOBODY else _SHARE_BESIDE
+            time.sleep((ran_s - before_s) * (1 / share - 1))
             os.kill(worker, signal.SIGCONT)
             time.sleep(_TURN_S)
         else:

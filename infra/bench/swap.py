@@ -28,6 +28,7 @@ from infra.bench import options as bench_options
 from infra.bench import report
 from infra.bench.in_process import Outcomes, capacity, drive, prepare, run_on_uvloop, tune
 from infra.bench.load import poisson
+from infra.bench.ratio import Ratio
 from infra.bench.yardstick import Yardstick
 from stream.metrics import StreamMetrics
 from stream.settings import StreamSettings
@@ -103,7 +104,8 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """All swaps of a run. `ratio` compares the requests due in swap windows with those due just before.
+    """All swaps of a run. `ratio` compares p99 of the requests due in swap windows with that of those due
+    just before.
     Slopes are those of the second half: by then every version has been served, and caches are full.
     `machine_ms` is what a fixed piece of work took before each swap's load; `p50_by_machine_percent_per_swap`
     what a swap adds to p50 as it would be on a machine that is always as fast."""
@@ -118,7 +120,7 @@ class Result:
     steady_ms: dict[str, float]
     window_ms: dict[str, float]
     window_by_kind_ms: dict[str, dict[str, float]]
-    ratio: float
+    ratio: Ratio
     loop_lag_steady_ms: dict[str, float]
     loop_lag_window_ms: dict[str, float]
     rss_mb: Ends
@@ -351,8 +353,8 @@ def _cache(folder: Path) -> Iterator[Path]:
 
 
 def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: float) -> Result:
-    steady_ms = _percentiles([one.before_s for one in kept])
-    inside_s = [one.inside_s for one in kept]
+    before_s, inside_s = [one.before_s for one in kept], [one.inside_s for one in kept]
+    steady_ms = _percentiles(before_s)
     window_ms = _percentiles(inside_s)
     kinds = {"never seen": False, "seen before": True}
     by_kind = {
@@ -379,7 +381,7 @@ def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: floa
         steady_ms=steady_ms,
         window_ms=window_ms,
         window_by_kind_ms=by_kind,
-        ratio=round(window_ms["p99"] / steady_ms["p99"], 3),
+        ratio=Ratio.of(inside_s, before_s),
         loop_lag_steady_ms=_percentiles([one.lag_before_s for one in kept]),
         loop_lag_window_ms=_percentiles([one.lag_inside_s for one in kept]),
         rss_mb=rss_mb,
@@ -496,10 +498,11 @@ def swap(
             )
         ],
     )
-    grows, slower = result.rss_kb_per_swap, result.steady_p50_us_per_swap
+    ratio, grows, slower = result.ratio, result.rss_kb_per_swap, result.steady_p50_us_per_swap
     alike = result.p50_by_machine_percent_per_swap
     report.note(
-        f"p99 in swaps {result.ratio:.2f} times that before (goal {GOAL_RATIO}); "
+        f"p99 in swaps {ratio.value:.2f} times that before ({ratio.low:.2f} to {ratio.high:.2f} by swaps, "
+        f"median swap {ratio.median_round:.2f}, goal {GOAL_RATIO}); "
         f"{result.failed} failed, {result.unanswered} unanswered of {result.lists:,}; in the second half a "
         f"swap adds {grows.per_swap:+.1f} KB of memory ({grows.low:+.1f} to {grows.high:+.1f}), which is "
         f"{'flat' if result.rss_is_flat else 'not shown to be flat'}, and {slower.per_swap:+.1f} µs to p50 "

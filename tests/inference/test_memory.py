@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import resource
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -65,3 +67,23 @@ def test_a_cache_has_room_for_as_many_users_as_are_expected(small_pages):
     assert faults(lambda: cache._keys[:40].fill(1)) < 100 < faults(lambda: cache._keys[40:].fill(1))
     assert sum(1 for _ in cache.make_room(10_000)) < 64
     assert not list(cache.make_room(0))
+
+
+def test_who_keeps_what_was_freed_waits_for_its_pages_once():
+    lines = (
+        "import resource, sys",
+        "from inference import memory",
+        "if sys.argv[1] == 'kept': memory.keep_freed()",
+        "for _ in range(4): bytes(bytearray(20 * 2**20))",
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)",
+    )
+
+    def faults_where(freed: str) -> int:
+        told = subprocess.run(
+            [sys.executable, "-c", "\n".join(lines), freed], capture_output=True, text=True, check=True
+        )
+        return int(told.stdout)
+
+    pages = 20 * MIB // mmap.PAGESIZE
+    # Two buffers at a time: of eight, two find no pages.
+    assert faults_where("returned") - faults_where("kept") > 5 * pages

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import subprocess
@@ -239,15 +240,18 @@ def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="the system does not tell")
-def test_who_prepares_has_no_more_than_its_share_of_a_processor():
+@pytest.mark.parametrize("beside", [False, True])
+def test_who_prepares_has_no_more_than_its_share_of_a_processor(tmp_path, beside):
     lines = (
-        "import os",
+        "import os, sys",
         "from inference import preparing",
         "worker = os.fork()",
         "while not worker: pass",
-        "preparing._supervise(worker)",
+        "preparing._supervise(worker, int(sys.argv[1]))",
     )
-    supervisor = subprocess.Popen([sys.executable, "-c", "\n".join(lines)])
+    (tmp_path / "told").write_bytes(preparing._SOMEBODY if beside else preparing._NOBODY)
+    told = os.open(tmp_path / "told", os.O_RDONLY)
+    supervisor = subprocess.Popen([sys.executable, "-c", "\n".join(lines), str(told)], pass_fds=[told])
     try:
         found = psutil.Process(supervisor.pid)
         eventually(lambda: len(found.children()) == 1)
@@ -256,12 +260,46 @@ def test_who_prepares_has_no_more_than_its_share_of_a_processor():
         began_s, had_s = time.monotonic(), preparing._ran_s(worker.pid)
         eventually(lambda: preparing._ran_s(worker.pid) - had_s > 0.1, timeout_s=60)
         share = (preparing._ran_s(worker.pid) - had_s) / (time.monotonic() - began_s)
-        assert share < 1.5 * preparing._SHARE
+        assert share < 1.5 * (preparing._SHARE_BESIDE if beside else preparing._SHARE)
         worker.kill()
         assert supervisor.wait(10) == 0
     finally:
         supervisor.kill()
         supervisor.wait()
+        os.close(told)
+
+
+def test_a_child_is_told_whether_anybody_is_served(wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    preparer = Preparer()
+    told: list[bytes] = []
+    answers = iter([True, False])
+
+    def serving() -> bool:
+        told.append(os.pread(preparer._told.fileno(), 1, 0))
+        return next(answers, False)
+
+    try:
+        preparer.prepare(wanted.to_json(), lambda: False, serving)
+        assert told[1:3] == [preparing._SOMEBODY, preparing._NOBODY]
+    finally:
+        preparer.close()
+
+
+async def test_the_plane_knows_whether_it_was_asked_of_late(wanted, statistics):
+    ours = plane.Plane(SETTINGS, FeatureSettings(), statistics)
+    try:
+        opened = await ours.open(wanted.registry, "serving")
+        assert not ours._is_asked()
+        await ours.rank(REQUESTS, opened)
+        assert ours._is_asked()
+        assert not ours._is_asked()
+        asking = asyncio.ensure_future(ours.rank(REQUESTS, opened))
+        await asyncio.sleep(0)
+        assert ours._is_asked() and ours._is_asked()
+        await asking
+    finally:
+        await ours.close()
 
 
 def test_what_a_process_that_was_killed_had_begun_to_write_goes_in_the_end(wanted, tmp_path):
