@@ -137,8 +137,8 @@ RECIPES: Final = {
         fused_counts="combined",
         # By the last but one of users fitted without their last three. What validation asks for comes right
         # after what was learnt, which favours the networks more than a test two events later does.
-        fused_weights=(10.0,),
-        members=({}, {"dim": 128, "dropout": 0.5, "epochs": 8}),
+        fused_weights=(7.0,),
+        members=({}, {"epochs": 8}),
     ),
     "full": RetrievalRecipe(),
     "laptop": RetrievalRecipe(epochs=20, max_core_minutes=4.0, max_history=100, averaged=3, patience=4),
