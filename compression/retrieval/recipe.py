@@ -127,7 +127,7 @@ RECIPES: Final = {
         batch_windows=128,
         start="counts",
         epochs=12,
-        patience=4,
+        patience=6,
         judge_every=2,
         judge_limit=6_000,
         averaged=2,
@@ -135,8 +135,8 @@ RECIPES: Final = {
         fusion_weights=(10.0,),
         ema=0.99,
         fused_counts="combined",
-        # By the last but one of users fitted without their last three. What validation asks for comes right
-        # after what was learnt, which favours the networks more than a test two events later does.
+        # By the last but one of users fitted without their last three: as far after what was learnt as the
+        # test is, where validation asks for what comes right after.
         fused_weights=(7.0,),
         members=({}, {"epochs": 8}),
     ),
