@@ -214,6 +214,17 @@ def training_windows(
     return first[full], last[full]
 
 
+def prefix_windows(sequences: Sequences, ends: Int64, length: int) -> tuple[Int64, Int64]:
+    """[start, end) windows of at most `length` + 1 events: one for each training event that has others of
+    its user before it, which stands last."""
+    starts = sequences.offsets[:-1]
+    counts = np.maximum(0, ends - starts - 1)
+    user = np.repeat(np.arange(len(counts)), counts)
+    number = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
+    last = starts[user] + number + 2
+    return np.maximum(starts[user], last - length - 1), last
+
+
 def batches(starts: Int64, ends: Int64, size: int, rng: np.random.Generator) -> Iterator[tuple[Int64, Int64]]:
     """Windows in batches of similar length, batches in random order: little padding, little order."""
     by_length = np.lexsort((rng.random(len(starts)), ends - starts))

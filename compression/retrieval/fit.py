@@ -30,11 +30,12 @@ Progress = Callable[[str, float, str], None]  # step, fraction of the step, what
 
 @dataclass(frozen=True, slots=True)
 class FitSettings:
-    """`state` is a folder for what a killed training goes on from; one for each log, recipe and seed is
-    made in it. `log_sha256` and `log_name` are for the manifest."""
+    """The version holds the recipe's networks once for each of `seeds`. `state` is a folder for what a
+    killed training goes on from; one for each log, recipe and seed is made in it. `log_sha256` and
+    `log_name` are for the manifest."""
 
     recipe: RetrievalRecipe
-    seed: int
+    seeds: Sequence[int]
     registry: Path
     state: Path
     log_name: str
@@ -50,14 +51,16 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
     split = leave_one_out(sequences)
     vocabulary = build_vocabulary(sequences, max_items=recipe.max_items, item_buckets=1, category_buckets=2)
 
-    def tell(step: str, number: int) -> Callable[[float, str], None]:
-        named = f"{step} {number + 1}" if len(recipe.members) > 1 else step
-        return lambda fraction, note: progress(named, fraction, note) if progress else None
-
     members = [
-        _Member(number, one, settings.seed + _APART * number, settings)
+        _Member(one, seed + _APART * number, settings)
+        for seed in settings.seeds
         for number, one in enumerate(recipe.of_members())
     ]
+
+    def tell(step: str, number: int) -> Callable[[float, str], None]:
+        named = f"{step} {number + 1}" if len(members) > 1 else step
+        return lambda fraction, note: progress(named, fraction, note) if progress else None
+
     trained = [
         train(
             sequences,
@@ -66,9 +69,9 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
             member.recipe,
             seed=member.seed,
             folder=member.folder / "train",
-            progress=tell("train", member.number),
+            progress=tell("train", number),
         )
-        for member in members
+        for number, member in enumerate(members)
     ]
     whole = judged(trained, sequences, split, vocabulary, recipe)
     released = []
@@ -84,9 +87,9 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
                 one.selection,
                 seed=member.seed,
                 folder=member.folder / "-".join(["refit", *map(str, one.selection.epochs)]),
-                progress=tell("refit", member.number),
+                progress=tell("refit", number),
             )
-            for member, one in zip(members, trained, strict=True)
+            for number, (member, one) in enumerate(zip(members, trained, strict=True))
         ]
         anew = TrainedEnsemble(again, whole.verdict)
         released.append(_release(registry, anew, "train+validation", log, vocabulary, settings))
@@ -97,7 +100,6 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
 class _Member:
     """One network of a version: its recipe, the seed and the folder of its training."""
 
-    number: int
     recipe: RetrievalRecipe
     seed: int
     settings: FitSettings
@@ -125,6 +127,7 @@ def _release(
         "users": len(log.sequences.users),
         "bad_rows": log.report.bad_rows,
         "split": "leave-one-out",
-        "seed": settings.seed,
+        "seed": settings.seeds[0],
+        "seeds": list(settings.seeds),
     }
     return publish(registry, trained, config, vocabulary, recipe=settings.recipe, metrics=metrics, data=data)

@@ -53,7 +53,8 @@ class Step:
             )
         )
         targets = windows.items[:, 1:].astype(np.int64)
-        inside = np.arange(targets.shape[1]) < events[:, None]
+        slots = np.arange(targets.shape[1])
+        inside = slots == events[:, None] - 1 if self._recipe.prefixes else slots < events[:, None]
         learnable = torch.from_numpy(np.flatnonzero(inside & (targets <= self._known)))
         with torch.autocast("cpu", torch.bfloat16, enabled=self._low == torch.bfloat16):
             states = self._network(history)

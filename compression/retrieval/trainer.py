@@ -18,7 +18,7 @@ import torch
 from compression.denormals import flushed
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.transitions import COUNTS
-from compression.logs.dataset import Sequences, Split, batches, training_windows
+from compression.logs.dataset import Sequences, Split, batches, prefix_windows, training_windows
 from compression.retrieval.averaging import RunningMean, Weights, best_of, mean, weights_of
 from compression.retrieval.judge import Judge, Verdict
 from compression.retrieval.network import RetrievalNetwork
@@ -200,7 +200,10 @@ class _Run:
         recipe, rng = self._recipe, np.random.default_rng([self._seed, number])
         torch.manual_seed(int(rng.integers(2**62)))
         self.network.train()
-        starts, ends = training_windows(self._sequences, self._split.train_ends, recipe.max_history, rng)
+        if recipe.prefixes:
+            starts, ends = prefix_windows(self._sequences, self._split.train_ends, recipe.max_history)
+        else:
+            starts, ends = training_windows(self._sequences, self._split.train_ends, recipe.max_history, rng)
         losses: list[float] = []
         steps = -(-len(starts) // recipe.batch_windows)
         for batch_starts, batch_ends in batches(starts, ends, recipe.batch_windows, rng):

@@ -47,6 +47,7 @@ CHOICES: Final[dict[str, tuple[Fitted, ...]]] = {
 @options.registry
 @click.option("--recipe", default="ml-1m", show_default=True, help="ml-1m, beauty, laptop, full or a file.")
 @click.option("--seeds", default="1,2,3", show_default=True, help="Whole numbers with commas between.")
+@click.option("--as-one", is_flag=True, help="One version with the networks of all seeds: no spread.")
 @click.option("--protocol", type=click.Choice(list(CHOICES)), default="both", show_default=True)
 @click.option(
     "--max-core-minutes", type=click.FloatRange(0, min_open=True), help="The recipe says otherwise."
@@ -64,6 +65,7 @@ def command(
     registry: Path,
     recipe: str,
     seeds: str,
+    as_one: bool,
     protocol: str,
     max_core_minutes: float | None,
     epochs: int | None,
@@ -96,10 +98,11 @@ def command(
             load_recipe(recipe), {name: one for name, one in changes.items() if one is not None}, recipe
         )
         read = read_log(log)
-        for seed in _seeds(seeds):
+        numbers = _seeds(seeds)
+        for together in [numbers] if as_one else [[seed] for seed in numbers]:
             settings = FitSettings(
                 recipe=chosen,
-                seed=seed,
+                seeds=together,
                 registry=registry,
                 state=state or registry.parent / "trainings",
                 log_name=log.name,
@@ -108,8 +111,10 @@ def command(
             )
             with ProgressBar(quiet=False) as bar:
                 released = fit(read, settings, bar)
-            runs += [_judged(Registry(registry), one, log) for one in released]
-            click.echo(f"seed {seed}: " + ", ".join(_line(run) for run in runs if run["seed"] == seed))
+            judged = [_judged(Registry(registry), one, log) for one in released]
+            runs += judged
+            named = " + ".join(map(str, together))
+            click.echo(f"seed {named}: " + ", ".join(_line(run) for run in judged))
     except (RecipeInvalid, LogInvalid, ArtefactInvalid) as error:
         raise click.ClickException(str(error)) from None
     for fitted in CHOICES[protocol]:
@@ -131,7 +136,7 @@ def _judged(registry: Registry, manifest: Manifest, log: Path) -> dict[str, Any]
     if differing:
         raise click.ClickException(f"{manifest.version}: released and trained differ in {differing}")
     data = manifest.data
-    kept = ("seed", "core_minutes", "minutes", "epochs", "selected_epochs", "validation", "stopped")
+    kept = ("seed", "seeds", "core_minutes", "minutes", "epochs", "selected_epochs", "validation", "stopped")
     return {"version": manifest.version, **{name: data[name] for name in kept}, **report}
 
 
@@ -156,7 +161,7 @@ def _show(runs: list[dict[str, Any]], log: str, fitted: Fitted) -> None:
 
 
 def _named(runs: list[dict[str, Any]]) -> str:
-    return ", ".join(str(run["seed"]) for run in runs)
+    return ", ".join(" + ".join(map(str, run["seeds"])) for run in runs)
 
 
 def _spread(values: list[float], digits: int = 4) -> str:

@@ -9,6 +9,7 @@ from compression.logs.dataset import (
     batches,
     build_vocabulary,
     leave_one_out,
+    prefix_windows,
     read_log,
     temporal,
     to_sequences,
@@ -69,6 +70,16 @@ def test_windows_predict_every_training_event_but_each_first_exactly_once():
         assert (ours.user_of(starts) == ours.user_of(ends - 1)).all()
         asked = np.sort(np.concatenate([np.arange(s + 1, e) for s, e in zip(starts, ends, strict=True)]))
         assert asked.tolist() == [n for n in range(len(ours)) if n not in ours.offsets]
+
+
+def test_every_training_event_but_each_first_ends_a_prefix_of_its_own():
+    lengths = [1, 2, 5, 30]
+    ours = sequences(*[(u, n, n) for u, length in enumerate(lengths) for n in range(length)])
+    trained_to = ours.offsets[1:] - [0, 0, 2, 1]
+    starts, ends = prefix_windows(ours, trained_to, 10)
+    first = ours.offsets[:-1][ours.user_of(ends - 1)]
+    assert ends.tolist() == [3, *range(5, 7), *range(10, 38)]
+    assert starts.tolist() == np.maximum(first, ends - 11).tolist()
 
 
 def test_batches_hold_every_window_once():

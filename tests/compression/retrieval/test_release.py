@@ -88,6 +88,29 @@ def test_a_second_bench_trains_nothing(benched, monkeypatch):
     assert f"{kept['runs'][0]['fusion']['ndcg@10']:.4f}" in answer.output
 
 
+def test_seeds_as_one_are_one_version_of_networks_trained_before(benched, monkeypatch, tmp_path):
+    from compression.retrieval import trainer
+
+    monkeypatch.setattr(trainer._Run, "_epoch", lambda *_: pytest.fail("trained"))
+    _, registry, kept, _, options = benched
+    out = tmp_path / "out.json"
+    ours, state = tmp_path / "models", registry.parent / "trainings"
+    again = [*options, "--as-one", "--protocol", "a", "--registry", ours, "--state", state, "--json", out]
+    answer = CliRunner().invoke(accuracy, [str(one) for one in again])
+    assert answer.exit_code == 0, answer.output
+    assert "seed 1 + 2," in answer.output and "±" not in answer.output
+    (run,) = json.loads(out.read_text())["runs"]
+    each = [one for one in kept["runs"] if one["fitted"] == "train"]
+    assert run["core_minutes"] == pytest.approx(sum(one["core_minutes"] for one in each), abs=0.02)
+
+    def tables(folder, version):
+        artefact = Registry(folder).open(version, kind="retrieval")
+        return [network.items.weight for network in load_networks(artefact)]
+
+    for table, alone in zip(tables(ours, run["version"]), each, strict=True):
+        assert table.equal(tables(registry, alone["version"])[0])
+
+
 @pytest.fixture(scope="module")
 def ensemble(benched, tmp_path_factory):
     """As above, with a second network of another shape, and other counts."""

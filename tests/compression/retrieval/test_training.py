@@ -13,7 +13,7 @@ from compression.retrieval import trainer
 from compression.retrieval.averaging import RunningMean, best_of, mean
 from compression.retrieval.judge import Judge
 from compression.retrieval.recipe import RECIPES, RecipeInvalid, change, load_recipe
-from compression.retrieval.step import without
+from compression.retrieval.step import Step, without
 from compression.retrieval.table import catalogue_scores
 from compression.retrieval.trainer import refit, train
 from features.sequence import SequenceBatch
@@ -51,12 +51,27 @@ def test_the_network_learns_what_popularity_cannot(trained, world):
     [
         {"full_softmax_items": 0, "negatives": 100},
         {"event_dropout": 0.2, "positions": False},
+        {"prefixes": True, "event_dropout": 0.2, "epochs": 3},
         {"behaviors": True, "gaps": True, "activation": "swiglu", "reach": False},
     ],
 )
 def test_so_it_does_with_shared_negatives_and_other_inputs(world, changes):
     model, popularity = ndcg(train(*world, change(RECIPE, changes, "test"), seed=1), world)
     assert model > 1.5 * popularity
+
+
+def test_prefixes_ask_once_for_every_training_event_but_each_first(world, monkeypatch):
+    sequences, split, vocabulary = world
+    asked = []
+
+    def noted(self, states, places, rng, whole=Step._loss):
+        asked.append(places.numpy() + 1)
+        return whole(self, states, places, rng)
+
+    monkeypatch.setattr(Step, "_loss", noted)
+    train(*world, change(RECIPE, {"prefixes": True, "epochs": 1}, "test"), seed=1)
+    trained = np.setdiff1d(split.train_positions(sequences), sequences.offsets)
+    assert sorted(np.concatenate(asked)) == sorted(vocabulary.item_rows_of(sequences.items[trained]))
 
 
 def test_the_selection_is_no_worse_than_the_best_epoch(trained, world):
