@@ -67,11 +67,13 @@ def fit(
     *,
     teacher: CandidateRanker | None = None,
     after_step: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda taken, last: None,
     seed: int = 1,
     checkpoints: Checkpoints | None = None,
 ) -> int:
     """Train a ranker, by a teacher where there is one; the steps that were taken. With `checkpoints` a
-    training that was killed goes on, and one that is whole is not taken again."""
+    training that was killed goes on, and one that is whole is not taken again. After every step `progress`
+    is told its number and that of the last."""
     rng = np.random.default_rng(seed)
     loss = _Losses(data, effort, rng)
     if teacher is not None:
@@ -85,6 +87,7 @@ def fit(
         effort,
         length=ranker.network.config.max_history - 1,
         after_step=after_step,
+        progress=progress,
         rng=rng,
         checkpoints=checkpoints,
     )
@@ -117,6 +120,7 @@ def descend(
     length: int,
     rng: np.random.Generator,
     after_step: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda taken, last: None,
     checkpoints: Checkpoints | None = None,
 ) -> int:
     """Train for the epochs, windows in new order in each; the steps that were taken. The learning rate
@@ -158,6 +162,7 @@ def descend(
             after_step()
             mean.update()
             at.step += 1
+            progress(steps, last)
             if steps < last:
                 checkpoints.offer(model, [optimizer], rng, at)
         at.done.append({"steps": at.step, "last": last})

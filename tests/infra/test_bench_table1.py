@@ -54,6 +54,8 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
         "quick",
         "--accuracy",
         "quick",
+        "--log-shape",
+        "quick",
         "--epochs",
         "2",
         "--seconds",

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,6 +76,28 @@ class Made:
     ranks: Ranks | None
 
 
+class Progress:
+    """Says now and then which step of a training it is and how long the rest takes at the pace so far."""
+
+    def __init__(
+        self, say: Say, *, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._every_s, self._clock = say, every_s, clock
+        self._first: tuple[int, float] | None = None  # step and time
+        self._said_s = clock()
+
+    def __call__(self, taken: int, last: int) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = taken, now  # not always the first of the training, which may go on
+        if now < self._said_s + self._every_s:
+            return
+        self._said_s = now
+        step, since = self._first
+        minutes = (now - since) / max(1, taken - step) * (last - taken) / 60
+        self._say(f"  step {taken:,} of {last:,}, about {minutes:.0f} min left")
+
+
 class Steps:
     """The steps of one shape, in one folder. `epochs` is the Baseline's training, the others' are parts of
     it; `log` is learned from, a synthetic one where there is none."""
@@ -90,6 +113,8 @@ class Steps:
     ) -> None:
         self._shape, self._folder, self._epochs, self._seed, self._say = shape, folder, epochs, seed, say
         self._log = log
+        if log is not None:
+            self._shape = replace(shape, dropout=shape.log_dropout)
         self._parts = PARTS if log is None else PARTS_OF_LOGS
         self._data: Data | None = None
         self._rows = shape.items + 2
@@ -256,6 +281,7 @@ class Steps:
             effort,
             teacher=teacher,
             after_step=after_step,
+            progress=Progress(self._say),
             seed=self._seed,
             checkpoints=Checkpoints(folder, f"{effort} seed {self._seed}"),
         )
