@@ -53,7 +53,7 @@ from infra.console import console
 @click.option(
     "--log-epochs",
     type=click.FloatRange(0.01),
-    default=16.0,
+    default=12.0,
     show_default=True,
     help="The same, for each --accuracy-log; all others together take 3.2 times as many.",
 )

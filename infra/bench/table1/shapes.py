@@ -17,8 +17,7 @@ from compression.smaller.quantization import Grid
 class Shape:
     """`kept_heads` and `kept_channels` are what structured pruning leaves of each layer; with a share of
     `pruned` of the table they make that share of all parameters. Bits are of the stored tables of Pruned +
-    Quantized and of Distilled; all linear maps of both, and all of Quantized, have 8. `log_dropout` is for
-    logs that are given, `dropout` for the synthetic one."""
+    Quantized and of Distilled; all linear maps of both, and all of Quantized, have 8."""
 
     name: str
     items: int
@@ -41,8 +40,6 @@ class Shape:
     rounds: int = 3
     pruned_bits: int = 5
     student_bits: int = 4
-    dropout: float = 0.1
-    log_dropout: float = 0.1
 
     def config(self, items: int) -> NetworkConfig:
         return NetworkConfig(
@@ -51,7 +48,6 @@ class Shape:
             heads=self.heads,
             ffn=self.ffn,
             activation="relu",
-            dropout=self.dropout,
             max_history=self.history + 1,
             item_rows=items,
         )
@@ -69,9 +65,7 @@ class Shape:
 
 # 200,000 items in 160 dimensions are 32.0 M parameters, four layers 1.2 M. Five heads and 640 channels, so
 # that three and 384 are 60 % to the dot.
-FULL: Final = Shape(
-    "full", 200_000, 2_000_000, 20_000, 2_000, 160, 4, 5, 640, 3, 384, 80, 2, 2, 160, log_dropout=0.2
-)
+FULL: Final = Shape("full", 200_000, 2_000_000, 20_000, 2_000, 160, 4, 5, 640, 3, 384, 80, 2, 2, 160)
 # What two cores train in minutes: half as wide, a fortieth of the catalogue.
 SMALL: Final = Shape("small", 5_000, 200_000, 5_000, 100, 80, 4, 5, 320, 3, 192, 40, 2, 2, 80)
 # What a test runs through in seconds.

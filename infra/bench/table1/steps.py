@@ -113,8 +113,6 @@ class Steps:
     ) -> None:
         self._shape, self._folder, self._epochs, self._seed, self._say = shape, folder, epochs, seed, say
         self._log = log
-        if log is not None:
-            self._shape = replace(shape, dropout=shape.log_dropout)
         self._parts = PARTS if log is None else PARTS_OF_LOGS
         self._data: Data | None = None
         self._rows = shape.items + 2
