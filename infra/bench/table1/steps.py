@@ -45,16 +45,18 @@ TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
 @dataclass(frozen=True, slots=True)
 class Parts:
     """How long what is made smaller is trained, by the Baseline's epochs: after each step of pruning, while
-    weights are rounded, and a student."""
+    weights are rounded, a student, and while a student's weights are rounded; and a student's dropout."""
 
     round: float
     rounding: float
     student: float
+    student_rounding: float
+    student_dropout: float
 
 
-PARTS: Final = Parts(0.08, 0.08, 0.6)
+PARTS: Final = Parts(0.08, 0.08, 0.6, 0.08, 0.1)
 # What people do is harder to learn again than what was drawn from a few numbers (LOG.md).
-PARTS_OF_LOGS: Final = Parts(0.25, 0.08, 1.5)
+PARTS_OF_LOGS: Final = Parts(0.25, 0.08, 1.5, 0.25, 0.0)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -195,17 +197,20 @@ class Steps:
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker)
+        return self._rounded(pruned.ranker, grid, baseline.ranker, self._parts.rounding)
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
-        student = untrained(self._shape.student(self._rows), self._seed + 1)
+        config = self._shape.student(self._rows)
+        config = config.model_copy(update={"dropout": self._parts.student_dropout})
+        student = untrained(config, self._seed + 1)
         narrow_table(student, baseline.ranker)
         self._fit(student, self._parts.student, FROM_SCRATCH, teacher=baseline.ranker)
-        return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
+        grid = Grid(self._shape.student_bits, per_row=True)
+        return self._rounded(student, grid, baseline.ranker, self._parts.student_rounding)
 
     def _rounded(
-        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker
+        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker, part: float
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -215,7 +220,7 @@ class Steps:
         with aware(ranker, grids):
             self._fit(
                 ranker,
-                self._parts.rounding,
+                part,
                 TUNING,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
