@@ -55,7 +55,7 @@ from infra.console import console
     type=click.FloatRange(0.01),
     default=12.0,
     show_default=True,
-    help="The same, for each --accuracy-log; all others together take 3.2 times as many.",
+    help="The same, for each --accuracy-log; all others together take 2.3 times as many.",
 )
 @click.option("--rounds", type=click.IntRange(1, 100), default=4, show_default=True)
 @click.option(

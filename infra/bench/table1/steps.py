@@ -56,7 +56,7 @@ class Parts:
 
 PARTS: Final = Parts(0.08, 0.08, 0.6, 0.08, 0.1)
 # What people do is harder to learn again than what was drawn from a few numbers (LOG.md).
-PARTS_OF_LOGS: Final = Parts(0.25, 0.08, 1.5, 0.25, 0.0)
+PARTS_OF_LOGS: Final = Parts(0.16, 0.08, 1.0, 0.16, 0.0)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
