@@ -23,6 +23,7 @@ from compression.logs.dataset import batches, training_windows
 from compression.ranking.judging import Data
 from compression.ranking.losses import taught_softmax
 from compression.ranking.network import CandidateRanker
+from compression.ranking.opinions import KeptStates
 from compression.retrieval.averaging import RunningMean
 from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import RetrievalNetwork
@@ -67,24 +68,27 @@ def fit(
     *,
     teacher: CandidateRanker | None = None,
     after_step: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda taken, last: None,
     seed: int = 1,
     checkpoints: Checkpoints | None = None,
 ) -> int:
     """Train a ranker, by a teacher where there is one; the steps that were taken. With `checkpoints` a
-    training that was killed goes on, and one that is whole is not taken again."""
+    training that was killed goes on, and one that is whole is not taken again. After every step `progress`
+    is told its number and that of the last."""
     rng = np.random.default_rng(seed)
-    loss = _Losses(data, effort, rng)
+    loss = _Losses(data, effort, rng, teacher)
     if teacher is not None:
         teacher.eval()
         _keep_maps(teacher, True)
         _keep_maps(ranker, True)
     steps = descend(
         ranker,
-        lambda windows, step: loss(ranker, windows, teacher, step),
+        lambda windows, step: loss(ranker, windows, step),
         data,
         effort,
         length=ranker.network.config.max_history - 1,
         after_step=after_step,
+        progress=progress,
         rng=rng,
         checkpoints=checkpoints,
     )
@@ -117,6 +121,7 @@ def descend(
     length: int,
     rng: np.random.Generator,
     after_step: Callable[[], None] = lambda: None,
+    progress: Callable[[int, int], None] = lambda taken, last: None,
     checkpoints: Checkpoints | None = None,
 ) -> int:
     """Train for the epochs, windows in new order in each; the steps that were taken. The learning rate
@@ -158,6 +163,7 @@ def descend(
             after_step()
             mean.update()
             at.step += 1
+            progress(steps, last)
             if steps < last:
                 checkpoints.offer(model, [optimizer], rng, at)
         at.done.append({"steps": at.step, "last": last})
@@ -196,7 +202,7 @@ class _Catalogue:
     def __init__(self, data: Data, effort: Effort, rng: np.random.Generator) -> None:
         self._effort, self._rng = effort, rng
         self._rows = torch.arange(1, data.known + 1)
-        self._low = torch.bfloat16 if effort.bf16 and multiplies_bf16() else torch.float32
+        self.low = torch.bfloat16 if effort.bf16 and multiplies_bf16() else torch.float32
         self._whole = data.known <= effort.full_softmax_items
         self._negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
 
@@ -219,9 +225,9 @@ class _Catalogue:
             # Looked up, not sliced: a table that is being rounded is rounded here, too.
             table = network.items(self._rows)
             if teacher is None:
-                return full_softmax(asked, table, places, low=self._low)
+                return full_softmax(asked, table, places, low=self.low)
             known = (teacher[1][inside].float(), teacher[0].items.weight[1 : len(self._rows) + 1])
-            return taught_softmax(asked, table, places, known, share=self._effort.taught, low=self._low)
+            return taught_softmax(asked, table, places, known, share=self._effort.taught, low=self.low)
         drawn = self._negatives.draw(self._rng)
         table = network.items.weight[1 : len(self._rows) + 1]
         loss = shared_negatives(asked, table, places, drawn, self._negatives.log_expected)
@@ -235,22 +241,24 @@ class _Catalogue:
 class _Losses:
     """Catalogue and candidates of a batch of windows, and what the teacher says of both."""
 
-    def __init__(self, data: Data, effort: Effort, rng: np.random.Generator) -> None:
+    def __init__(
+        self, data: Data, effort: Effort, rng: np.random.Generator, teacher: CandidateRanker | None
+    ) -> None:
         self._effort, self._rng, self._known = effort, rng, data.known
         self._catalogue = _Catalogue(data, effort, rng)
+        self._teacher = teacher
+        self._states = None if teacher is None else KeptStates(teacher.network, self._catalogue.low)
 
-    def __call__(
-        self, ranker: CandidateRanker, windows: HistoryArrays, teacher: CandidateRanker | None, step: int
-    ) -> Tensor:
+    def __call__(self, ranker: CandidateRanker, windows: HistoryArrays, step: int) -> Tensor:
         history, targets, inside, events = _asked(windows, self._known)
         if step % self._effort.candidates_every:
             with _autocast(self._effort):
                 users = ranker.network(history)
                 taught = None
-                if teacher is not None:
-                    with torch.no_grad():
-                        taught = (teacher.network, teacher.network(history))
+                if self._states is not None:
+                    taught = (self._states.network, self._states(history))
             return self._catalogue(ranker.network, users, targets, inside, taught)
+        teacher = self._teacher
         candidates, seen = self._candidates(windows.items[:, :-1], targets, events)
         flat = candidates.flatten(1)
         turns = seen[..., None].expand_as(candidates).flatten(1)

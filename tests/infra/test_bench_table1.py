@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from infra.bench.attention import attention
 from infra.bench.table1.command import table1
 from infra.bench.table1.shapes import QUICK, untrained
-from infra.bench.table1.steps import METHODS, TRAINED_ON, Steps, data
+from infra.bench.table1.steps import METHODS, TRAINED_ON, Progress, Steps, data
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +54,12 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
         "quick",
         "--accuracy",
         "quick",
+        "--log-shape",
+        "quick",
         "--epochs",
         "2",
+        "--log-epochs",
+        "3",
         "--seconds",
         "0.02",
         "--rounds",
@@ -77,7 +81,8 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
         limit = 0.5 if method in ("Quantized", "Pruned + Quantized", "Distilled") else 1e-3
         assert apart["difference_to_torch"] < limit and together["difference_to_torch"] < limit
     assert rows["Distilled", "per candidate"]["latency_share"] < 1
-    assert [one["log"] for one in said["learned"]] == ["synthetic", "lists.txt"]
+    learned = [(one["log"], one["shape"]["name"], one["epochs"]) for one in said["learned"]]
+    assert learned == [("synthetic", "quick", 2.0), ("lists.txt", "quick", 3.0)]
     for log in said["learned"]:
         assert {one["method"] for one in log["accuracy"]} == {*METHODS, TRAINED_ON}
         assert log["accuracy"][0]["loss"]["hr@50"] == {"loss": 0.0, "low": 0.0, "high": 0.0}
@@ -85,6 +90,20 @@ def test_the_command_measures_both_forms_and_the_served_network(monkeypatch, tmp
     assert lost["low"] <= lost["loss"] <= lost["high"] and lost["low"] < lost["high"]
     drawn = {path.name for path in figures.iterdir() if "<svg" in path.read_text()}
     assert drawn == {"figure5-inference.svg", "figure6-accuracy.svg", "figure7-resources.svg"}
+
+
+def test_now_and_then_it_says_how_long_a_training_still_takes():
+    said, now = [], [0.0]
+    progress = Progress(said.append, every_s=60, clock=lambda: now[0])
+    # Half of it was done before: what is left goes by the pace since then.
+    for taken in range(501, 641):
+        now[0] += 1.5
+        progress(taken, 1_000)
+    assert said == [
+        "  step 540 of 1,000, about 12 min left",
+        "  step 580 of 1,000, about 10 min left",
+        "  step 620 of 1,000, about 10 min left",
+    ]
 
 
 def test_without_training_accuracy_is_left_open(monkeypatch, tmp_path):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,16 +45,18 @@ TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
 @dataclass(frozen=True, slots=True)
 class Parts:
     """How long what is made smaller is trained, by the Baseline's epochs: after each step of pruning, while
-    weights are rounded, and a student."""
+    weights are rounded, a student, and while a student's weights are rounded; and a student's dropout."""
 
     round: float
     rounding: float
     student: float
+    student_rounding: float
+    student_dropout: float
 
 
-PARTS: Final = Parts(0.08, 0.08, 0.6)
+PARTS: Final = Parts(0.08, 0.08, 0.6, 0.08, 0.1)
 # What people do is harder to learn again than what was drawn from a few numbers (LOG.md).
-PARTS_OF_LOGS: Final = Parts(0.25, 0.08, 1.5)
+PARTS_OF_LOGS: Final = Parts(0.16, 0.08, 1.0, 0.16, 0.0)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -73,6 +76,28 @@ class Made:
     parameters: int
     zeros: float
     ranks: Ranks | None
+
+
+class Progress:
+    """Says now and then which step of a training it is and how long the rest takes at the pace so far."""
+
+    def __init__(
+        self, say: Say, *, every_s: float = 60.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say, self._every_s, self._clock = say, every_s, clock
+        self._first: tuple[int, float] | None = None  # step and time
+        self._said_s = clock()
+
+    def __call__(self, taken: int, last: int) -> None:
+        now = self._clock()
+        if self._first is None:
+            self._first = taken, now  # not always the first of the training, which may go on
+        if now < self._said_s + self._every_s:
+            return
+        self._said_s = now
+        step, since = self._first
+        minutes = (now - since) / max(1, taken - step) * (last - taken) / 60
+        self._say(f"  step {taken:,} of {last:,}, about {minutes:.0f} min left")
 
 
 class Steps:
@@ -172,17 +197,20 @@ class Steps:
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker)
+        return self._rounded(pruned.ranker, grid, baseline.ranker, self._parts.rounding)
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
-        student = untrained(self._shape.student(self._rows), self._seed + 1)
+        config = self._shape.student(self._rows)
+        config = config.model_copy(update={"dropout": self._parts.student_dropout})
+        student = untrained(config, self._seed + 1)
         narrow_table(student, baseline.ranker)
         self._fit(student, self._parts.student, FROM_SCRATCH, teacher=baseline.ranker)
-        return self._rounded(student, Grid(self._shape.student_bits, per_row=True), baseline.ranker)
+        grid = Grid(self._shape.student_bits, per_row=True)
+        return self._rounded(student, grid, baseline.ranker, self._parts.student_rounding)
 
     def _rounded(
-        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker
+        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker, part: float
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -192,7 +220,7 @@ class Steps:
         with aware(ranker, grids):
             self._fit(
                 ranker,
-                self._parts.rounding,
+                part,
                 TUNING,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
@@ -256,6 +284,7 @@ class Steps:
             effort,
             teacher=teacher,
             after_step=after_step,
+            progress=Progress(self._say),
             seed=self._seed,
             checkpoints=Checkpoints(folder, f"{effort} seed {self._seed}"),
         )
