@@ -1,4 +1,5 @@
 """Accuracy on a benchmark file: train, release, evaluate each seed from what was released; mean and spread.
+With --as-one the networks of all seeds are one version and have one figure.
 
 Leave-one-out over the full catalogue, seen items filtered. (a) train: everything is fitted without a
 user's last two items. (b) train+validation: fitted anew, after selection, with the last but one too.
@@ -80,6 +81,7 @@ def command(
     \b
     tailrace bench accuracy --log ml-1m.txt.gz --recipe ml-1m --seeds 1,2,3 --json accuracy.json
     tailrace bench accuracy --log Beauty.txt.gz --recipe beauty --seeds 1 --protocol a
+    tailrace bench accuracy --log ml-1m.txt.gz --protocol a --as-one
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from compression.errors import ArtefactInvalid
