@@ -16,7 +16,7 @@ import openvino.properties.device as device_props
 import openvino.properties.hint as hints
 
 from compression.releases.registry import Artefact
-from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
+from inference.engines.base import GRAPHS, Engine, EngineOptions, Precision, outputs_of
 from inference.engines.model_file import read_graph
 from inference.engines.openvino_core import core
 from inference.engines.quantise import weights_in_int8
@@ -71,7 +71,8 @@ class OpenVinoEngine(Engine):
         try:
             request.infer(inputs, share_inputs=True)
             # A copy: the request's own buffers are overwritten by the next run.
-            return {name: request.get_tensor(name).data.copy() for name in OUTPUTS[graph]}
+            names = outputs_of(graph, self.model)
+            return {name: request.get_tensor(name).data.copy() for name in names}
         except RuntimeError as error:
             raise EngineFailed(f"openvino: {graph}: {error}") from error
 

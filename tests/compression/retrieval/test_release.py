@@ -160,13 +160,63 @@ def test_a_version_whose_second_network_is_missing_is_refused(ensemble, tmp_path
         load_networks(Registry(tmp_path / "models").open(version, kind="retrieval"))
 
 
-def test_a_retrieval_model_is_never_served(benched):
+def republished(registry, version, folder, name, **changes):
+    """The same files, some left out, under a manifest with changes; the registry they are in."""
+    import shutil
+
+    without = changes.pop("without", ())
+    manifest = Registry(registry).manifest(version)
+    shutil.copytree(
+        registry / "versions" / version, folder / name, ignore=shutil.ignore_patterns("manifest.json", *without)
+    )
+    model = manifest.model.model_copy(update=changes.pop("model", {}))
+    ours = Registry(folder / "models")
+    ours.publish(folder / name, manifest.model_copy(update={"version": name, "model": model, **changes}))
+    return ours
+
+
+def test_a_retrieval_model_without_graphs_is_evaluated_and_never_served(benched, tmp_path):
+    log, registry, kept, _, _ = benched
+    run = kept["runs"][0]
+    ours = republished(
+        registry,
+        run["version"],
+        tmp_path,
+        "before",
+        graphs={},
+        model={"states": True},
+        without=("*.onnx", "item_table.npy"),
+    )
+    for attempt in (ours.open, ours.promote, lambda version: ours.canary(version, 5.0)):
+        with pytest.raises(ArtefactInvalid, match="retrieval model without graphs"):
+            attempt("before")
+    assert ours.state() is None
+    answer = evaluated(log, ours.root, "before", "--filter-seen", "--json")
+    assert json.loads(answer.stdout)["fusion"] == run["fusion"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"graphs": {"encode": "encode.onnx", "rank": "rank.onnx"}}, "no graph named score"),
+        ({"without": ("item_table.npy",)}, r"item_table\.npy is missing"),
+        ({"without": ("score.onnx",)}, r"score\.onnx is missing"),
+        ({"graphs": {g: f"{g}.onnx" for g in ("encode", "score", "rank")} | {"append": "rank.onnx"}}, "states"),
+    ],
+)
+def test_a_version_that_lacks_what_serves_it_is_not_published(benched, tmp_path, changes, sentence):
     _, registry, kept, _, _ = benched
-    version = kept["runs"][0]["version"]
-    for attempt in (Registry(registry).open, Registry(registry).promote):
-        with pytest.raises(ArtefactInvalid, match="retrieval model"):
-            attempt(version)
-    assert Registry(registry).state() is None
+    with pytest.raises(ArtefactInvalid, match=sentence):
+        republished(registry, kept["runs"][0]["version"], tmp_path, "bad", **changes)
+
+
+def test_networks_that_are_not_the_manifests_are_refused(benched, tmp_path):
+    _, registry, kept, _, _ = benched
+    ours = republished(registry, kept["runs"][0]["version"], tmp_path, "wide", model={"dim": 32})
+    with pytest.raises(ArtefactInvalid, match="user vector"):
+        load_networks(ours.open("wide"))
+    with pytest.raises(ArtefactInvalid, match=r"item_table\.npy"):
+        ours.open("wide").item_table()
 
 
 def test_an_altered_release_is_refused(benched, tmp_path):
