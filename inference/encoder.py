@@ -1,8 +1,8 @@
 """Histories to what candidates are scored with, by the least work that gives it.
 
-Of a model without states that is the user vector, and no more: known or encoded, vectors are put together
-into as few cuts as there is room for. With states, a history that the cache has whole is copied once candidates need it, one that has grown by a few events is
-copied and appended to where that is measured to be faster, and any other is encoded.
+A history that the cache has whole is copied once candidates need it, one that has grown by a few events is
+copied and appended to where that is measured to be faster, and any other is encoded. A model without states
+scores by user vectors alone: known or encoded, they go through the engine in as few cuts as hold them.
 """
 
 from __future__ import annotations

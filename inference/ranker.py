@@ -196,8 +196,8 @@ class Ranker:
         """
         engine = engines.create(name, options or EngineOptions())
         graphs = graphs_of(engine, cached=self._cache is not None, artefact=self._artefact)
-        score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
         self._load(engine, name, graphs)
+        score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
         try:
             few = bool(known_s) and not engine.compiles_shapes
             wanted = self.buckets.a_few(**kinds) if few else self.buckets.shapes(**kinds)

@@ -1,9 +1,9 @@
 """A retriever as ONNX graphs, checked against torch before anybody sees them.
 
 encode makes a history the user vector, score takes that and candidates, rank is both in one. There is no
-append: positions are counted from the newest event backwards, so an event more changes every state before it.
-All networks read one table, whose rows are their rows side by side; of the last layer only the newest event is
-computed.
+append: positions are counted from the newest event backwards, so one event more changes every state before
+it. All networks read one table, whose rows are their rows side by side; of the last layer only the newest
+event is computed.
 """
 
 from __future__ import annotations
@@ -72,7 +72,11 @@ def check_parity(retriever: Retriever, folder: Path, *, seed: int = 11) -> float
         )
         for users, slots, candidates in ((1, 1, 1), (7, 25, 50), (9, retriever.max_history, 20)):
             arrays = random_inputs(
-                retriever, users=users, slots=min(slots, retriever.max_history), candidates=candidates, seed=seed
+                retriever,
+                users=users,
+                slots=min(slots, retriever.max_history),
+                candidates=candidates,
+                seed=seed,
             )
             actual = session.run(list(_OUTPUTS[graph]), {name: arrays[name] for name in _INPUTS[graph]})
             for name, theirs in zip(_OUTPUTS[graph], actual, strict=True):
@@ -176,23 +180,23 @@ class _Writer(OnnxWriter):
         return x
 
     def layer(self, layer: Layer, x: str, slots: int, *, newest: bool) -> str:
-        """`Layer.forward` in evaluation; of the `newest` event alone, [B, 1, d], if that is all that is read."""
+        """`Layer.forward` in evaluation; of the `newest` event alone, [B, 1, d], where no more is read."""
         attention = layer.attention
         if type(attention) is not FullAttention:
             raise ValueError(f"only full attention is written, not {type(attention).__name__}")
         normed = self.norm(layer.attention_norm, x)
         asking = normed
         if newest:
-            x, asking = (
-                self.op("GatherND", one, self.shared["newest"], batch_dims=1) for one in (x, normed)
-            )
+            x, asking = (self.op("GatherND", one, self.shared["newest"], batch_dims=1) for one in (x, normed))
         heads = attention.heads
         scale = (attention.out.in_features // heads) ** -0.5
         query = self.heads(self.linear(attention.query, asking, scale), heads)
         key = self.heads(self.linear(attention.key, normed), heads)
         value = self.heads(self.linear(attention.value, normed), heads)
         turned = self.op("Transpose", key, perm=[0, 2, 1] if heads == 1 else [0, 1, 3, 2])
-        logits = self.op("Add", self.op("MatMul", query, turned), self.bias(layer, heads, slots, newest=newest))
+        logits = self.op(
+            "Add", self.op("MatMul", query, turned), self.bias(layer, heads, slots, newest=newest)
+        )
         found = self.op("MatMul", self.op("Softmax", logits, axis=-1), value)
         if heads > 1:
             found = self.op("Transpose", found, perm=[0, 2, 1, 3])

@@ -1,10 +1,10 @@
 """From a log to released retrieval models: trained, judged and published, under one or both protocols.
 
-What online counts weigh where a version serves is chosen as `tailrace retrain` chooses it, by validation lists
-made as they are served, with the network of (a): the one of (b) has learnt what validation asks for.
-
 (a) `train`: fitted without a user's last two items, the last but one being what validation selects by.
 (b) `train+validation`: after selection fitted anew, model and counts, with the last but one too.
+
+What online counts weigh where a version serves is chosen as `tailrace retrain` chooses it, by validation
+lists made as they are served, with the network of (a): that of (b) has learnt what validation asks for.
 """
 
 from __future__ import annotations

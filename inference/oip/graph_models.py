@@ -39,7 +39,8 @@ _CANDIDATES_AXIS: Final = dict.fromkeys(("candidates", "candidate_categories", "
 
 
 class _Bucket(NamedTuple):
-    """What goes through an engine together; `candidates` is 0 for "encode", `slots` for "rank" and where there are no states to score with."""
+    """What goes through an engine together; `candidates` is 0 for "encode", `slots` for "rank" and for scores
+    without states."""
 
     graph: Graph
     slots: int

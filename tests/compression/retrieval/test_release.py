@@ -13,6 +13,7 @@ from compression.evaluation.predictors import Statistics
 from compression.evaluation.transitions import COMBINED
 from compression.releases.registry import Registry
 from compression.retrieval.ensemble import mean_of
+from compression.retrieval.export import GRAPHS
 from compression.retrieval.judge import Judge
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import load_config, load_networks
@@ -164,11 +165,9 @@ def republished(registry, version, folder, name, **changes):
     """The same files, some left out, under a manifest with changes; the registry they are in."""
     import shutil
 
-    without = changes.pop("without", ())
+    left_out = shutil.ignore_patterns("manifest.json", *changes.pop("without", ()))
     manifest = Registry(registry).manifest(version)
-    shutil.copytree(
-        registry / "versions" / version, folder / name, ignore=shutil.ignore_patterns("manifest.json", *without)
-    )
+    shutil.copytree(registry / "versions" / version, folder / name, ignore=left_out)
     model = manifest.model.model_copy(update=changes.pop("model", {}))
     ours = Registry(folder / "models")
     ours.publish(folder / name, manifest.model_copy(update={"version": name, "model": model, **changes}))
@@ -201,7 +200,7 @@ def test_a_retrieval_model_without_graphs_is_evaluated_and_never_served(benched,
         ({"graphs": {"encode": "encode.onnx", "rank": "rank.onnx"}}, "no graph named score"),
         ({"without": ("item_table.npy",)}, r"item_table\.npy is missing"),
         ({"without": ("score.onnx",)}, r"score\.onnx is missing"),
-        ({"graphs": {g: f"{g}.onnx" for g in ("encode", "score", "rank")} | {"append": "rank.onnx"}}, "states"),
+        ({"graphs": GRAPHS | {"append": "rank.onnx"}}, "states"),
     ],
 )
 def test_a_version_that_lacks_what_serves_it_is_not_published(benched, tmp_path, changes, sentence):
