@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -148,6 +149,47 @@ def test_an_ensemble_scores_by_the_mean_of_log_chances(benched, ensemble):
     judge = Judge(sequences, split, vocabulary, statistics, RetrievalRecipe(**ensemble[1]["recipe"]).fused())
     verdict = judge(*networks)
     assert asdict(verdict) == run["validation"] and verdict.weight in (0.0, 1.5)
+
+
+def test_a_trained_ensemble_is_promoted_and_ranks_as_it_was_judged(benched, ensemble):
+    from features.memory_store import MemoryStore
+    from features.sequence import pack
+    from features.statistics import ItemStatistics
+    from inference.ranker import Ranker
+    from inference.settings import InferenceSettings
+    from inference.types import RankRequest
+    from infra.cli import main
+
+    registry, kept = ensemble
+    version = kept["runs"][0]["version"]
+    answer = CliRunner().invoke(main, ["models", "promote", version, "--registry", str(registry)])
+    assert answer.exit_code == 0, answer.output
+    manifest = Registry(registry).manifest(version)
+    lists = manifest.metrics["lists"]
+    assert manifest.fusion is not None and manifest.fusion.model_dump() == lists["weights"]
+    assert lists["fused"]["ndcg@10"] >= lists["network"]["ndcg@10"] - 0.02 and lists["fitted"] == "train"
+    assert 0 <= manifest.metrics["parity"] <= 1e-4
+    sequences, split, vocabulary = parts(benched[0])
+    known = len(vocabulary.item_ids)
+    networks = load_networks(Registry(registry).open())
+    judged = mean_of([catalogue_scores(one, sequences, vocabulary, known) for one in networks])
+    at = split.test[:6]
+    requests = []
+    for position in at.tolist():
+        past = sequences.before(np.array([position]), 20)
+        columns = (past.items, past.categories, past.behaviors, past.timestamps)
+        candidates = tuple(vocabulary.item_ids.tolist())
+        requests.append(RankRequest(position, pack(*columns), k=known, candidates=candidates))
+    settings = InferenceSettings(
+        engine="onnx", runners=1, fusion=0.0, histories=(20,), candidate_sizes=(50,), batches=(1, 8)
+    )
+    ranker = Ranker.open(registry, settings=settings)
+    warmed = ranker.warm("onnx")
+    answers = ranker.rank(warmed, requests, ItemStatistics(MemoryStore()))
+    warmed.close()
+    for chances, ranked in zip(judged(at), answers, strict=True):
+        served = chances[np.searchsorted(vocabulary.item_ids, ranked.items)]
+        assert len(served) == known and (np.diff(served) <= 1e-5).all()
 
 
 def test_a_version_whose_second_network_is_missing_is_refused(ensemble, tmp_path):
