@@ -64,7 +64,7 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
         return lambda fraction, note: progress(named, fraction, note) if progress else None
 
     members = [
-        _Member(number, one, settings.seed + _APART * number, settings)
+        _Member(number, one, seed_of(settings.seed, number), settings)
         for number, one in enumerate(recipe.of_members())
     ]
     trained = [
@@ -105,6 +105,11 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
             stand_in(network, len(vocabulary.item_ids))
         released.append(_release(registry, anew, "train+validation", log, vocabulary, settings, lists))
     return released
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one of the networks of a version."""
+    return seed + _APART * number
 
 
 @dataclass(frozen=True, slots=True)

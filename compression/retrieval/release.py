@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -163,19 +164,23 @@ def load_config(artefact: Artefact) -> RetrievalConfig:
 
 def load_networks(artefact: Artefact) -> list[RetrievalNetwork]:
     """The networks of a version, in evaluation mode, or `ArtefactInvalid`."""
+    if artefact.manifest.kind != "retrieval":
+        raise ArtefactInvalid(f"{artefact.version} is no retrieval model")
+    return build(load_config(artefact), artefact.read, artefact.version)
+
+
+def build(config: RetrievalConfig, read: Callable[[str], bytes], named: str) -> list[RetrievalNetwork]:
+    """The networks of a configuration, their files read by name; `ArtefactInvalid` where one is none."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    if artefact.manifest.kind != "retrieval":
-        raise ArtefactInvalid(f"{artefact.version} is no retrieval model")
-    config = load_config(artefact)
     networks = []
     for number, sizes in enumerate((config.network, *config.more)):
         network, name = RetrievalNetwork(sizes), weights_name(number)
         try:
-            network.load_state_dict(load(artefact.read(name)))
+            network.load_state_dict(load(read(name)))
         except (RuntimeError, SafetensorError) as error:
-            raise ArtefactInvalid(f"{artefact.version}: {name}: {error}") from None
+            raise ArtefactInvalid(f"{named}: {name}: {error}") from None
         networks.append(network.eval())
     return networks
 
