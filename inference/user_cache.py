@@ -26,7 +26,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from compression.releases.registry import ModelShape
-from features.sequence import count_events
+from features.sequence import MAX_EVENTS, count_events
 from inference import memory
 from inference.derived import Derived
 from inference.types import Tensors
@@ -115,7 +115,7 @@ class UserCache:
         """Memory of one user, at most."""
         states = 2 * model.layers * model.max_history * model.dim * 4 if model.states else 0
         derived = Derived.nothing(1, model.dim, retrieved, listed).user_bytes
-        return states + derived + _EVENT_BYTES * model.max_history + _ENTRY_BYTES
+        return states + derived + _EVENT_BYTES * min(model.max_history, MAX_EVENTS) + _ENTRY_BYTES
 
     def __len__(self) -> int:
         """Users kept."""
