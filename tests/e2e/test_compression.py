@@ -1,5 +1,5 @@
-"""A release of another network, compressed or for retrieval, reaches a running worker as any other does, and no
-click goes without its list."""
+"""A release of another network, compressed or for retrieval, reaches a running worker as any other does, and
+no click goes without its list."""
 
 from __future__ import annotations
 
