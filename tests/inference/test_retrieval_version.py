@@ -35,6 +35,7 @@ from inference.types import Graph, RankedList, RankRequest, Tensors
 from inference.user_cache import UserCache
 from tests.inference import retrieval_version
 from tests.inference.conftest import ITEMS, MAX_HISTORY, sequence, vocabulary
+from tests.inference.oip.conftest import INFERENCE, Running
 from tests.inference.test_engine_parity import inputs
 from tests.inference.test_ranker import SETTINGS, lists
 
@@ -260,6 +261,28 @@ async def test_the_server_has_its_graphs(both: Artefact, released: tuple[Path, R
         np.testing.assert_allclose(apart, together, atol=1e-4)
     finally:
         await graphs.close()
+
+
+def test_another_server_scores_and_this_one_keeps_the_users(
+    released: tuple[Path, Retriever], statistics: ItemStatistics
+) -> None:
+    """Vectors are light enough to bring back, so that nothing is encoded again to score."""
+    with Running(Registry(released[0])) as running:
+        ranker = Ranker.open(released[0], settings=INFERENCE)
+        told = EngineOptions(url=running.grpc, timeout_ms=5_000)
+        remote, local = ranker.warm("remote", told), ranker.warm("onnx")
+        calls = Calls(remote.engine)
+        answers = lists(ranker.rank(Warmed(calls, remote.buckets), REQUESTS, statistics))  # type: ignore[arg-type]
+        assert {graph for graph, _ in calls.made} == {"encode", "score"} and ranker.users == len(REQUESTS)
+        calls.made.clear()
+        ranker.rank(Warmed(calls, remote.buckets), REQUESTS, statistics)  # type: ignore[arg-type]
+        assert not calls.made
+        fresh = Ranker.open(released[0], settings=INFERENCE)
+        for one, other in zip(answers, lists(fresh.rank(local, REQUESTS, statistics)), strict=True):
+            assert one.items == other.items
+            assert one.scores == pytest.approx(other.scores, abs=1e-4)
+        remote.close()
+        local.close()
 
 
 async def test_versions_of_both_kinds_replace_each_other_under_way(
