@@ -82,7 +82,8 @@ def amounts(model: ModelShape, shape: Shape, cache_bytes: int) -> tuple[float, .
     encode: every event becomes keys and values in each of L layers, and goes through attention and the
     feed-forward part in all but the last, where only the newest event asks: B·H·(2·L·d² + 2·(L−1)·d·f).
     score: every candidate goes through L layers of attention and feed-forward, without keys and values
-    of its own: B·C·2·L·d·f. rank: both. append: one event of its own through L layers: B·2·L·(d² + d·f).
+    of its own: B·C·2·L·d·f; without states it is a row times the user vector, B·C·d. rank: both. append: one
+    event of its own through L layers: B·2·L·(d² + d·f).
     """
     batch, history, candidates = shape.batch, shape.history, shape.candidates
     dim, ffn, layers = model.dim, model.ffn, model.layers
@@ -93,9 +94,13 @@ def amounts(model: ModelShape, shape: Shape, cache_bytes: int) -> tuple[float, .
         moved += batch * history * dim * (4 + 2 * layers)
         tokens = batch * history
     if shape.graph in ("score", "rank"):
-        dense += batch * candidates * 2 * layers * dim * ffn
-        attention += batch * candidates * 2 * layers * dim * (history + 1)
-        moved += batch * dim * (2 * layers * history + 2 * candidates)
+        if model.states:
+            dense += batch * candidates * 2 * layers * dim * ffn
+            attention += batch * candidates * 2 * layers * dim * (history + 1)
+            moved += batch * dim * (2 * layers * history + 2 * candidates)
+        else:
+            dense += batch * candidates * dim
+            moved += batch * candidates * dim
         tokens = max(tokens, batch * candidates)
     if shape.graph == "append":
         dense += batch * 2 * layers * dim * (dim + ffn)

@@ -1,7 +1,8 @@
 """Histories to what candidates are scored with, by the least work that gives it.
 
 A history that the cache has whole is copied once candidates need it, one that has grown by a few events is
-copied and appended to where that is measured to be faster, and any other is encoded.
+copied and appended to where that is measured to be faster, and any other is encoded. A model without states
+scores by user vectors alone: known or encoded, they go through the engine in as few cuts as hold them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from features.sequence import SequenceBatch, newest_events
 from inference import metrics
 from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
 from inference.derived import Derived
-from inference.engines.base import INPUTS, Engine, Precision
+from inference.engines.base import Engine, Precision, inputs_of
 from inference.types import Graph, RankRequest, Tensors
 from inference.user_cache import Found, UserCache
 
@@ -66,7 +67,7 @@ class Encoder:
         self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
     ) -> Encoded:
         """`histories` are those of the requests, unpacked."""
-        cache = self._cache if engine.keeps_states else None
+        cache = self._cache if _keeps_states(engine) else None
         if cache is None:
             encoded = self._nothing_known(engine, requests, histories, [], 0)
             self._encode(engine, buckets, encoded, np.arange(len(requests)))
@@ -106,6 +107,10 @@ class Encoder:
     def completed(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> Iterator[None]:
         """See that the needed [users] are in a cut until the block ends, encoded anew where the cache has
         lost them meanwhile. What it has not lost it lends: those keys and values leave with the block."""
+        if not self._model.states:
+            _gather(buckets, encoded, needed.nonzero()[0])
+            yield
+            return
         users = (encoded.pending & needed).nonzero()[0]
         if self._cache is None or not len(users):
             yield
@@ -129,7 +134,10 @@ class Encoder:
         wanted = encoded.news & sound
         if self._cache is None or not encoded.keys or not wanted.any():
             return
-        for cut, states in encoded.cuts:
+        cuts = encoded.cuts
+        if not self._model.states:
+            cuts = [(Cut(np.arange(len(wanted)), len(wanted), 0), {})]
+        for cut, states in cuts:
             rows = wanted[cut.users].nonzero()[0].tolist()
             users = cut.users[rows].tolist()
             self._cache.keep(
@@ -229,15 +237,20 @@ class Encoder:
             encoded.cuts.append((cut.among(users), states))
 
 
+def _keeps_states(engine: Engine) -> bool:
+    """Whether what is encoded comes back from this engine: where there are no keys and values, it does."""
+    return engine.keeps_states or not engine.model.states
+
+
 def scoring(engine: Engine) -> Graph:
     """The graph that scores on this engine: where keys and values are too heavy to bring back, the one that
     takes histories as they are and encodes them again."""
-    return "score" if engine.keeps_states else "rank"
+    return "score" if _keeps_states(engine) else "rank"
 
 
 def states_of(engine: Engine, inputs: Tensors) -> Tensors:
     """Histories encoded: their user vectors, and what `scores_of` needs of them."""
-    if engine.keeps_states:
+    if _keeps_states(engine):
         return {**engine.run("encode", inputs), "lengths": inputs["lengths"]}
     return {**inputs, **engine.run_for("encode", inputs, ("user_vector",))}
 
@@ -245,9 +258,24 @@ def states_of(engine: Engine, inputs: Tensors) -> Tensors:
 def scores_of(engine: Engine, states: Tensors, asked: Tensors) -> Float32:
     """Scores of the candidates asked for after encoded histories."""
     graph = scoring(engine)
-    inputs = {name: array for name, array in {**states, **asked}.items() if name in INPUTS[graph]}
+    names = inputs_of(graph, engine.model)
+    inputs = {name: array for name, array in {**states, **asked}.items() if name in names}
     scores: Float32 = engine.run(graph, inputs)["scores"]
     return scores
+
+
+def _gather(buckets: Buckets, encoded: Encoded, users: Int64) -> None:
+    """Let the cuts be the vectors of some users, however long their histories."""
+    encoded.cuts.clear()
+    for start in range(0, len(users), buckets.batches[-1]):
+        some = users[start : start + buckets.batches[-1]]
+        batch = fit(buckets.batches, len(some))
+        lengths = encoded.histories.lengths[some].astype(np.int32)
+        states = {
+            "user_vector": pad_rows(encoded.derived.vectors[some], batch),
+            "lengths": pad_rows(lengths, batch),
+        }
+        encoded.cuts.append((Cut(some, batch, buckets.histories[0]), states))
 
 
 def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:

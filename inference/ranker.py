@@ -27,7 +27,7 @@ import numpy.typing as npt
 from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape, Registry
 from features.candidates import SOURCES, Candidates, find_candidates
 from features.encoding import Vocabulary
-from features.sequence import SequenceBatch, unpack
+from features.sequence import MAX_EVENTS, SequenceBatch, unpack
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
 from inference import engines, metrics
@@ -96,7 +96,8 @@ class Ranker:
         prepared: Prepared | None = None,
     ) -> None:
         self.version = artefact.version
-        self.buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
+        # Longer sequences than that are kept of nobody, whatever a network takes.
+        self.buckets = settings.buckets().up_to(min(artefact.manifest.model.max_history, MAX_EVENTS))
         self._artefact = artefact
         self._prepared = prepared
         if prepared is not None:
@@ -195,8 +196,8 @@ class Ranker:
         """
         engine = engines.create(name, options or EngineOptions())
         graphs = graphs_of(engine, cached=self._cache is not None, artefact=self._artefact)
-        score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
         self._load(engine, name, graphs)
+        score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
         try:
             few = bool(known_s) and not engine.compiles_shapes
             wanted = self.buckets.a_few(**kinds) if few else self.buckets.shapes(**kinds)

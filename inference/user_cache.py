@@ -5,6 +5,9 @@ was scored with last; one that has grown by a few events costs those events alon
 `compression.training.export`). What is kept is compared byte for byte with what is asked, so an answer never
 rests on a history that was trimmed, corrected or has aged since.
 
+Of a model without states there are no keys and values: what is kept is what follows from whole histories,
+some kilobytes a user, and a history that has grown is encoded anew.
+
 One cache belongs to one ranker, which is one released version: versions cannot mix. Slots are
 preallocated and bounded; the user asked for longest ago leaves first. The lock is held for bookkeeping
 only, never while states are copied: who reads a slot pins it, and a slot that is being written is in
@@ -22,7 +25,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from compression.releases.registry import ModelShape
-from features.sequence import count_events
+from features.sequence import MAX_EVENTS, count_events
 from inference import memory
 from inference.derived import Derived
 from inference.types import Tensors
@@ -97,7 +100,9 @@ class UserCache:
 
     def __init__(self, model: ModelShape, slots: int, *, retrieved: int, listed: int) -> None:
         """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
-        states = (slots, model.layers, model.heads, model.max_history, model.dim // model.heads)
+        layers = model.layers if model.states else 0
+        states = (slots, layers, model.heads, model.max_history, model.dim // model.heads)
+        self._states = model.states
         # Zeros take no memory before they are written, and no number in a slot is ever infinite.
         self._keys = memory.zeros(states, np.float32, large_pages=True)
         self._values = memory.zeros(states, np.float32, large_pages=True)
@@ -115,9 +120,9 @@ class UserCache:
     @staticmethod
     def user_bytes(model: ModelShape, *, retrieved: int, listed: int) -> int:
         """Memory of one user, at most."""
-        states = 2 * model.layers * model.max_history * model.dim * 4
+        states = 2 * model.layers * model.max_history * model.dim * 4 if model.states else 0
         derived = Derived.nothing(1, model.dim, retrieved, listed).user_bytes
-        return states + derived + _EVENT_BYTES * model.max_history + _ENTRY_BYTES
+        return states + derived + _EVENT_BYTES * min(model.max_history, MAX_EVENTS) + _ENTRY_BYTES
 
     def __len__(self) -> int:
         """Users kept."""
@@ -205,7 +210,7 @@ class UserCache:
     ) -> None:
         """Keep, per user, the `keys` and `values` in a row of a cut, and what is derived at a place. What is
         kept and longer already stays. Without `keys` and `values`, only of users whose are kept already."""
-        writes = self._reserve(users, histories, precision, whole="keys" not in states)
+        writes = self._reserve(users, histories, precision, whole=self._states and "keys" not in states)
         if not writes:
             return
         try:

@@ -76,6 +76,8 @@ class ModelShape(BaseModel):
     max_history: Annotated[int, Field(ge=1, le=4096)] = 100
     item_rows: Annotated[int, Field(ge=2)]
     category_rows: Annotated[int, Field(ge=2)]
+    states: bool = True
+    """Whether candidates are scored by the keys and values of a history; else by its user vector alone."""
 
 
 class Manifest(BaseModel):
@@ -87,10 +89,11 @@ class Manifest(BaseModel):
     version: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
     created_at: str
     parent: str | None = None
-    # What ranks candidates is served; what scores the whole catalogue is evaluated only, and has no graphs.
+    # Which network it is: one that reads candidates beside the history, or one whose user vector scores the
+    # whole catalogue. What is served has graphs, of either kind; without, a version is evaluated only.
     kind: Kind = "ranking"
     model: ModelShape
-    # append is optional: without it a click is encoded with its whole history.
+    # append is optional: without it a click is encoded with its whole history. It needs a model with states.
     graphs: dict[Literal["encode", "score", "rank", "append"], str] = {}
     files: dict[str, FileEntry] = {}
     # What online counts add to the network's scores; without it nothing.
@@ -280,11 +283,13 @@ class Registry:
         *,
         sha256: str | None = None,
         check_files: bool = True,
-        kind: Kind | None = "ranking",
+        kind: Kind | None = None,
+        serves: bool = True,
     ) -> Artefact:
         """A version whose signature and every file have been verified, or `ArtefactInvalid` with the
         reason. `sha256` is the manifest's, where somebody promised one. Without `check_files` a file is
-        verified when it is read, and not before. A version of another `kind` is refused; None: any."""
+        verified when it is read, and not before. A version of another `kind` is refused (None: any), and
+        where it is to serve, one without graphs."""
         version, promoted = self._resolve(alias_or_version)
         data = self._manifest_bytes(version)
         digest = _sha256(data)
@@ -296,6 +301,8 @@ class Registry:
         artefact = Artefact(self._version_path(version), _parse(data, version), digest)
         if kind is not None:
             _check_kind(artefact.manifest, kind)
+        if serves:
+            _check_serves(artefact.manifest)
         if check_files:
             artefact.read_all()
         return artefact
@@ -349,7 +356,7 @@ class Registry:
         if state is not None and not self._version_path(version).is_dir():
             raise ReleaseRefused(f"{version!r} is an alias, which stands for {state.version}: name a version")
         data = self._manifest_bytes(version)
-        _check_kind(_parse(data, version), "ranking")
+        _check_serves(_parse(data, version))
         return Release(version=version, manifest_sha256=_sha256(data))
 
     def _manifest_bytes(self, version: str) -> bytes:
@@ -422,18 +429,28 @@ def _check_kind(manifest: Manifest, kind: Kind) -> None:
         raise ArtefactInvalid(f"{manifest.version} is a {manifest.kind} model, not a {kind} model")
 
 
+def _check_serves(manifest: Manifest) -> None:
+    if not manifest.graphs:
+        raise ArtefactInvalid(
+            f"{manifest.version} is a {manifest.kind} model without graphs, published to be evaluated only; "
+            "published anew it has them"
+        )
+
+
 def _check_complete(manifest: Manifest) -> None:
     if len(manifest.files) > MAX_FILES:
         raise ArtefactInvalid(f"{manifest.version}: more than {MAX_FILES} files")
     for name in manifest.files:
         _check_file_name(name, manifest.version)
-    ranks = manifest.kind == "ranking"
-    for name in (*manifest.graphs.values(), VOCABULARY, *((ITEM_TABLE,) if ranks else ())):
+    serves = manifest.kind == "ranking" or bool(manifest.graphs)
+    for name in (*manifest.graphs.values(), VOCABULARY, *((ITEM_TABLE,) if serves else ())):
         if name not in manifest.files:
             raise ArtefactInvalid(f"{manifest.version}: {name} is missing")
-    missing = {"encode", "score", "rank"} - set(manifest.graphs) if ranks else ()
+    missing = {"encode", "score", "rank"} - set(manifest.graphs) if serves else ()
     if missing:
         raise ArtefactInvalid(f"{manifest.version}: no graph named {', '.join(sorted(missing))}")
+    if "append" in manifest.graphs and not manifest.model.states:
+        raise ArtefactInvalid(f"{manifest.version}: it keeps no states that events could be appended to")
 
 
 def _entry(path: Path) -> FileEntry:

@@ -28,6 +28,7 @@ def describe(settings: RetrainSettings, state: RunState, verdict: Verdict, *, pr
             "version": state.version,
             "created_at": state.created_at,
             "parent": read["parent"],
+            "kind": "retrieval" if settings.retrieval else "ranking",
             "model": released["shape"],
             "graphs": exported["graphs"],
             # A run that was begun before there was a fusion has none.
@@ -48,6 +49,7 @@ def describe(settings: RetrainSettings, state: RunState, verdict: Verdict, *, pr
                 "best_epoch": whole["best"],
                 "stopped": whole["stopped"],
             }
+            | ({"recipe": settings.retrieval.model_dump(mode="json")} if settings.retrieval else {})
             | ({"teacher": whole["shape"]} if released["shape"] != whole["shape"] else {})
             | ({"forced": settings.force} if verdict.forced else {}),
             "git_revision": git_revision(),

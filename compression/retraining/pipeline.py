@@ -21,7 +21,13 @@ from typing import Any, Protocol
 from compression.evaluation import gate
 from compression.evaluation.evaluate import evaluate
 from compression.evaluation.fusion import fuse
-from compression.evaluation.scoring import ArtefactScorer, GraphScorer, TorchScorer, row_categories
+from compression.evaluation.scoring import (
+    ArtefactScorer,
+    GraphScorer,
+    Scorer,
+    TorchScorer,
+    row_categories,
+)
 from compression.evaluation.verdict import GateLimits, GateRefused, Judged, Verdict
 from compression.logs.dataset import build_vocabulary
 from compression.logs.sources import LogFile
@@ -54,7 +60,7 @@ _BEFORE, _AFTER = ("read", "train"), ("evaluate", "export", "gate", "publish", "
 STEPS = (*_BEFORE, *_AFTER)
 JUDGED = 2_000  # test targets; `tailrace evaluate --limit` judges by more
 FUSED = 1_000  # targets of validation, and of the test, that the weights of online counts are judged by
-_STAGING = "staging"
+STAGING = "staging"
 _TEACHER_STAGING = "staging-teacher"
 
 Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
@@ -112,7 +118,9 @@ def retrain(
     with tempfile.TemporaryDirectory(prefix="tailrace-") as folder:
         begun = run or Run.begin(Path(folder), "once")
         with begun:
-            work = _Work(settings, begun, progress, guard or _NoGuard(), stopping, team or Local())
+            work = _kind_of(settings)(
+                settings, begun, progress, guard or _NoGuard(), stopping, team or Local()
+            )
             try:
                 return work.all_steps(announce)
             except GateRefused as error:
@@ -125,7 +133,15 @@ def retrain(
                 raise
 
 
-class _Work:
+def _kind_of(settings: RetrainSettings) -> type[Work]:
+    if settings.retrieval is None:
+        return Work
+    from compression.retraining.retrieval import RetrievalWork
+
+    return RetrievalWork
+
+
+class Work:
     """The steps of one run."""
 
     def __init__(
@@ -142,7 +158,7 @@ class _Work:
         self._progress = progress
         self.registry = Registry(settings.registry)
         self.kept = Kept(run, settings)
-        self.staging = run.folder / _STAGING
+        self.staging = run.folder / STAGING
 
     def all_steps(self, announce: Announce | None) -> Retrained:
         run, settings = self.run, self.settings
@@ -167,19 +183,19 @@ class _Work:
             told = self.step("announce", lambda _: {"error": say(manifest, digest, path)})
         run.end("published", f"forced: {settings.force}" if verdict.forced else "")
         self.kept.clear()
-        run.clear(_STAGING, _TEACHER_STAGING)
+        run.clear(STAGING, _TEACHER_STAGING)
         seconds = {name: step.seconds for name, step in run.state.steps.items()}
         announced = bool(told) and told["error"] is None
         return Retrained(manifest, digest, path, settings.alias, seconds, verdict, announced)
 
-    def step(self, name: str, work: Callable[[_Step], dict[str, Any]]) -> dict[str, Any]:
+    def step(self, name: str, work: Callable[[StepVoice], dict[str, Any]]) -> dict[str, Any]:
         """What the step said, now or in an earlier process."""
         found = self.run.done(name)
         if found is not None:
             return found
         self.tell(name, 0.0, "")
         began_s = time.monotonic()
-        result = work(_Step(self, name))
+        result = work(StepVoice(self, name))
         self.run.finish(name, time.monotonic() - began_s, result)
         self.tell(name, 1.0, "")
         return self.run.state.steps[name].result
@@ -196,7 +212,7 @@ class _Work:
 
     # Steps -----------------------------------------------------------------------------------------
 
-    def read(self, tell: _Step) -> dict[str, Any]:
+    def read(self, tell: StepVoice) -> dict[str, Any]:
         settings = self.settings
         source = LogFile(settings.log) if isinstance(settings.log, Path) else settings.log
         log = source.read(settings.max_events, tell.fraction)
@@ -229,7 +245,7 @@ class _Work:
             },
         }
 
-    def train(self, tell: _Step) -> dict[str, Any]:
+    def train(self, tell: StepVoice) -> dict[str, Any]:
         settings, kept = self.settings, self.kept
         weights = None
         if started_from := kept.read["started_from"]:
@@ -254,7 +270,7 @@ class _Work:
         kept.keep_network("train", trained.model)
         return _account(trained)
 
-    def compress(self, name: str, tell: _Step) -> dict[str, Any]:
+    def compress(self, name: str, tell: StepVoice) -> dict[str, Any]:
         """One stage: a smaller network, taught by the one that `train` ended with."""
         settings, kept = self.settings, self.kept
         before = kept.network(("train", *kept.stages)[kept.stages.index(name)])
@@ -277,17 +293,24 @@ class _Work:
         kept.keep_network(name, trained.model)
         return _account(trained) | compress.figures(trained.model)
 
-    def evaluate(self, _: _Step) -> dict[str, Any]:
-        kept = self.kept
-        scorer = TorchScorer(kept.model, row_categories(kept.vocabulary))
-        of_what = (scorer, kept.sequences, kept.split, kept.vocabulary)
-        length = kept.model.shape.max_history
+    def evaluate(self, _: StepVoice) -> dict[str, Any]:
+        kept, length = self.kept, self.longest
+        of_what = (self.scorer(), kept.sequences, kept.split, kept.vocabulary)
         judged = evaluate(*of_what, max_history=length, limit=JUDGED, count=False)
         return judged | {"lists": fuse(*of_what, max_history=length, limit=FUSED)}
 
-    def export(self, _: _Step) -> dict[str, Any]:
+    @property
+    def longest(self) -> int:
+        """How many events the trained network reads."""
+        return self.kept.teacher.shape.max_history
+
+    def scorer(self) -> Scorer:
+        """What was trained, as evaluation sees it."""
+        return TorchScorer(self.kept.model, row_categories(self.kept.vocabulary))
+
+    def export(self, _: StepVoice) -> dict[str, Any]:
         kept = self.kept
-        self.run.clear(_STAGING, _TEACHER_STAGING)
+        self.run.clear(STAGING, _TEACHER_STAGING)
         self.staging.mkdir()
         rounded = self.settings.recipe.compression.quantize
         graphs = stage(kept.model, kept.vocabulary, self.staging, rounded=rounded)
@@ -320,7 +343,7 @@ class _Work:
             raise GateRefused(verdict)
         return verdict.model_copy(update={"forced": True}).model_dump()
 
-    def check(self, _: _Step) -> dict[str, Any]:
+    def check(self, _: StepVoice) -> dict[str, Any]:
         serving: tuple[Artefact, Judged] | None = None
         kept = self.kept
         if parent := kept.read["parent"]:
@@ -340,7 +363,7 @@ class _Work:
             {graph: (folder / f"{graph}.onnx").read_bytes() for graph in ("encode", "rank")},
             read_item_table((folder / ITEM_TABLE).read_bytes()),
         )
-        return Judged(scorer, self.kept.vocabulary, self.kept.teacher.shape.max_history)
+        return Judged(scorer, self.kept.vocabulary, self.longest)
 
     def publish(self, manifest: Manifest) -> dict[str, Any]:
         """Signed where there is a key, whole or not at all. A version that an earlier process of this run
@@ -375,16 +398,16 @@ class _Work:
     def _base(self, version: str | None) -> Artefact:
         if version is None:
             raise ArtefactInvalid("no version serves yet to start from: train without --from-serving first")
-        artefact = self.registry.open(version)
+        artefact = self.registry.open(version, kind="ranking")
         _, shape = trained_as(artefact.manifest)
         check_shape(shape, self.settings.recipe.shape(artefact.vocabulary()))
         return artefact
 
 
-class _Step:
+class StepVoice:
     """A step's own voice."""
 
-    def __init__(self, work: _Work, name: str) -> None:
+    def __init__(self, work: Work, name: str) -> None:
         self._work, self._name = work, name
 
     def __call__(self, fraction: float, note: str) -> None:

@@ -81,12 +81,10 @@ def _data(read: dict[str, Any]) -> dict[str, str]:
 def _training(trained: dict[str, Any]) -> str:
     epochs = trained["epochs"]
     numbers = [epoch["number"] for epoch in epochs]
-    losses = {
-        f"{head} loss": [epoch[f"{head}_loss"] for epoch in epochs] for head in ("retrieval", "ranking")
-    }
-    gains = {
-        f"{head} NDCG@10": [epoch[f"{head}_ndcg"] for epoch in epochs] for head in ("retrieval", "ranking")
-    }
+    # A retrieval network has the one head.
+    heads = [head for head in ("retrieval", "ranking") if epochs and f"{head}_loss" in epochs[0]]
+    losses = {f"{head} loss": [epoch[f"{head}_loss"] for epoch in epochs] for head in heads}
+    gains = {f"{head} NDCG@10": [epoch[f"{head}_ndcg"] for epoch in epochs] for head in heads}
     curves = _lines(numbers, losses, "loss, mean of the epoch", None) + _lines(
         numbers, gains, "validation", trained["best"]
     )

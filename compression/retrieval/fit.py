@@ -2,6 +2,9 @@
 
 (a) `train`: fitted without a user's last two items, the last but one being what validation selects by.
 (b) `train+validation`: after selection fitted anew, model and counts, with the last but one too.
+
+What online counts weigh where a version serves is chosen as `tailrace retrain` chooses it, by validation
+lists made as they are served, with the network of (a): that of (b) has learnt what validation asks for.
 """
 
 from __future__ import annotations
@@ -11,17 +14,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from compression.logs.dataset import Log, build_vocabulary, leave_one_out
+from compression.evaluation.fusion import fuse
+from compression.logs.dataset import Log, Split, build_vocabulary, leave_one_out
 from compression.releases.registry import Manifest, Registry
 from compression.retrieval.ensemble import TrainedEnsemble, judged
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import Fitted, config_of, publish
+from compression.retrieval.retriever import Retriever, RetrieverScorer, stand_in
 from compression.retrieval.table import evaluate
 from compression.retrieval.trainer import refit, train
 from features.encoding import Vocabulary
+from features.fusion import Fusion
+from features.settings import FeatureSettings
 
 PROTOCOLS: Final[tuple[Fitted, ...]] = ("train", "train+validation")
 
+FUSED: Final = 1_000
+"""Targets of validation, and of the test, that the weights of online counts are judged by."""
 _APART: Final = 1_000
 """From a network's seed to the next one's: further apart than seeds that are asked for."""
 
@@ -52,7 +61,7 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
     vocabulary = build_vocabulary(sequences, max_items=recipe.max_items, item_buckets=1, category_buckets=2)
 
     members = [
-        _Member(one, seed + _APART * number, settings)
+        _Member(one, seed_of(seed, number), settings)
         for seed in settings.seeds
         for number, one in enumerate(recipe.of_members())
     ]
@@ -74,9 +83,12 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
         for number, member in enumerate(members)
     ]
     whole = judged(trained, sequences, split, vocabulary, recipe)
+    for network in whole.networks:
+        stand_in(network, len(vocabulary.item_ids))
+    lists = _served(whole, log, split, vocabulary)
     released = []
     if "train" in settings.protocols:
-        released.append(_release(registry, whole, "train", log, vocabulary, settings))
+        released.append(_release(registry, whole, "train", log, vocabulary, settings, lists))
     if "train+validation" in settings.protocols:
         again = [
             refit(
@@ -92,8 +104,15 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
             for number, (member, one) in enumerate(zip(members, trained, strict=True))
         ]
         anew = TrainedEnsemble(again, whole.verdict)
-        released.append(_release(registry, anew, "train+validation", log, vocabulary, settings))
+        for network in anew.networks:
+            stand_in(network, len(vocabulary.item_ids))
+        released.append(_release(registry, anew, "train+validation", log, vocabulary, settings, lists))
     return released
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one of the networks of a version."""
+    return seed + _APART * number
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +136,7 @@ def _release(
     log: Log,
     vocabulary: Vocabulary,
     settings: FitSettings,
+    lists: dict[str, Any],
 ) -> Manifest:
     config = config_of(trained, settings.recipe, fitted)
     metrics = evaluate(trained.networks, config, log.sequences, vocabulary)
@@ -130,4 +150,28 @@ def _release(
         "seed": settings.seeds[0],
         "seeds": list(settings.seeds),
     }
-    return publish(registry, trained, config, vocabulary, recipe=settings.recipe, metrics=metrics, data=data)
+    return publish(
+        registry,
+        trained,
+        config,
+        vocabulary,
+        recipe=settings.recipe,
+        fusion=Fusion(**lists["weights"]),
+        metrics=metrics | {"lists": lists},
+        data=data,
+    )
+
+
+def _served(trained: TrainedEnsemble, log: Log, split: Split, vocabulary: Vocabulary) -> dict[str, Any]:
+    """`fuse` with histories as long as they are kept, and the network they were judged with."""
+    settings, retriever = FeatureSettings(), Retriever(trained.networks)
+    found = fuse(
+        RetrieverScorer(retriever),
+        log.sequences,
+        split,
+        vocabulary,
+        max_history=min(retriever.max_history, settings.sequence_events),
+        limit=FUSED,
+        settings=settings,
+    )
+    return found | {"fitted": "train", "seen_filter": settings.seen_filter}

@@ -37,6 +37,7 @@ OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "rank": ("scores", "user_vector"),
     "append": ("user_vector", "new_key", "new_value"),
 }
+_STATES: Final = frozenset({"keys", "values"})
 # Largest difference from torch in f32 of any output, per precision. Scores and vectors are of order 1;
 # a reordered f32 sum moves the last digits, bf16 keeps 8 bits of mantissa through every layer and f16 11,
 # int8 rounds weights to 127 steps. About twice the worst that trained and random models showed (LOG.md).
@@ -73,10 +74,24 @@ class EngineOptions:
     timeout_ms: float = 1_000.0
 
 
+def inputs_of(graph: Graph, model: ModelShape) -> tuple[str, ...]:
+    """What a graph of this model reads. Without states a score is that of a candidate and a user vector;
+    histories come with all their columns whatever a network reads of them, so that who asks need not know."""
+    if graph == "score" and not model.states:
+        return ("user_vector", "candidates")
+    return INPUTS[graph]
+
+
+def outputs_of(graph: Graph, model: ModelShape) -> tuple[str, ...]:
+    """What a graph of this model answers with."""
+    names = OUTPUTS[graph]
+    return names if model.states else tuple(name for name in names if name not in _STATES)
+
+
 def graphs_of(engine: Engine, *, cached: bool, artefact: Artefact) -> tuple[Graph, ...]:
     """The graphs that an engine is asked to run for lists. Where histories are `cached` one for appended
     events, else one for known candidates together with their history; where the version has it."""
-    if not engine.keeps_states:
+    if not engine.keeps_states and artefact.manifest.model.states:
         return ("encode", "rank")
     third: Graph = "append" if cached else "rank"
     return (*GRAPHS[:2], third) if third in artefact.manifest.graphs else GRAPHS[:2]
@@ -160,7 +175,7 @@ class Engine(ABC):
         if shape.graph != "score":
             for column in ("items", "categories", "behaviors", "gaps"):
                 inputs[column] = np.zeros((batch, 1 if appends else history), np.int32)
-        if shape.graph in ("score", "append"):
+        if model.states and shape.graph in ("score", "append"):
             states = (batch, model.layers, model.heads, history, model.dim // model.heads)
             inputs["keys"] = np.zeros(states, np.float32)
             inputs["values"] = np.zeros(states, np.float32)
@@ -170,4 +185,4 @@ class Engine(ABC):
         if shape.graph in ("score", "rank"):
             inputs["candidates"] = np.zeros((batch, shape.candidates), np.int32)
             inputs["candidate_categories"] = np.zeros((batch, shape.candidates), np.int32)
-        return inputs
+        return {name: inputs[name] for name in inputs_of(shape.graph, model)}

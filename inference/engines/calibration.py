@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from compression.releases.registry import Artefact
 from features.encoding import GAP_ROWS, Vocabulary
-from inference.engines.base import INPUTS, EngineOptions
+from inference.engines.base import INPUTS, EngineOptions, inputs_of
 from inference.types import Graph, Tensors
 
 _SHARES: Final = (0.90, 0.06, 0.03, 0.01)  # of views, carts, favourites and purchases
@@ -55,7 +55,7 @@ def samples(artefact: Artefact, graph: Graph, *, batches: int = 32, seed: int = 
             drawn |= encoder.run("encode", {name: drawn[name] for name in INPUTS["encode"]})
         if graph == "append":
             drawn |= _newest_apart(drawn)
-        found.append({name: drawn[name] for name in INPUTS[graph]})
+        found.append({name: drawn[name] for name in inputs_of(graph, artefact.manifest.model)})
     encoder.close()
     return found
 

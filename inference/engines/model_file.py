@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape
-from inference.engines.base import INPUTS, OUTPUTS
+from inference.engines.base import inputs_of, outputs_of
 from inference.errors import ModelUnavailable
 from inference.types import Graph
 
@@ -153,8 +153,8 @@ def _finite(array: Any) -> bool:
 
 def _check_contract(model: onnx.ModelProto, graph: Graph, shape: ModelShape) -> None:
     for what, values, names in (
-        ("inputs", model.graph.input, INPUTS[graph]),
-        ("outputs", model.graph.output, OUTPUTS[graph]),
+        ("inputs", model.graph.input, inputs_of(graph, shape)),
+        ("outputs", model.graph.output, outputs_of(graph, shape)),
     ):
         given = [value.name for value in values]
         if sorted(given) != sorted(names):

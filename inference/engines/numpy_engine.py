@@ -15,7 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from compression.releases.registry import Artefact
-from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions
+from inference.engines.base import GRAPHS, Engine, EngineOptions, outputs_of
 from inference.engines.model_file import read_graph
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
@@ -48,7 +48,7 @@ class NumpyEngine(Engine):
                 raise ModelUnavailable(f"numpy cannot read the {graph} graph: {error}") from error
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
-        names = OUTPUTS[graph]
+        names = outputs_of(graph, self.model)
         try:
             outputs = self._evaluators[graph].run(list(names), inputs)
         except (KeyError, IndexError, ValueError, TypeError, RuntimeError) as error:

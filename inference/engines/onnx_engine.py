@@ -10,7 +10,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as _state
 
 from compression.releases.registry import Artefact, ModelShape
-from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
+from inference.engines.base import GRAPHS, Engine, EngineOptions, Precision, outputs_of
 from inference.engines.model_file import read_graph
 from inference.engines.shared_weights import share_weights
 from inference.errors import EngineFailed, ModelUnavailable
@@ -136,7 +136,7 @@ class OnnxEngine(Engine):
         return session
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
-        names = OUTPUTS[graph]
+        names = outputs_of(graph, self.model)
         try:
             outputs = self._sessions[graph].run(names, inputs)
         except _ERRORS as error:

@@ -16,7 +16,7 @@ import openvino.properties.device as device_props
 import openvino.properties.hint as hints
 
 from compression.releases.registry import Artefact
-from inference.engines.base import GRAPHS, OUTPUTS, Engine, EngineOptions, Precision
+from inference.engines.base import GRAPHS, Engine, EngineOptions, Precision, inputs_of, outputs_of
 from inference.engines.model_file import read_graph
 from inference.engines.openvino_core import core
 from inference.engines.quantise import weights_in_int8
@@ -40,6 +40,8 @@ class OpenVinoEngine(Engine):
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
         self._requests: dict[Graph, Any] = {}
+        # What a graph declares and nothing in it reads has no place in what was compiled.
+        self._read: dict[Graph, list[str]] = {}
         self._core = core()
         self._device = options.device.upper()
         self._check_device()
@@ -60,18 +62,20 @@ class OpenVinoEngine(Engine):
                 content = weights_in_int8(content)
             try:
                 model = self._core.read_model(io.BytesIO(content))
-                self._requests[graph] = self._core.compile_model(
-                    model, self._device, config
-                ).create_infer_request()
+                compiled = self._core.compile_model(model, self._device, config)
+                self._requests[graph] = compiled.create_infer_request()
+                read = {name for port in compiled.inputs for name in port.names}
+                self._read[graph] = [name for name in inputs_of(graph, self.model) if name in read]
             except RuntimeError as error:
                 raise ModelUnavailable(f"OpenVINO refused the {graph} graph: {error}") from error
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
         request = self._requests[graph]
         try:
-            request.infer(inputs, share_inputs=True)
+            request.infer({name: inputs[name] for name in self._read[graph]}, share_inputs=True)
             # A copy: the request's own buffers are overwritten by the next run.
-            return {name: request.get_tensor(name).data.copy() for name in OUTPUTS[graph]}
+            names = outputs_of(graph, self.model)
+            return {name: request.get_tensor(name).data.copy() for name in names}
         except RuntimeError as error:
             raise EngineFailed(f"openvino: {graph}: {error}") from error
 

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 
 from compression.releases.registry import Artefact
-from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, EngineOptions
+from inference.engines.base import GRAPHS, Engine, EngineOptions, inputs_of, outputs_of
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.oip import open_inference_pb2 as pb
 from inference.oip import open_inference_pb2_grpc as pb_grpc
@@ -57,14 +57,15 @@ class RemoteEngine(Engine):
             raise ModelUnavailable(str(error)) from error
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
-        return self.run_for(graph, inputs, OUTPUTS[graph])
+        return self.run_for(graph, inputs, outputs_of(graph, self.model))
 
     def run_for(self, graph: Graph, inputs: Tensors, outputs: Sequence[str]) -> Tensors:
         """Raises `EngineFailed`, also where the server is late: another lane may still be in time."""
         if self._stub is None:
             raise EngineFailed("remote: no model is loaded")
         columns = self._columns[graph]
-        sent = {name: inputs[name][:, None] if name in columns else inputs[name] for name in INPUTS[graph]}
+        names = inputs_of(graph, self.model)
+        sent = {name: inputs[name][:, None] if name in columns else inputs[name] for name in names}
         timeout_s = self.options.timeout_ms / 1e3
         request = request_of(self._names[graph], self._version, sent, outputs, timeout_s=timeout_s)
         try:
@@ -88,7 +89,7 @@ class RemoteEngine(Engine):
         told = self._call("ModelMetadata", pb.ModelMetadataRequest(name=name, version=self._version))
         inputs, outputs = specs(graph, self.model)
         theirs = {tensor.name: tensor for tensor in told.inputs}
-        if set(theirs) != set(INPUTS[graph]):
+        if set(theirs) != set(inputs_of(graph, self.model)):
             raise ModelUnavailable(f"{where} takes {', '.join(sorted(theirs))}")
         columns = set()
         for spec, tensor in ((spec, theirs[spec.name]) for spec in inputs):

@@ -20,7 +20,7 @@ import tensorrt as trt
 from cuda.bindings import runtime as cuda
 
 from compression.releases.registry import Artefact
-from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, EngineOptions, Shape
+from inference.engines.base import GRAPHS, Engine, EngineOptions, Shape, inputs_of, outputs_of
 from inference.engines.calibration import samples
 from inference.engines.model_file import read_graph
 from inference.engines.plan_cache import PlanCache, PlanKey, Profile, profile_of
@@ -90,7 +90,7 @@ class TensorRtEngine(Engine):
 
     def _run(self, loaded: _Loaded, graph: Graph, inputs: Tensors) -> Tensors:
         context, stream, to_device = loaded.context, loaded.stream, cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        for name in INPUTS[graph]:
+        for name in inputs_of(graph, self.model):
             array = inputs[name]
             if not context.set_input_shape(name, array.shape):
                 raise RuntimeError(f"{name} of the shape {list(array.shape)} was not warmed")
@@ -102,7 +102,7 @@ class TensorRtEngine(Engine):
         if not context.execute_async_v3(int(stream)):
             raise RuntimeError("the GPU refused the work")
         outputs: Tensors = {}
-        for name in OUTPUTS[graph]:
+        for name in outputs_of(graph, self.model):
             outputs[name] = np.empty(tuple(context.get_tensor_shape(name)), np.float32)
             target, to_host = outputs[name], cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
             _ok(
@@ -130,9 +130,9 @@ class TensorRtEngine(Engine):
             raise ModelUnavailable(f"TensorRT cannot load the plan of the {graph} graph")
         context = engine.create_execution_context()
         loaded = _Loaded(engine, context, _ok(cuda.cudaStreamCreate()), {})
-        for name in INPUTS[graph]:
+        for name in inputs_of(graph, self.model):
             context.set_input_shape(name, profile[name][1])
-        for name in (*INPUTS[graph], *OUTPUTS[graph]):
+        for name in (*inputs_of(graph, self.model), *outputs_of(graph, self.model)):
             size = 4 * int(np.prod(tuple(context.get_tensor_shape(name))))  # int32 or float32, all of them
             loaded.buffers[name] = _ok(cuda.cudaMalloc(size))
             context.set_tensor_address(name, int(loaded.buffers[name]))

@@ -1,4 +1,4 @@
-"""torch, the reference: the network itself, rebuilt from the manifest and its weights.
+"""torch, the reference: the network itself, or the networks, rebuilt from the version's weights.
 
 On a CPU it computes in f32 or bf16. On an NVIDIA GPU it also computes in f16, and every shape it is
 warmed with becomes a CUDA graph that `run` replays. No GPU was at hand when this was written: what
@@ -17,9 +17,11 @@ import torch
 from torch.nn import functional as F
 
 from compression.releases.registry import Artefact, ArtefactInvalid
+from compression.retrieval.release import load_networks
+from compression.retrieval.retriever import Retriever
 from compression.training.model import Block, Encoded, History, Recommender
 from compression.training.weights import read as read_weights
-from inference.engines.base import GRAPHS, OUTPUTS, WEIGHTS, Engine, EngineOptions, Shape
+from inference.engines.base import GRAPHS, WEIGHTS, Engine, EngineOptions, Shape, outputs_of
 from inference.errors import EngineFailed, ModelUnavailable
 from inference.types import Graph, Tensors
 
@@ -43,7 +45,7 @@ class TorchEngine(Engine):
 
     def __init__(self, options: EngineOptions) -> None:
         super().__init__(options)
-        self._network: Recommender | None = None
+        self._network: Recommender | Retriever | None = None
         self._captured: dict[Key, _Captured] = {}
         self._pool: Any = None
         self._dtype = _DTYPES[options.precision]
@@ -63,18 +65,14 @@ class TorchEngine(Engine):
         torch.set_num_threads(self.options.threads)
         self.model = artefact.manifest.model
         try:
-            weights = read_weights(artefact.read(WEIGHTS))
-            network = Recommender(self.model)
-            network.load_state_dict(weights)
+            network = _network(artefact)
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
         except (RuntimeError, ValueError) as error:
             raise ModelUnavailable(f"torch refused the weights: {error}") from error
-        for name, weight in weights.items():
+        for name, weight in network.state_dict().items():
             if not torch.isfinite(weight).all():
                 raise ModelUnavailable(f"torch refused the weights: {name} holds numbers that are not finite")
-        for block in network.blocks:
-            block.forward = MethodType(_fused, block)
         self._network = network.to(self._device).eval()
 
     def warm_up(self, shapes: Iterable[Shape], *, repeats: int = 3) -> dict[Shape, float]:
@@ -97,7 +95,7 @@ class TorchEngine(Engine):
             arrays = [output.float().cpu().numpy() for output in outputs]
         except (RuntimeError, IndexError) as error:
             raise EngineFailed(f"torch: {graph}: {error}") from error
-        return dict(zip(OUTPUTS[graph], arrays, strict=True))
+        return dict(zip(outputs_of(graph, self.model), arrays, strict=True))
 
     def close(self) -> None:
         self._captured.clear()
@@ -149,8 +147,10 @@ class TorchEngine(Engine):
 
     @staticmethod
     def _compute(
-        network: Recommender, graph: Graph, tensors: dict[str, torch.Tensor]
+        network: Recommender | Retriever, graph: Graph, tensors: dict[str, torch.Tensor]
     ) -> tuple[torch.Tensor, ...]:
+        if isinstance(network, Retriever):
+            return _retrieved(network, graph, tensors)
         if graph == "append":
             event = History(**{name: tensors[name] for name in History._fields})
             return tuple(network.append(tensors["keys"], tensors["values"], event))
@@ -164,6 +164,25 @@ class TorchEngine(Engine):
             encoded, tensors["lengths"], tensors["candidates"], tensors["candidate_categories"]
         )
         return (scores,) if graph == "score" else (scores, encoded.user_vector)
+
+
+def _network(artefact: Artefact) -> Recommender | Retriever:
+    if artefact.manifest.kind == "retrieval":
+        return Retriever(load_networks(artefact))
+    network = Recommender(artefact.manifest.model)
+    network.load_state_dict(read_weights(artefact.read(WEIGHTS)))
+    for block in network.blocks:
+        block.forward = MethodType(_fused, block)
+    return network
+
+
+def _retrieved(
+    network: Retriever, graph: Graph, tensors: dict[str, torch.Tensor]
+) -> tuple[torch.Tensor, ...]:
+    if graph == "score":
+        return (network.score(tensors["user_vector"], tensors["candidates"]),)
+    vectors = network.user_vectors(History(**{name: tensors[name] for name in History._fields}))
+    return (network.score(vectors, tensors["candidates"]), vectors) if graph == "rank" else (vectors,)
 
 
 def _key(graph: Graph, inputs: Tensors) -> Key:

@@ -81,7 +81,7 @@ class Gate:
             request = self._of_nobody
             if question.deadline_s is not None or question.priority != request.priority:
                 request = replace(request, priority=question.priority, deadline_s=question.deadline_s)
-            count = len(question.inputs["lengths"])
+            count = len(next(iter(question.inputs.values())))
             ticket = self._admit([request] * count, False)
             outcomes: Outcomes = ()
             try:

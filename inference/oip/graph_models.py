@@ -22,7 +22,7 @@ from inference import engines
 from inference.batcher import Batcher, BatcherLimits
 from inference.buckets import Buckets, fit, pad_rows
 from inference.dispatcher import Lane
-from inference.engines.base import GRAPHS, INPUTS, OUTPUTS, Engine, Shape
+from inference.engines.base import GRAPHS, Engine, Shape, inputs_of, outputs_of
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
 from inference.oip.graph_specs import specs
@@ -39,7 +39,8 @@ _CANDIDATES_AXIS: Final = dict.fromkeys(("candidates", "candidate_categories", "
 
 
 class _Bucket(NamedTuple):
-    """What goes through an engine together; `candidates` is 0 for "encode", `slots` for "rank"."""
+    """What goes through an engine together; `candidates` is 0 for "encode", `slots` for "rank" and for scores
+    without states."""
 
     graph: Graph
     slots: int
@@ -134,13 +135,14 @@ class GraphSet:
     async def run(self, graph: Graph, question: Question) -> Tensors:
         """Outputs in the shape of the question, whatever it was padded to."""
         inputs = question.inputs
-        name = "keys" if graph == "score" else "items"
-        slots = 0 if graph == "rank" else fit(self.buckets.histories, inputs[name].shape[_SLOTS_AXIS[name]])
+        # "rank" is cut by lengths, and what has no slots is of one shape.
+        name = {"encode": "items", "score": "keys"}.get(graph, "")
+        slots = fit(self.buckets.histories, inputs[name].shape[_SLOTS_AXIS[name]]) if name in inputs else 0
         candidates = 0
         if graph != "encode":
             candidates = fit(self.buckets.candidates, inputs["candidates"].shape[1])
         bucket = _Bucket(graph, slots, candidates)
-        users = len(inputs["lengths"])
+        users = len(next(iter(inputs.values())))
         works = [_Work(question, row, question.priority, question.deadline_s) for row in range(users)]
         return _together(await self._batcher.submit(works, bucket), question)
 
@@ -198,19 +200,29 @@ class _Runner:
     def _run_together(self, bucket: _Bucket, works: Sequence[_Work]) -> list[_Answer]:
         parts = _parts(works)
         wanted = {name for part in parts for name in part.question.outputs}
-        names = [name for name in OUTPUTS[bucket.graph] if name in wanted]
+        names = [name for name in outputs_of(bucket.graph, self._engine.model) if name in wanted]
         if bucket.graph == "rank":
             outputs = self._cut(bucket, parts, names)
         else:
             batch = fit(self._buckets.batches, len(works))
-            outputs = self._engine.run_for(bucket.graph, _inputs(bucket, parts, batch), names)
+            outputs = self._engine.run_for(bucket.graph, self._inputs(bucket, parts, batch), names)
         return [_Answer(outputs, row) for row in range(len(works))]
+
+    def _inputs(self, bucket: _Bucket, parts: Sequence[_Part], batch: int) -> Tensors:
+        """In the bucket's shape; slots beyond it are of nobody's history."""
+        inputs: Tensors = {}
+        for name in inputs_of(bucket.graph, self._engine.model):
+            arrays = [part.of(name) for part in parts]
+            if _SLOTS_AXIS.get(name) == 1:
+                arrays = [array[:, : bucket.slots] for array in arrays]
+            inputs[name] = _filled(arrays, name, bucket, batch)
+        return inputs
 
     def _cut(self, bucket: _Bucket, parts: Sequence[_Part], names: Sequence[str]) -> Tensors:
         """The outputs of all rows, in order, each padded to little more than its own history."""
         lengths = np.concatenate([part.of("lengths") for part in parts])
         users, longest = len(lengths), fit(self._buckets.histories, int(lengths.max()))
-        whole = _inputs(bucket._replace(slots=longest), parts, users)
+        whole = self._inputs(bucket._replace(slots=longest), parts, users)
         outputs: Tensors = {}
         cuts = self._buckets.cuts(lengths, "rank")
         for cut in cuts:
@@ -236,17 +248,6 @@ def _parts(works: Sequence[_Work]) -> list[_Part]:
         else:
             parts.append(_Part(work.question, work.row, 1))
     return parts
-
-
-def _inputs(bucket: _Bucket, parts: Sequence[_Part], batch: int) -> Tensors:
-    """In the bucket's shape; slots beyond it are of nobody's history."""
-    inputs: Tensors = {}
-    for name in INPUTS[bucket.graph]:
-        arrays = [part.of(name) for part in parts]
-        if _SLOTS_AXIS.get(name) == 1:
-            arrays = [array[:, : bucket.slots] for array in arrays]
-        inputs[name] = _filled(arrays, name, bucket, batch)
-    return inputs
 
 
 def _filled(arrays: Sequence[npt.NDArray[Any]], name: str, bucket: _Bucket, batch: int) -> npt.NDArray[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from compression.releases.registry import ModelShape
 from features.encoding import BEHAVIOR_ROWS, GAP_ROWS
-from inference.engines.base import INPUTS, OUTPUTS
+from inference.engines.base import inputs_of, outputs_of
 from inference.oip.models import TensorSpec
 from inference.types import Graph
 
@@ -32,4 +32,5 @@ def specs(graph: Graph, shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tupl
             "candidate_categories", "INT32", ("users", "candidates"), 0, shape.category_rows - 1
         ),
     }
-    return tuple(tensors[name] for name in INPUTS[graph]), tuple(tensors[name] for name in OUTPUTS[graph])
+    inputs, outputs = inputs_of(graph, shape), outputs_of(graph, shape)
+    return tuple(tensors[name] for name in inputs), tuple(tensors[name] for name in outputs)

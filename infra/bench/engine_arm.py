@@ -16,7 +16,7 @@ import psutil
 
 from compression.releases.registry import Registry
 from inference import engines
-from inference.engines.base import INPUTS, Engine, EngineOptions, Shape
+from inference.engines.base import INPUTS, Engine, EngineOptions, Shape, inputs_of
 from inference.errors import InferenceError
 from inference.types import Graph, Tensors
 
@@ -60,7 +60,7 @@ def _lists(engine: Engine, given: Tensors) -> Tensors:
     """Encode, then score the candidates, as a list is made; both answers."""
     states = engine.run("encode", {name: given[name] for name in INPUTS["encode"]})
     asked = {**given, **states}
-    scores = engine.run("score", {name: asked[name] for name in INPUTS["score"]})
+    scores = engine.run("score", {name: asked[name] for name in inputs_of("score", engine.model)})
     return {"user_vector": states["user_vector"], **scores}
 
 

@@ -19,7 +19,10 @@ from infra.retraining import REFUSED
 
 if TYPE_CHECKING:
     from compression.retraining.pipeline import Retrained
+    from compression.retrieval.recipe import RetrievalRecipe
 
+NETWORKS = ("ranking", "retrieval")
+_OF_RANKING = ("--compress", "--goal", "--precision", "--processes", "--device", "--from-serving")
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -37,7 +40,19 @@ _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
     "--until", default="now", show_default=True, help="Of a topic: now, or a run (where that one ended)."
 )
 @options.registry
-@click.option("--recipe", type=click.Choice(RECIPES), default="laptop", show_default=True)
+@click.option(
+    "--network",
+    type=click.Choice(NETWORKS),
+    default="ranking",
+    show_default=True,
+    help="ranking reads candidates beside the history; of retrieval a user's vector scores every item.",
+)
+@click.option(
+    "--recipe",
+    default="laptop",
+    show_default=True,
+    help=f"{', '.join(RECIPES)}; of a retrieval network one of `bench accuracy` or a file.",
+)
 @click.option(
     "--compress",
     "plan",
@@ -133,6 +148,7 @@ def retrain(
     since: str,
     until: str,
     registry: Path,
+    network: str,
     recipe: str,
     plan: str | None,
     epochs: int | None,
@@ -173,6 +189,7 @@ def retrain(
     tailrace retrain --log clicks.csv
     tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
     tailrace retrain --log clicks.csv --compress all
+    tailrace retrain --log ratings.txt --network retrieval --recipe ml-1m
     tailrace retrain --log clicks.csv --goal buy=4 --goal cart=2 --processes 2
     torchrun --nproc-per-node 2 -m -- infra.cli retrain --log clicks.csv
     tailrace retrain --topic clicks --bootstrap localhost:9092 --redis-url redis://localhost:6379/0
@@ -218,6 +235,17 @@ def retrain(
     if schedule is not None:
         _serve(schedule, runs, str(bootstrap), str(redis_url), topic_suffix, alias, http_host, http_port)
         return
+    retrieval = None
+    if network == "retrieval":
+        alone = (plan or "none", goals, precision, processes, device, from_serving)
+        if place is not None or alone != ("none", (), "f32", 1, "cpu", False):
+            raise click.UsageError(
+                "a retrieval network is trained by one process on the processor, from random weights, all "
+                "clicks alike, and is not compressed: leave out " + ", ".join(_OF_RANKING)
+            )
+        retrieval, recipe = _retrieval_recipe(recipe, epochs, max_minutes), "laptop"
+    elif recipe not in RECIPES:
+        raise click.BadParameter(f"{recipe!r} is not one of {', '.join(RECIPES)}", param_hint="--recipe")
     chosen = RECIPE_NAMED[recipe]
     chosen = replace(chosen, epochs=epochs) if epochs is not None else chosen
     chosen = replace(chosen, max_minutes=max_minutes) if max_minutes is not None else chosen
@@ -240,6 +268,7 @@ def retrain(
                     registry=registry,
                     alias=None if no_promote else alias,
                     recipe=chosen,
+                    retrieval=retrieval,
                     split=split,
                     seed=seed,
                     max_events=max_events or MAX_EVENTS,
@@ -281,6 +310,19 @@ def retrain(
 
 
 commands: list[click.Command] = [retrain]
+
+
+def _retrieval_recipe(name: str, epochs: int | None, max_minutes: float | None) -> RetrievalRecipe:
+    """`max_minutes` are of one core."""
+    from compression.retrieval.recipe import RecipeInvalid, change, load_recipe
+
+    asked = {"epochs": epochs, "max_core_minutes": max_minutes}
+    try:
+        return change(
+            load_recipe(name), {field: one for field, one in asked.items() if one is not None}, name
+        )
+    except RecipeInvalid as error:
+        raise click.BadParameter(str(error), param_hint="--recipe") from None
 
 
 def _serve(

@@ -111,7 +111,7 @@ def evaluate(
     from compression.releases.registry import ArtefactInvalid, Registry
 
     try:
-        artefact = Registry(registry).open(version, kind=None)
+        artefact = Registry(registry).open(version, serves=False)
         sequences = read_log(log).sequences
         if artefact.manifest.kind == "retrieval":
             from compression.retrieval import release, table

@@ -43,6 +43,8 @@ def export(artefact: Artefact, out: Path) -> ExportManifest:
     """Write the model. Raises `ExportFailed`, `ArtefactInvalid`, `ModelUnavailable`. Takes half a minute, and
     as long again the first time, when the converter is installed."""
     check_free(out)
+    if artefact.manifest.kind != "ranking":
+        raise ExportFailed(f"{artefact.version} is a retrieval model: LiteRT is written from ranking ones")
     published = reference(read_graph(artefact, "rank"))
     longest = artefact.manifest.model.max_history
     asked: dict[str, Any] = _asked(artefact, longest)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 
 from compression.retraining.runs import Run, RunInvalid, runs
 from compression.retraining.settings import RetrainSettings
+from compression.retrieval.recipe import RetrievalRecipe
 from compression.smaller.plan import Compression
 from compression.training.train import Recipe
 from infra.retraining.topic_log import Bounds, TopicLog, bounds_now
@@ -27,6 +28,7 @@ class Job(BaseModel):
     registry: str
     alias: str | None
     recipe: dict[str, Any]
+    retrieval: RetrievalRecipe | None = None
     split: Literal["leave-one-out", "temporal"]
     seed: int
     max_events: int
@@ -53,6 +55,7 @@ class Job(BaseModel):
             log=TopicLog(bootstrap, self.bounds) if self.bounds else Path(str(self.log)),
             registry=Path(self.registry),
             recipe=Recipe.of(self.recipe),
+            retrieval=self.retrieval,
             split=self.split,
             seed=self.seed,
             max_events=self.max_events,
@@ -69,6 +72,7 @@ def job(  # the command's options, as they are
     registry: Path,
     alias: str | None,
     recipe: Recipe,
+    retrieval: RetrievalRecipe | None = None,
     split: Literal["leave-one-out", "temporal"],
     seed: int,
     max_events: int,
@@ -80,6 +84,7 @@ def job(  # the command's options, as they are
         registry=str(registry.resolve()),
         alias=alias,
         recipe=asdict(recipe),
+        retrieval=retrieval,
         split=split,
         seed=seed,
         max_events=max_events,
@@ -96,6 +101,10 @@ def compressed(run: Run, plan: Compression) -> Job:
     asked = Job.of(run)
     if plan == asked.compression:
         return asked
+    if asked.retrieval is not None:
+        raise RunInvalid(
+            f"run {run.state.run} trains a retrieval network, which is released as it is trained"
+        )
     with run:
         if run.done("publish") is not None:
             raise RunInvalid(f"run {run.state.run} has published its version: begin another")

@@ -1,4 +1,5 @@
-"""A compressed release reaches a running worker as any other does, and no click goes without its list."""
+"""A release of another network, compressed or for retrieval, reaches a running worker as any other does, and
+no click goes without its list."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import json
 import shutil
 import time
 
+import pytest
 from click.testing import CliRunner
 from kafka import KafkaConsumer, KafkaProducer
 
@@ -17,8 +19,15 @@ from topics.codec import decode_recommendation, encode, record_key
 from topics.messages import BehaviorEvent
 
 
-def test_a_worker_takes_a_compressed_version_and_ranks_with_it(
-    parts, start_worker, registry, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+    ("options", "sizes"),
+    [
+        (["--recipe", "tiny", "--compress", "all"], ("ranking", 24, 32)),
+        (["--network", "retrieval"], ("retrieval", 64, 256)),
+    ],
+)
+def test_a_worker_takes_the_version_and_ranks_with_it(
+    parts, start_worker, registry, tmp_path, monkeypatch, options, sizes
 ):
     models = tmp_path / "models"
     shutil.copytree(registry, models)
@@ -57,14 +66,15 @@ def test_a_worker_takes_a_compressed_version_and_ranks_with_it(
     first = click(1).model_version
     monkeypatch.setenv("GATE_TEACHER_LOSS", "1")
     monkeypatch.setenv("GATE_MARGIN", "1")
-    told = ["--log", small_log(tmp_path / "clicks.csv"), "--recipe", "tiny", "--epochs", 1, "--json"]
-    told += ["--compress", "all", "--registry", models, "--runs", tmp_path / "runs"]
+    told = ["--log", small_log(tmp_path / "clicks.csv"), *options, "--epochs", 1, "--json"]
+    told += ["--registry", models, "--runs", tmp_path / "runs"]
     told += ["--bootstrap", parts.kafka.bootstrap, "--topic-suffix", parts.topic_suffix]
     answer = CliRunner().invoke(retrain, [str(word) for word in told])
     assert answer.exit_code == 0, answer.output
     released = json.loads(answer.stdout)["version"]
     manifest = Registry(models).open().manifest
-    assert (manifest.version, manifest.model.dim, manifest.model.ffn) == (released, 24, 32)
+    assert manifest.version == released
+    assert (manifest.kind, manifest.model.dim, manifest.model.ffn) == sizes
     eventually(lambda: worker.readiness()["model"] == released, 30)
     later = [click(user) for user in range(2, 12)]
     assert {one.model_version for one in later} == {released} != {first}

@@ -166,9 +166,9 @@ def _verified(registry: Registry, version: str) -> dict[str, Any]:
     from compression.errors import ArtefactInvalid
 
     try:
-        artefact = registry.open(version, kind=None)
+        artefact = registry.open(version, serves=False)
         artefact.vocabulary()
-        if artefact.manifest.kind == "ranking":
+        if artefact.manifest.graphs:
             artefact.item_table()
     except ArtefactInvalid as error:
         return {"version": version, "valid": False, "error": str(error), "signature": None}

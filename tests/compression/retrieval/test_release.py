@@ -3,17 +3,19 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from compression.evaluation.catalogue import catalogue_ranks
+from compression.evaluation.targets import Targets, metrics
 
 from compression.errors import ArtefactInvalid
-from compression.evaluation.catalogue import catalogue_ranks
 from compression.evaluation.predictors import Statistics
-from compression.evaluation.targets import Targets, metrics
 from compression.evaluation.transitions import COMBINED
 from compression.releases.registry import Registry
 from compression.retrieval.ensemble import mean_of
+from compression.retrieval.export import GRAPHS
 from compression.retrieval.judge import Judge
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import load_config, load_networks
@@ -173,6 +175,47 @@ def test_an_ensemble_scores_by_the_mean_of_log_chances(benched, ensemble):
     assert asdict(verdict) == run["validation"] and verdict.weight in (0.0, 1.5)
 
 
+def test_a_trained_ensemble_is_promoted_and_ranks_as_it_was_judged(benched, ensemble):
+    from features.memory_store import MemoryStore
+    from features.sequence import pack
+    from features.statistics import ItemStatistics
+    from inference.ranker import Ranker
+    from inference.settings import InferenceSettings
+    from inference.types import RankRequest
+    from infra.cli import main
+
+    registry, kept = ensemble
+    version = kept["runs"][0]["version"]
+    answer = CliRunner().invoke(main, ["models", "promote", version, "--registry", str(registry)])
+    assert answer.exit_code == 0, answer.output
+    manifest = Registry(registry).manifest(version)
+    lists = manifest.metrics["lists"]
+    assert manifest.fusion is not None and manifest.fusion.model_dump() == lists["weights"]
+    assert lists["fused"]["ndcg@10"] >= lists["network"]["ndcg@10"] - 0.02 and lists["fitted"] == "train"
+    assert 0 <= manifest.metrics["parity"] <= 1e-4
+    sequences, split, vocabulary = parts(benched[0])
+    known = len(vocabulary.item_ids)
+    networks = load_networks(Registry(registry).open())
+    judged = mean_of([catalogue_scores(one, sequences, vocabulary, known) for one in networks])
+    at = split.test[:6]
+    requests = []
+    for position in at.tolist():
+        past = sequences.before(np.array([position]), 20)
+        columns = (past.items, past.categories, past.behaviors, past.timestamps)
+        candidates = tuple(vocabulary.item_ids.tolist())
+        requests.append(RankRequest(position, pack(*columns), k=known, candidates=candidates))
+    settings = InferenceSettings(
+        engine="onnx", runners=1, fusion=0.0, histories=(20,), candidate_sizes=(50,), batches=(1, 8)
+    )
+    ranker = Ranker.open(registry, settings=settings)
+    warmed = ranker.warm("onnx")
+    answers = ranker.rank(warmed, requests, ItemStatistics(MemoryStore()))
+    warmed.close()
+    for chances, ranked in zip(judged(at), answers, strict=True):
+        served = chances[np.searchsorted(vocabulary.item_ids, ranked.items)]
+        assert len(served) == known and (np.diff(served) <= 1e-5).all()
+
+
 def test_a_version_whose_second_network_is_missing_is_refused(ensemble, tmp_path):
     import shutil
 
@@ -184,13 +227,61 @@ def test_a_version_whose_second_network_is_missing_is_refused(ensemble, tmp_path
         load_networks(Registry(tmp_path / "models").open(version, kind="retrieval"))
 
 
-def test_a_retrieval_model_is_never_served(benched):
+def republished(registry, version, folder, name, **changes):
+    """The same files, some left out, under a manifest with changes; the registry they are in."""
+    import shutil
+
+    left_out = shutil.ignore_patterns("manifest.json", *changes.pop("without", ()))
+    manifest = Registry(registry).manifest(version)
+    shutil.copytree(registry / "versions" / version, folder / name, ignore=left_out)
+    model = manifest.model.model_copy(update=changes.pop("model", {}))
+    ours = Registry(folder / "models")
+    ours.publish(folder / name, manifest.model_copy(update={"version": name, "model": model, **changes}))
+    return ours
+
+
+def test_a_retrieval_model_without_graphs_is_evaluated_and_never_served(benched, tmp_path):
+    log, registry, kept, _, _ = benched
+    run = kept["runs"][0]
+    ours = republished(
+        registry,
+        run["version"],
+        tmp_path,
+        "before",
+        graphs={},
+        model={"states": True},
+        without=("*.onnx", "item_table.npy"),
+    )
+    for attempt in (ours.open, ours.promote, lambda version: ours.canary(version, 5.0)):
+        with pytest.raises(ArtefactInvalid, match="retrieval model without graphs"):
+            attempt("before")
+    assert ours.state() is None
+    answer = evaluated(log, ours.root, "before", "--filter-seen", "--json")
+    assert json.loads(answer.stdout)["fusion"] == run["fusion"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"graphs": {"encode": "encode.onnx", "rank": "rank.onnx"}}, "no graph named score"),
+        ({"without": ("item_table.npy",)}, r"item_table\.npy is missing"),
+        ({"without": ("score.onnx",)}, r"score\.onnx is missing"),
+        ({"graphs": GRAPHS | {"append": "rank.onnx"}}, "states"),
+    ],
+)
+def test_a_version_that_lacks_what_serves_it_is_not_published(benched, tmp_path, changes, sentence):
     _, registry, kept, _, _ = benched
-    version = kept["runs"][0]["version"]
-    for attempt in (Registry(registry).open, Registry(registry).promote):
-        with pytest.raises(ArtefactInvalid, match="retrieval model"):
-            attempt(version)
-    assert Registry(registry).state() is None
+    with pytest.raises(ArtefactInvalid, match=sentence):
+        republished(registry, kept["runs"][0]["version"], tmp_path, "bad", **changes)
+
+
+def test_networks_that_are_not_the_manifests_are_refused(benched, tmp_path):
+    _, registry, kept, _, _ = benched
+    ours = republished(registry, kept["runs"][0]["version"], tmp_path, "wide", model={"dim": 32})
+    with pytest.raises(ArtefactInvalid, match="user vector"):
+        load_networks(ours.open("wide"))
+    with pytest.raises(ArtefactInvalid, match=r"item_table\.npy"):
+        ours.open("wide").item_table()
 
 
 def test_an_altered_release_is_refused(benched, tmp_path):
