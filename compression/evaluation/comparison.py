@@ -8,15 +8,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.evaluation.evaluate import (
-    Targets,
-    among_candidates,
-    draw_candidates,
-    full_catalogue,
-    histories_before,
-    ndcg_gains,
-)
+from compression.evaluation.among import among_candidates, draw_candidates
+from compression.evaluation.catalogue import full_catalogue
 from compression.evaluation.predictors import Statistics
+from compression.evaluation.targets import Targets, histories_before, ndcg_gains
 from compression.evaluation.verdict import Check, GateLimits, Judged
 from compression.logs.dataset import Sequences, Split
 from features.encoding import Vocabulary

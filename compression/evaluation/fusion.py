@@ -16,9 +16,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.evaluation.evaluate import Targets, metrics
 from compression.evaluation.log_statistics import LogStatistics
 from compression.evaluation.scoring import Scorer, row_categories
+from compression.evaluation.targets import MISS, Targets, metrics
 from compression.logs.dataset import Sequences, Split
 from features.candidates import find_candidates
 from features.encoding import Vocabulary, encode_histories
@@ -35,7 +35,6 @@ _ROUNDS: Final = 3
 _RETRIEVED: Final = 100
 _BATCH: Final = 256
 _CELLS: Final = 25_000_000  # scores held at once
-_MISS: Final = 2**31
 
 Int64 = npt.NDArray[np.int64]
 Int32 = npt.NDArray[np.int32]
@@ -77,7 +76,7 @@ class Lists:
         own = np.take_along_axis(scores, np.maximum(self.places, 0)[:, None], axis=1)
         earlier = np.arange(scores.shape[1]) < self.places[:, None]
         before = (scores > own) | ((scores == own) & earlier)
-        return np.where(self.places < 0, _MISS, 1.0 + before.sum(axis=1))
+        return np.where(self.places < 0, MISS, 1.0 + before.sum(axis=1))
 
     def ndcg(self, fusion: Fusion) -> float:
         return metrics(self.ranks(fusion), (10,))["ndcg@10"]

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.evaluation.comparison import HEADS, both_heads, compared
-from compression.evaluation.evaluate import Targets
 from compression.evaluation.probes import CANDIDATES, USERS, candidates_of, histories_of, times_ms
+from compression.evaluation.targets import Targets
 from compression.evaluation.verdict import Check, GateLimits, Judged, Verdict
 from compression.logs.dataset import Sequences, Split
 from compression.releases.registry import ITEM_TABLE, Artefact, read_item_table

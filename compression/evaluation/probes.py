@@ -9,7 +9,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.evaluation.evaluate import histories_before
+from compression.evaluation.targets import histories_before
 from compression.evaluation.verdict import Judged
 from compression.logs.dataset import Sequences
 from features.encoding import HistoryArrays

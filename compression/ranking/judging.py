@@ -12,19 +12,12 @@ import numpy.typing as npt
 import torch
 
 from compression.errors import ArtefactInvalid
+from compression.evaluation.among import among_candidates, draw_candidates
+from compression.evaluation.catalogue import catalogue_ranks, retrieval_scores
 from compression.evaluation.comparison import paired_bootstrap
-from compression.evaluation.evaluate import (
-    Targets,
-    among_candidates,
-    catalogue_ranks,
-    draw_candidates,
-    histories_before,
-    metrics,
-    ndcg_gains,
-    retrieval_scores,
-)
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import to_history
+from compression.evaluation.targets import Targets, histories_before, metrics, ndcg_gains
 from compression.files import write_whole
 from compression.logs.dataset import Sequences, Split
 from compression.ranking.network import CandidateRanker

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from compression.evaluation.evaluate import Targets, metrics
 from compression.evaluation.predictors import MOST_COUNTED, Statistics, Transitions, log_chances
 from compression.evaluation.scoring import to_history
+from compression.evaluation.targets import Targets, metrics
 from compression.evaluation.transitions import COUNTS
 from compression.logs.dataset import Sequences, Split
 from compression.retrieval.network import RetrievalNetwork

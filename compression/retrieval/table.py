@@ -8,8 +8,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.evaluation.evaluate import Targets, histories_before, metrics, ranks_by
+from compression.evaluation.catalogue import ranks_by
 from compression.evaluation.predictors import Scores, Statistics, Transitions, fused, remembered
+from compression.evaluation.targets import Targets, histories_before, metrics
 from compression.logs.dataset import Sequences, SplitName
 from compression.logs.dataset import split as split_sequences
 from compression.retrieval.ensemble import mean_of

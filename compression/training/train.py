@@ -21,16 +21,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from compression.evaluation.evaluate import (
-    Targets,
-    among_candidates,
-    draw_candidates,
-    full_catalogue,
-    histories_before,
-    metrics,
-)
+from compression.evaluation.among import among_candidates, draw_candidates
+from compression.evaluation.catalogue import full_catalogue
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import TorchScorer, row_categories
+from compression.evaluation.targets import Targets, histories_before, metrics
 from compression.logs.dataset import Sequences, Split, batches, training_windows
 from compression.releases.registry import ModelShape
 from compression.smaller.plan import NONE, Compression

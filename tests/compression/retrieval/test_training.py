@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from compression.errors import ArtefactInvalid
-from compression.evaluation.evaluate import Targets, catalogue_ranks, metrics
+from compression.evaluation.catalogue import catalogue_ranks
 from compression.evaluation.predictors import Statistics
+from compression.evaluation.targets import Targets, metrics
 from compression.logs.dataset import Split
 from compression.retrieval import trainer
 from compression.retrieval.averaging import RunningMean, best_of, mean
