@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from compression.evaluation.catalogue import catalogue_ranks
-from compression.evaluation.targets import Targets, metrics
 
+from compression.evaluation.catalogue import catalogue_ranks
 from compression.evaluation.neighbours import Neighbours
 from compression.evaluation.predictors import Statistics, Transitions, fused, remembered
+from compression.evaluation.targets import Targets, metrics
 from compression.evaluation.transitions import (
     COMBINED,
     COUNTS,

@@ -64,9 +64,8 @@ def test_a_network_learns_the_catalogue_alone():
 
 
 def _history(log):
-    from compression.evaluation.targets import histories_before
-
     from compression.evaluation.scoring import to_history
+    from compression.evaluation.targets import histories_before
 
     positions = log.targets.positions[
         log.targets.positions - log.sequences.offsets[log.sequences.user_of(log.targets.positions)] >= 16

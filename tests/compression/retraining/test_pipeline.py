@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from compression.evaluation.targets import metrics
 
 from compression.evaluation.evaluate import evaluate
 from compression.evaluation.scoring import ArtefactScorer
+from compression.evaluation.targets import metrics
 from compression.logs.dataset import leave_one_out, read_log
 from compression.logs.log_reader import LogInvalid
 from compression.logs.synth import SynthSettings, synthesize, write_log

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from compression.evaluation.catalogue import catalogue_ranks
-from compression.evaluation.targets import Targets, metrics
 
 from compression.errors import ArtefactInvalid
+from compression.evaluation.catalogue import catalogue_ranks
 from compression.evaluation.predictors import Statistics
+from compression.evaluation.targets import Targets, metrics
 from compression.evaluation.transitions import COMBINED
 from compression.releases.registry import Registry
 from compression.retrieval.ensemble import mean_of

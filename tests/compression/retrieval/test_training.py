@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from compression.evaluation.catalogue import catalogue_ranks
-from compression.evaluation.targets import Targets, metrics
 
 from compression.errors import ArtefactInvalid
+from compression.evaluation.catalogue import catalogue_ranks
 from compression.evaluation.predictors import Statistics
+from compression.evaluation.targets import Targets, metrics
 from compression.logs.dataset import Split
 from compression.retrieval import trainer
 from compression.retrieval.averaging import RunningMean, best_of, mean

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from compression.evaluation.targets import metrics
 from torch.nn import functional as F
 
 from compression.evaluation.evaluate import by_behavior
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import row_categories, to_history
+from compression.evaluation.targets import metrics
 from compression.logs.dataset import build_vocabulary, leave_one_out, read_log
 from compression.logs.synth import SynthSettings, synthesize, write_log
 from compression.training.goals import Goals
