@@ -302,8 +302,8 @@ def _add_vetoes(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Union:
-    """Each (user, item) once, users in order, then items: its user, its best source, its screening score
-    (negative: it must not appear) and its evidence, whole numbers both; no evidence without a fusion.
+    """Each (user, item) once, users in order, then items: its greatest score, whose lowest bits name the best
+    source, the sum of its scores (negative: it must not appear), and its evidence where there is a fusion.
 
     `order` [users, rows] says which row of all came to which place, `first` which places start an item.
     """
