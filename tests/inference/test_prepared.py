@@ -264,6 +264,8 @@ def test_who_prepares_has_no_more_than_its_share_of_a_processor(tmp_path, beside
         worker.kill()
         assert supervisor.wait(10) == 0
     finally:
+        for child in psutil.Process(supervisor.pid).children() if supervisor.poll() is None else []:
+            child.kill()
         supervisor.kill()
         supervisor.wait()
         os.close(told)
