@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 import zipfile
 from collections.abc import Iterable
 from typing import Any, Final
@@ -27,7 +28,11 @@ def read_npy(content: bytes) -> npt.NDArray[Any]:
     version = np.lib.format.read_magic(file)
     if version not in _HEADERS:
         raise ValueError(f"an .npy file of version {version} is not read here")
-    shape, _, dtype = _HEADERS[version](file)
+    try:
+        shape, _, dtype = _HEADERS[version](file)
+    except (SyntaxError, tokenize.TokenError, RecursionError, MemoryError) as error:
+        # What numpy cannot read it splits into words, as old Pythons wrote it, and that may fail otherwise.
+        raise ValueError("the header of an .npy file cannot be read") from error
     claimed, there = math.prod(shape) * dtype.itemsize, len(content) - file.tell()
     if claimed != there:
         raise ValueError(f"an array of {claimed:,} bytes is claimed, and {there:,} are there")

@@ -74,6 +74,13 @@ def test_objects_are_not_unpickled():
         read_npy(npy(np.array([{"a": 1}], dtype=object)))
 
 
+@pytest.mark.parametrize("header", [b"{'shape': (2,", b"  x\n y", b"'", b"(" * 5_000, b"-" * 9_000 + b"1"])
+def test_a_header_that_is_no_literal_is_refused(header):
+    content = b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    with pytest.raises(ValueError):
+        read_npy(content)
+
+
 @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: claiming((2,))[:-1] + tail))
 def test_no_bytes_whatever_raise_anything_but_value_error(content):
     with contextlib.suppress(ValueError):
