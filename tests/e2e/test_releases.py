@@ -121,7 +121,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(parts, start_worker, tw
         assert USERS * 0.2 < sum(version == second for version in arms.values()) < USERS * 0.8
         command("shadow", second, "--percent", "100")
         until({first})
-        eventually(lambda: clicks.round() and (worker.models()["shadow"] or {}).get("compared"), 20)
+        eventually(lambda: clicks.round() and (worker.models()["shadow"] or {}).get("compared"), 60)
         assert worker.models()["shadow"]["overlap"] > 0.99
         command("promote", second)
         until({second})
