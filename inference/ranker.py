@@ -25,7 +25,8 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape, Registry
-from features.candidates import SOURCES, Candidates, find_candidates
+from features.candidate_rows import SOURCES, Candidates
+from features.candidates import find_candidates
 from features.encoding import Vocabulary
 from features.sequence import MAX_EVENTS, SequenceBatch, unpack
 from features.settings import FeatureSettings

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from features.candidates import SOURCES, Candidates, find_candidates
+from features.candidate_rows import SOURCES, Candidates
+from features.candidates import find_candidates
 from features.memory_store import MemoryStore
 from features.sequence import NARROW, SequenceBatch, pack_event, pack_fence, unpack
 from features.settings import FeatureSettings

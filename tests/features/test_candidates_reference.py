@@ -11,15 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from features.candidates import (
-    CATEGORY,
-    POPULAR,
-    RECENT,
-    REQUEST,
-    RETRIEVAL,
-    TRANSITION,
-    find_candidates,
-)
+from features.candidate_rows import CATEGORY, POPULAR, RECENT, REQUEST, RETRIEVAL, TRANSITION
+from features.candidates import find_candidates
 from features.fusion import Fusion
 from features.sequence import SequenceBatch
 from features.settings import FeatureSettings

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from features.candidates import Candidates, find_candidates
+from features.candidate_rows import Candidates
+from features.candidates import find_candidates
 from features.fusion import Fusion
 from tests.features.test_candidates import SETTINGS, histories, lists, settings, statistics
 
