@@ -1,6 +1,7 @@
 """Table I at a toy shape: every method is made, resumed, run in both forms and reported."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,9 +9,10 @@ import torch
 from click.testing import CliRunner
 
 from infra.bench.attention import attention
-from infra.bench.table1.command import table1
+from infra.bench.table1 import steps as making
+from infra.bench.table1.command import folder_of, table1
 from infra.bench.table1.shapes import QUICK, untrained
-from infra.bench.table1.steps import METHODS, TRAINED_ON, Progress, Steps, data
+from infra.bench.table1.steps import COURSE, METHODS, TRAINED_ON, Progress, Steps, data
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,14 @@ def test_every_method_is_what_it_says(steps):
     levels = [row.unique().numel() for row in both.ranker.network.items.weight[1:]]
     assert max(levels) <= 2**QUICK.pruned_bits + 1
     assert all(0 < one.ranks.metrics()["hr@50"] <= 1 for one in made)
+
+
+def test_what_was_trained_otherwise_is_kept_elsewhere(monkeypatch):
+    before = folder_of("quick", None, 2, 1)
+    monkeypatch.setattr(making, "COURSE", replace(COURSE, dropout=0.3))
+    assert folder_of("quick", None, 2, 1) != before
+    monkeypatch.undo()
+    assert folder_of("quick", None, 2, 1) == before
 
 
 def test_steps_that_were_taken_are_not_taken_again(steps):

@@ -10,12 +10,13 @@ trained on for as long as the longest of them, so that what more training does i
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,27 +41,41 @@ from infra.bench.table1.shapes import EIGHT, Shape, untrained
 Say = Callable[[str], None]
 FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
 TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """How long what is made smaller is trained, by the Baseline's epochs: after each step of pruning, while
-    weights are rounded, a student, and while a student's weights are rounded; and a student's dropout."""
-
-    round: float
-    rounding: float
-    student: float
-    student_rounding: float
-    student_dropout: float
-
-
-PARTS: Final = Parts(0.08, 0.08, 0.6, 0.08, 0.1)
-# What people do is harder to learn again than what was drawn from a few numbers (LOG.md).
-PARTS_OF_LOGS: Final = Parts(0.16, 0.08, 1.0, 0.16, 0.0)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
 TABLE: Final = "network.items"
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """The Baseline's learning rate and dropout; a student's dropout; and how long what is made smaller is
+    trained, by the Baseline's epochs: after each step of pruning, while weights are rounded, a student, and
+    while a student's weights are rounded."""
+
+    learning_rate: float
+    dropout: float
+    student_dropout: float
+    round: float
+    rounding: float
+    student: float
+    student_rounding: float
+
+    @property
+    def digest(self) -> str:
+        """Six letters that another course does not share."""
+        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:6]
+
+
+COURSE: Final = Course(2e-3, 0.1, 0.1, 0.08, 0.08, 0.6, 0.08)
+# What people do is harder to learn again than what was drawn from a few numbers, and a wide network fits it
+# too soon (LOG.md).
+COURSE_OF_LOGS: Final = Course(1e-3, 0.2, 0.0, 0.25, 0.16, 1.5, 0.16)
+
+
+def course_of(log: Path | None) -> Course:
+    """How networks learn a log, or the synthetic one."""
+    return COURSE if log is None else COURSE_OF_LOGS
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +130,7 @@ class Steps:
     ) -> None:
         self._shape, self._folder, self._epochs, self._seed, self._say = shape, folder, epochs, seed, say
         self._log = log
-        self._parts = PARTS if log is None else PARTS_OF_LOGS
+        self._course = course_of(log)
         self._data: Data | None = None
         self._rows = shape.items + 2
         self._under = ""  # the step that is being taken
@@ -126,7 +141,7 @@ class Steps:
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._epochs:
             self._rows = self._count_rows()
-        return self._step("Baseline", self._baseline, self._shape.config(self._rows))
+        return self._step("Baseline", self._baseline, self._config())
 
     def all(self) -> list[Made]:
         """Every method, in the order of Table I."""
@@ -151,16 +166,20 @@ class Steps:
     def items(self) -> int:
         return self._rows - 2
 
+    def _config(self) -> NetworkConfig:
+        config = self._shape.config(self._rows)
+        return config.model_copy(update={"dropout": self._course.dropout})
+
     # Steps: each answers a network and the grids it is to be stored on ---------------------------
 
     def _baseline(self) -> tuple[CandidateRanker, dict[str, Grid]]:
-        ranker = untrained(self._shape.config(self._rows), self._seed)
-        self._fit(ranker, 1.0, FROM_SCRATCH)
+        ranker = untrained(self._config(), self._seed)
+        self._fit(ranker, 1.0, replace(FROM_SCRATCH, learning_rate=self._course.learning_rate))
         return ranker, {}
 
     def _trained_on(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         ranker = copy(baseline.ranker)
-        self._fit(ranker, self._parts.round * self._shape.rounds + self._parts.rounding, TUNING)
+        self._fit(ranker, self._course.round * self._shape.rounds + self._course.rounding, TUNING)
         return ranker, {}
 
     def _quantized(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
@@ -181,7 +200,7 @@ class Steps:
             pruning.apply(ranker, masks)
             self._fit(
                 ranker,
-                self._parts.round,
+                self._course.round,
                 TUNING,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
@@ -197,17 +216,17 @@ class Steps:
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker, self._parts.rounding)
+        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding)
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
         config = self._shape.student(self._rows)
-        config = config.model_copy(update={"dropout": self._parts.student_dropout})
+        config = config.model_copy(update={"dropout": self._course.student_dropout})
         student = untrained(config, self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, self._parts.student, FROM_SCRATCH, teacher=baseline.ranker)
+        self._fit(student, self._course.student, FROM_SCRATCH, teacher=baseline.ranker)
         grid = Grid(self._shape.student_bits, per_row=True)
-        return self._rounded(student, grid, baseline.ranker, self._parts.student_rounding)
+        return self._rounded(student, grid, baseline.ranker, self._course.student_rounding)
 
     def _rounded(
         self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker, part: float
