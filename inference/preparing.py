@@ -6,7 +6,8 @@ done by a child that the system lets run when nobody else wants to. The child is
 what it does for its first version is importing libraries.
 
     python -m inference.preparing idle FD    one `Wanted` a line in, one `Prepared` or reason a line out;
-                                             the byte behind FD says whether anybody is served meanwhile
+                                             the first byte behind FD says whether anybody is served
+                                             meanwhile, eight more how many seconds of work there were
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import logging
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import tempfile
@@ -33,8 +35,9 @@ log = logging.getLogger(__name__)
 
 Priority = Literal["idle", "ordinary"]
 
-# What has not had its turn by then, on a machine that is never idle, is begun again like any other work.
-PATIENCE_S: Final = 90.0
+# What has hardly had a turn for so long, on a machine that is never idle, is begun again like any other work.
+PATIENCE_S: Final = 30.0
+_HARDLY: Final = 0.03
 _LONGEST_S: Final = 600.0
 # Even what runs when nobody else wants to is felt by who does: a processor that has such work to go on with
 # does not look for threads that wait for another one. So it works for about this long at a time, and for no
@@ -43,6 +46,7 @@ _TURN_S: Final = 0.005
 _SHARE: Final = 0.3
 _SHARE_BESIDE: Final = 0.1
 _NOBODY, _SOMEBODY = b"\0", b"\1"
+_HAD_S: Final = struct.Struct("<d")
 _LOOK_S: Final = 0.1
 _LEAVES_AFTER_S: Final = 120.0
 _PR_SET_PDEATHSIG: Final = 1
@@ -66,12 +70,13 @@ class Preparer:
         otherwise; `serving` is asked at each of them whether anybody was served since the last. Raises
         `ModelUnavailable` where the version is refused, and `OSError` where no child will do it."""
         with self._using:
-            answer = self._ask(wanted, stop, serving, "idle", self._patience_s)
+            answer = self._ask(wanted, stop, serving, "idle")
             if answer is None:
                 log.warning(
-                    "Preparing a version had no turn in %g s: it goes on like any work", self._patience_s
+                    "Preparing a version had hardly a turn in %g s: it is begun again like any work",
+                    self._patience_s,
                 )
-                answer = self._ask(wanted, stop, serving, "ordinary", _LONGEST_S)
+                answer = self._ask(wanted, stop, serving, "ordinary")
                 self.close()
         if answer is None:
             raise OSError(f"preparing a version took more than {_LONGEST_S:g} s")
@@ -98,15 +103,14 @@ class Preparer:
         stop: Callable[[], bool],
         serving: Callable[[], bool],
         priority: Priority,
-        limit_s: float,
     ) -> str | None:
-        """What the child says; None, and no child any more, where that was not in time."""
+        """What the child says; None, and no child any more, where it has too few turns, or takes too long."""
         child = self._living(priority)
         assert child.stdin is not None and child.stdout is not None
         answer = None
         try:
             os.write(child.stdin.fileno(), wanted.encode() + b"\n")
-            answer = self._read_line(child.stdout.fileno(), stop, serving, time.monotonic() + limit_s)
+            answer = self._read_line(child.stdout.fileno(), stop, serving, starves=priority == "idle")
         finally:
             if answer is None:
                 self.close()
@@ -132,16 +136,24 @@ class Preparer:
         return self._child
 
     def _read_line(
-        self, descriptor: int, stop: Callable[[], bool], serving: Callable[[], bool], ends_s: float
+        self, descriptor: int, stop: Callable[[], bool], serving: Callable[[], bool], *, starves: bool
     ) -> str | None:
         assert self._told is not None
         told = b""
+        since_s = time.monotonic()
+        ends_s, before_s = since_s + _LONGEST_S, self._had_s()
         while not told.endswith(b"\n"):
             if stop():
                 raise ModelUnavailable("not needed any more")
             os.pwrite(self._told.fileno(), _SOMEBODY if serving() else _NOBODY, 0)
-            if time.monotonic() > ends_s:
+            now_s = time.monotonic()
+            if now_s > ends_s:
                 return None
+            if starves and now_s > since_s + self._patience_s:
+                had_s = self._had_s()
+                if had_s - before_s < _HARDLY * (now_s - since_s):
+                    return None
+                since_s, before_s = now_s, had_s
             if not select.select([descriptor], [], [], _LOOK_S)[0]:
                 continue
             part = os.read(descriptor, _MOST_BYTES)
@@ -149,6 +161,12 @@ class Preparer:
                 raise OSError(f"the process that prepares versions ended: {self._last_complaint()}")
             told += part
         return told.decode()
+
+    def _had_s(self) -> float:
+        """How much of a processor a child that works when nobody else wants to has had."""
+        assert self._told is not None
+        told = os.pread(self._told.fileno(), _HAD_S.size, 1)
+        return float(_HAD_S.unpack(told)[0]) if len(told) == _HAD_S.size else 0.0
 
     def _last_complaint(self) -> str:
         assert self._complaints is not None
@@ -192,12 +210,13 @@ def _work() -> None:
 def _supervise(worker: int, told: int) -> None:
     """See that a process pauses after what it has had of a processor, whatever library it is in. From here,
     as in the process that serves it would take the interpreter's lock at every turn. `told`: a descriptor,
-    behind which is said whether anybody is served."""
+    behind which is said whether anybody is served, and what the process has had."""
     for pipe in (0, 1):
         os.close(pipe)
     ran_s = _ran_s(worker)
     while os.waitpid(worker, os.WNOHANG) == (0, 0):
         before_s, ran_s = ran_s, _ran_s(worker)
+        os.pwrite(told, _HAD_S.pack(ran_s), 1)
         if ran_s > before_s:
             os.kill(worker, signal.SIGSTOP)
             share = _SHARE if os.pread(told, 1, 0) == _NOBODY else _SHARE_BESIDE

@@ -221,7 +221,7 @@ def test_files_that_were_tidied_away_are_let_go_of_after_all_that_maps_them(want
 
 def test_another_process_prepares_and_is_kept(wanted, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    preparer = Preparer()
+    preparer = Preparer(patience_s=600.0)
     try:
         prepared = Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False))
         assert prepared == prepare(wanted)
@@ -250,7 +250,7 @@ def test_who_prepares_has_no_more_than_its_share_of_a_processor(tmp_path, beside
         "preparing._supervise(worker, int(sys.argv[1]))",
     )
     (tmp_path / "told").write_bytes(preparing._SOMEBODY if beside else preparing._NOBODY)
-    told = os.open(tmp_path / "told", os.O_RDONLY)
+    told = os.open(tmp_path / "told", os.O_RDWR)
     supervisor = subprocess.Popen([sys.executable, "-c", "\n".join(lines), str(told)], pass_fds=[told])
     try:
         found = psutil.Process(supervisor.pid)
@@ -323,6 +323,28 @@ def test_a_process_that_has_no_turn_is_followed_by_one_that_has(wanted, tmp_path
     preparer = Preparer(patience_s=0.0)
     assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)).index.is_file()
     assert preparer._child is None
+
+
+def test_a_process_that_has_its_turns_is_waited_for(wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    # Far shorter than importing takes; what it works for is told in its place.
+    preparer = Preparer(patience_s=0.05)
+    monkeypatch.setattr(preparer, "_had_s", lambda: 0.5 * time.monotonic())
+    try:
+        assert Prepared.from_json(preparer.prepare(wanted.to_json(), lambda: False)).index.is_file()
+        assert preparer._child is not None
+    finally:
+        preparer.close()
+
+
+def test_what_a_process_has_worked_is_known(wanted, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    preparer = Preparer(patience_s=600.0)
+    try:
+        preparer.prepare(wanted.to_json(), lambda: False, lambda: False)
+        assert 0.05 < preparer._had_s() < 60
+    finally:
+        preparer.close()
 
 
 def test_nobody_waits_for_a_version_that_is_not_needed_any_more(wanted):

@@ -59,15 +59,10 @@ def silent_broker():
 
 
 def test_sigterm_ends_a_worker_whose_broker_is_silent(silent_broker, tmp_path):
+    """Nothing is begun before the broker has said that the topics are there."""
     address = f"127.0.0.1:{silent_broker.getsockname()[1]}"
     command = [sys.executable, "-m", "infra.cli", "worker", "--bootstrap", address, "--http-port", "0"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "STREAM_DRAIN_TIMEOUT_MS": "100",
-        # An orderly end takes Faust more than a second.
-        "STREAM_CLOSE_TIMEOUT_MS": "200",
-    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE) as process:
         connections = []
 
@@ -79,17 +74,12 @@ def test_sigterm_ends_a_worker_whose_broker_is_silent(silent_broker, tmp_path):
 
         eventually(connected, 30.0)
         process.send_signal(signal.SIGTERM)
-        asked_s = time.monotonic()
         try:
-            process.wait(10)
+            assert process.wait(5) == -signal.SIGTERM
         finally:
             process.kill()
             for connection, _ in connections:
                 connection.close()
-        assert time.monotonic() - asked_s < 5
-        told = process.stderr.read().decode()
-        assert process.returncode == EXIT_CODE, told
-        assert "0 records in hand" in told
 
 
 def test_sigterm_ends_a_worker_whose_broker_has_gone_silent_since(parts, kafka, start_worker):

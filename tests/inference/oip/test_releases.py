@@ -29,6 +29,8 @@ from tests.inference.oip.conftest import (
 from tests.support import eventually, eventually_async
 
 USERS = range(1, 61)
+# Beside busy processes a version is prepared late.
+LATE_S = 90.0
 
 
 @pytest.fixture
@@ -101,8 +103,8 @@ async def test_an_alias_that_moves_switches_the_server_and_fails_nobody(
 
 
 async def _only(seen: list[str], version: str) -> None:
-    """Until the last dozen answers are of one version; beside busy processes it is prepared late."""
-    await eventually_async(lambda: set(seen[-12:]) == {version}, 60, what=f"{version} answers")
+    """Until the last dozen answers are of one version."""
+    await eventually_async(lambda: set(seen[-12:]) == {version}, LATE_S, what=f"{version} answers")
 
 
 async def test_a_canary_answers_its_users_by_hash_of_the_id_and_says_so(
@@ -112,7 +114,7 @@ async def test_a_canary_answers_its_users_by_hash_of_the_id_and_says_so(
     chosen = Split.of(SECOND, 50).chosen(USERS, len(USERS))
     expected = {user: SECOND if of_canary else FIRST for user, of_canary in zip(USERS, chosen, strict=True)}
     async with Asking(server) as asking:
-        await eventually_async(lambda: server.server.releases.describe()["canary"])
+        await eventually_async(lambda: server.server.releases.describe()["canary"], LATE_S)
         assert await asking.each() == expected
         # Nobody's, and those that name a version, are not in the canary.
         assert {await asking.lists(None) for _ in range(4)} == {FIRST}
@@ -123,21 +125,21 @@ async def test_a_canary_answers_its_users_by_hash_of_the_id_and_says_so(
         assert await asking.lists(arms[SECOND][:4]) == SECOND
         assert await asking.lists([arms[FIRST][0], arms[SECOND][0]]) == f"{FIRST},{SECOND}"
         two.retire(SECOND)
-        await eventually_async(lambda: not server.server.releases.describe()["canary"])
+        await eventually_async(lambda: not server.server.releases.describe()["canary"], LATE_S)
         assert set((await asking.each()).values()) == {FIRST}
 
 
 async def test_a_shadow_is_compared_and_its_figures_are_told(two: Registry, server: Running) -> None:
     two.shadow(SECOND, 100)
     async with Asking(server) as asking:
-        await eventually_async(lambda: server.server.releases.describe()["shadow"])
+        await eventually_async(lambda: server.server.releases.describe()["shadow"], LATE_S)
         assert set((await asking.each()).values()) == {FIRST}
 
         async def compared() -> bool:
             shadow = (await _models(server))["shadow"]
             return bool(shadow and shadow["compared"])
 
-        await eventually_async(compared)
+        await eventually_async(compared, LATE_S)
     figures = (await _models(server))["shadow"]
     assert (figures["version"], figures["overlap"], figures["failed"]) == (SECOND, 1.0, 0)
 
@@ -149,7 +151,7 @@ async def test_what_recent_lists_prove_unfit_does_not_serve(two: Registry, serve
         body = file.read_bytes()
         file.write_bytes(body[:-1])
         two.promote(SECOND)
-        await eventually_async(lambda: server.server.releases.describe()["refused"])
+        await eventually_async(lambda: server.server.releases.describe()["refused"], LATE_S)
         assert "score.onnx" in server.server.releases.describe()["refused"]["serving"]
         assert set((await asking.each()).values()) == {FIRST}
         file.write_bytes(body)
