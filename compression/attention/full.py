@@ -49,3 +49,10 @@ class FullAttention(Attention):
     def _apart(self, x: Tensor) -> Tensor:
         """[B, L, d] to [B, heads, L, d / heads]."""
         return x.view(*x.shape[:2], self.heads, -1).transpose(1, 2)
+
+
+def written(attention: Attention) -> FullAttention:
+    """The attention of a layer that is to become a graph: of this kind only, `ValueError` otherwise."""
+    if type(attention) is not FullAttention:
+        raise ValueError(f"only full attention is written, not {type(attention).__name__}")
+    return attention

@@ -19,7 +19,7 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 
-from compression.attention.full import FullAttention
+from compression.attention.full import written
 from compression.onnx_writer import OnnxWriter
 from compression.ranking.network import CandidateRanker, packed_bias
 from compression.retrieval.network import Layer
@@ -90,9 +90,7 @@ class _Writer(OnnxWriter):
         self.op("Reshape", scores, self.ints([self.candidates]), output="scores")
 
     def layer(self, name: str, layer: Layer, x: str, bias: Tensor, *, last: bool) -> str:
-        attention = layer.attention
-        if type(attention) is not FullAttention:
-            raise ValueError(f"only full attention is written, not {type(attention).__name__}")
+        attention = written(layer.attention)
         normed = self.norm(layer.attention_norm, x)
         asking = normed
         if last:

@@ -62,8 +62,7 @@ class RetrievalWork(Work):
             for number, member in enumerate(members)
         ]
         whole = judged(trained, kept.sequences, kept.split, kept.vocabulary, recipe)
-        for network in whole.networks:
-            stand_in(network, len(kept.vocabulary.item_ids))
+        stand_in(whole.networks, len(kept.vocabulary.item_ids))
         config = config_of(whole, recipe, "train")
         self.run.clear(STAGING)
         self.staging.mkdir()

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from compression.attention.base import HIDDEN
-from compression.attention.full import FullAttention
+from compression.attention.full import written
 from compression.evaluation.scoring import to_history
 from compression.onnx_writer import OnnxWriter
 from compression.retrieval.network import FeedForward, Layer, RetrievalNetwork
@@ -181,9 +181,7 @@ class _Writer(OnnxWriter):
 
     def layer(self, layer: Layer, x: str, slots: int, *, newest: bool) -> str:
         """`Layer.forward` in evaluation; of the `newest` event alone, [B, 1, d], where no more is read."""
-        attention = layer.attention
-        if type(attention) is not FullAttention:
-            raise ValueError(f"only full attention is written, not {type(attention).__name__}")
+        attention = written(layer.attention)
         normed = self.norm(layer.attention_norm, x)
         asking = normed
         if newest:

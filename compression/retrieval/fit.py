@@ -83,8 +83,7 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
         for number, member in enumerate(members)
     ]
     whole = judged(trained, sequences, split, vocabulary, recipe)
-    for network in whole.networks:
-        stand_in(network, len(vocabulary.item_ids))
+    stand_in(whole.networks, len(vocabulary.item_ids))
     lists = _served(whole, log, split, vocabulary)
     released = []
     if "train" in settings.protocols:
@@ -104,8 +103,7 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
             for number, (member, one) in enumerate(zip(members, trained, strict=True))
         ]
         anew = TrainedEnsemble(again, whole.verdict)
-        for network in anew.networks:
-            stand_in(network, len(vocabulary.item_ids))
+        stand_in(anew.networks, len(vocabulary.item_ids))
         released.append(_release(registry, anew, "train+validation", log, vocabulary, settings, lists))
     return released
 

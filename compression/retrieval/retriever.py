@@ -85,8 +85,9 @@ class RetrieverScorer:
 
 
 @torch.no_grad()
-def stand_in(network: RetrievalNetwork, known: int) -> None:
-    """Give the hash buckets, which training teaches nothing, the mean of the rows of the known items: what is
-    new then scores as the catalogue does in the mean, until what is counted of it says more."""
-    table = network.items.weight
-    table[known + 1 :] = table[1 : known + 1].mean(0)
+def stand_in(networks: Iterable[RetrievalNetwork], known: int) -> None:
+    """Give the hash buckets of each, which training teaches nothing, the mean of the rows of the known items:
+    what is new then scores as the catalogue does in the mean, until what is counted of it says more."""
+    for network in networks:
+        table = network.items.weight
+        table[known + 1 :] = table[1 : known + 1].mean(0)

@@ -30,7 +30,7 @@ def retriever(seed: int = 3) -> Retriever:
             for parameter in network.parameters():
                 parameter.add_(0.2 * torch.randn_like(parameter))
             network.items.weight[0] = 0
-            stand_in(network, len(ITEMS))
+    stand_in(networks, len(ITEMS))
     return Retriever(networks).eval()
 
 
