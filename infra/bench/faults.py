@@ -128,7 +128,13 @@ def malformed(parts: Rig, good: Sequence[BehaviorEvent], *, bad: int, rate: floa
             wrong_sequences=len(differing_users(parts.redis.url, expected)),
             worker_starts=1 if worker.pid == pid else 2,
             seconds=round(time.monotonic() - started_s, 1),
-            notes={"malformed": bad, "dead_letters": sum(reasons.values()), "reasons": reasons},
+            notes={
+                "malformed": bad,
+                "dead_letters": sum(reasons.values()),
+                "reasons": reasons,
+                "ranked_again": account.ranked_again,
+                "assignments": int(worker.metric("tailrace_rebalances_total")),
+            },
         )
 
 

@@ -168,12 +168,14 @@ class Collected:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What became of `clicks` clicks. A duplicate repeats a click's list; its id must be the first's."""
+    """What became of `clicks` clicks. A duplicate is a further list for a click; its id must be the first's.
+    `ranked_again` are those that bring nothing new: a ranked list was there already."""
 
     clicks: int
     lists: int
     lost: int
     duplicated: int
+    ranked_again: int
     other_ids: int
     degraded: int
     first_s: npt.NDArray[np.float64]  # arrival of the first list per click, NaN where lost
@@ -184,12 +186,14 @@ class Account:
         first_s = np.full(count, np.nan)
         seen, first_rows = np.unique(numbers, return_index=True)
         first_s[seen] = collected.arrived_s[first_rows]
+        ranked = numbers[collected.degraded == 0]
         pairs = np.unique(np.char.add(np.char.add(collected.clicks, "|"), collected.ids))
         return cls(
             clicks=count,
             lists=len(numbers),
             lost=count - len(seen),
             duplicated=len(numbers) - len(seen),
+            ranked_again=len(ranked) - len(np.unique(ranked)),
             other_ids=len(pairs) - len(seen),
             degraded=int((collected.degraded > 0).sum()),
             first_s=first_s,

@@ -214,7 +214,7 @@ def test_sigterm_drains_what_is_in_hand_and_commits_it(parts, start_worker, tmp_
         start_worker("drained")
         collecting.wait(2_000, quiet_s=30)
         account = Account.of(2_000, collecting.finish())
-    assert (account.lost, account.duplicated) == (0, 0)
+    assert (account.lost, account.ranked_again, account.other_ids) == (0, 0, 0)
 
 
 def _some_events(folder, count: int) -> list[BehaviorEvent]:

@@ -32,7 +32,10 @@ def test_an_outage_is_survived_without_a_restart(parts, events, what):
 
 def test_malformed_records_do_not_disturb_the_good_ones(parts, events):
     outcome = faults.malformed(parts, events, bad=120, rate=500, seed=2)
-    assert (outcome.lost, outcome.duplicated, outcome.wrong_sequences) == (0, 0, 0)
+    assert (outcome.lost, outcome.other_ids, outcome.wrong_sequences) == (0, 0, 0)
+    # On a busy machine Redis may be late: a degraded list then comes before the ranked one of the same id. A
+    # ranked list comes again only where the group took the partitions from the worker for a while.
+    assert outcome.notes["ranked_again"] == 0 or outcome.notes["assignments"] > 1
     assert outcome.worker_starts == 1
     assert outcome.notes["dead_letters"] == 120
     assert len(outcome.notes["reasons"]) >= 6
