@@ -26,7 +26,7 @@ from stream.metrics import StreamMetrics
 from stream.recommend import RequestPath
 from stream.settings import StreamSettings
 from stream.web import serve
-from topics.admin import topic_epoch
+from topics.admin import topic_epochs
 
 log = logging.getLogger(__name__)
 
@@ -92,10 +92,8 @@ class Resources:
         self._loaded = True
         await self._maintain_statistics_once()
         await self.admission.leases.renew()
-        epochs = {
-            name: await asyncio.to_thread(topic_epoch, self.settings.bootstrap, name)
-            for name in self.hand_over
-        }
+        # Late: of a topic that was made anew meanwhile, ids and fences need the new epoch.
+        epochs = await asyncio.to_thread(topic_epochs, self.settings.bootstrap, list(self.hand_over))
         self.feeder = Feeder(
             settings=self.settings, epochs=epochs, hand_over=self.hand_over, metrics=self.metrics
         )

@@ -48,11 +48,13 @@ def ensure_topics(
     Raises `TopicMismatch` where partitions or a setting of the catalogue differ. Nothing is altered:
     added partitions would move users away from their sequences' fences.
     """
+    names = [topic.name for topic in topics]
     with _admin(bootstrap, timeout_s) as admin:
-        absent = [topic for topic in topics if topic.name not in _described(admin, topics)]
+        found = _described(admin, names)
+        absent = [topic for topic in topics if topic.name not in found]
         if absent:
             _create(admin, absent, timeout_s, replication)
-        found = _described(admin, topics)
+            found = _described(admin, names)
         differences = _differences(admin, topics, found)
         if differences:
             raise TopicMismatch(f"topics at {bootstrap} differ from the catalogue: {'; '.join(differences)}")
@@ -67,26 +69,22 @@ def ensure_topics(
     ]
 
 
-def topic_epoch(bootstrap: str, topic: str, *, timeout_s: float = 15.0) -> int:
-    """A u32 made from the topic's id (KIP-516): a topic that was deleted and created again has another."""
+def topic_epochs(bootstrap: str, names: Sequence[str], *, timeout_s: float = 15.0) -> dict[str, int]:
+    """By name a u32 made from the topic's id (KIP-516): a topic that was deleted and created again has
+    another. `TopicsUnavailable` where no broker answers, or one has not all of the topics."""
     with _admin(bootstrap, timeout_s) as admin:
-        for found in admin.describe_topics([topic]):
-            if found["error_code"] == 0:
-                return _epoch(found)
-    raise _absent(bootstrap, topic)
+        found = _described(admin, names)
+    for name in names:
+        if name not in found:
+            raise TopicsUnavailable(
+                f"there is no topic {name!r} at {bootstrap}; `tailrace up` creates the topics"
+            )
+    return {name: _epoch(found[name]) for name in names}
 
 
-def check_there(bootstrap: str, topics: Sequence[Topic], *, timeout_s: float = 15.0) -> None:
-    """`TopicsUnavailable` where no broker answers, or one has not all of the topics."""
-    with _admin(bootstrap, timeout_s) as admin:
-        found = _described(admin, topics)
-    for topic in topics:
-        if topic.name not in found:
-            raise _absent(bootstrap, topic.name)
-
-
-def _absent(bootstrap: str, topic: str) -> TopicsUnavailable:
-    return TopicsUnavailable(f"there is no topic {topic!r} at {bootstrap}; `tailrace up` creates the topics")
+def topic_epoch(bootstrap: str, topic: str) -> int:
+    """`topic_epochs` of one."""
+    return topic_epochs(bootstrap, [topic])[topic]
 
 
 def ping(bootstrap: str, *, timeout_s: float = 5.0) -> int:
@@ -133,9 +131,9 @@ def _listens(server: str, timeout_s: float) -> bool:
         return False
 
 
-def _described(admin: KafkaAdminClient, topics: Sequence[Topic]) -> dict[str, dict[str, Any]]:
+def _described(admin: KafkaAdminClient, names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Metadata of those that exist, by name."""
-    found = admin.describe_topics([topic.name for topic in topics])
+    found = admin.describe_topics(list(names))
     return {topic["name"]: topic for topic in found if topic["error_code"] == 0}
 
 

@@ -91,8 +91,7 @@ def worker(
     from inference.settings import InferenceSettings
     from stream.settings import StreamSettings
     from stream.worker import run
-    from topics.admin import check_there
-    from topics.catalog import suffixed
+    from topics.admin import topic_epochs
 
     log_to_stderr(log_level, "aiokafka", "faust", "mode", "kafka", "httpx", "faiss")
     stream = settings.read(
@@ -114,7 +113,8 @@ def worker(
     ports = range(http_port, http_port + workers) if http_port else ()
     for port in ports:
         _check_listens(http_host, port)
-    check_there(bootstrap, suffixed(topic_suffix))
+    # A broker or a topic that is not there is a sentence now, before anything is started.
+    topic_epochs(bootstrap, stream.topics)
     if workers > 1:
         # Not on the command line: others may read that, and the address may hold a password.
         os.environ["TAILRACE_REDIS_URL"] = redis_url

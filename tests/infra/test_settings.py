@@ -132,7 +132,7 @@ def test_the_address_of_redis_is_on_no_command_line_of_a_child(command, ports, v
     module = sys.modules[command.callback.__module__]
     monkeypatch.setattr(module, "supervise", lambda commands, *_: started.extend(commands) or 0)
     monkeypatch.setattr(sys.modules[serve.callback.__module__], "is_free", lambda _: True)
-    monkeypatch.setattr(admin, "check_there", lambda *_: None)
+    monkeypatch.setattr(admin, "topic_epochs", lambda *_: {})
     monkeypatch.setenv(variable, "redis://elsewhere/0")
     done = CliRunner().invoke(command, ["--workers", "2", *ports, "--redis-url", "redis://u:secret@h/0"])
     assert done.exit_code == 0, done.output
