@@ -87,6 +87,32 @@ def seed(default: int = 1) -> Callable[[Command], Command]:
     )
 
 
+def workers(what: str) -> Callable[[Command], Command]:
+    """--workers: how many processes serve."""
+    return click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help=what)
+
+
+def engine(command: Command) -> Command:
+    """--engine, of a process that ranks."""
+    return click.option(
+        "--engine",
+        envvar="INFERENCE_ENGINE",
+        default="auto",
+        show_default=True,
+        help="See `tailrace engines`.",
+    )(command)
+
+
+def log_level(command: Command) -> Command:
+    """--log-level, of a process that stays."""
+    return click.option(
+        "--log-level",
+        type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]),
+        default="INFO",
+        show_default=True,
+    )(command)
+
+
 def one_json(command: Command) -> Command:
     """--json, where a program would read what a command found."""
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")(command)

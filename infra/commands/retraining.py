@@ -13,6 +13,7 @@ import click
 from compression.home import home
 from compression.smaller.plan import PLANS
 from infra.commands import options, settings
+from infra.commands.again import again
 from infra.commands.training import PRECISIONS, RECIPES, SPLITS, print_metrics
 from infra.console import log_to_stderr, print_json
 from infra.retraining import REFUSED
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 
 NETWORKS = ("ranking", "retrieval")
 _OF_RANKING = ("--compress", "--goal", "--precision", "--processes", "--device", "--from-serving")
+# What the service tells its runs itself, and what is of one run only.
+OF_SERVICE = (
+    *("schedule", "bootstrap", "redis_url", "runs", "http_host", "http_port", "as_json"),
+    *("run_name", "repeat", "force"),
+)
 _LOG = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 
@@ -337,7 +343,6 @@ def _serve(
 ) -> None:
     """The command line once more without its schedule, whenever the schedule says so."""
     import asyncio
-    import sys
 
     from infra.retraining.schedule import Cron, ScheduleInvalid, Service
 
@@ -346,33 +351,12 @@ def _serve(
         cron = Cron(schedule)
     except ScheduleInvalid as error:
         raise click.UsageError(str(error)) from None
-    command = [sys.executable, "-m", "infra.cli", "retrain", *_without_schedule(click.get_current_context())]
+    command = again(*OF_SERVICE)
     command += ["--bootstrap", bootstrap, "--runs", str(runs), "--json"]
     # Not on the command line: others may read that, and the address may hold a password.
     os.environ["RETRAIN_REDIS_URL"] = redis_url
     service = Service(cron, command, runs, alias)
     raise SystemExit(asyncio.run(service.run(host, port)))
-
-
-def _without_schedule(context: click.Context) -> list[str]:
-    """The options that were given on the command line or in the environment, but those of the service."""
-    left_out = {
-        *("schedule", "runs", "bootstrap", "redis_url", "http_host", "http_port", "as_json", "run_name"),
-        *("force", "repeat"),
-    }
-    words: list[str] = []
-    for option in context.command.params:
-        name = str(option.name)
-        source = context.get_parameter_source(name)
-        if name in left_out or source in (None, click.core.ParameterSource.DEFAULT):
-            continue
-        value = context.params[name]
-        if isinstance(value, tuple):
-            words += [word for one in value for word in (option.opts[0], str(one))]
-            continue
-        flag = isinstance(option, click.Option) and option.is_flag
-        words += [option.opts[0]] if flag and value else [] if flag else [option.opts[0], str(value)]
-    return words
 
 
 def _need_training_extra() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from infra.commands import options, settings
+from infra.commands.again import again
 from infra.console import log_to_stderr
 from infra.local.server import is_free
 from infra.supervise import supervise
@@ -35,16 +36,10 @@ _PORT = click.IntRange(0, 65535)
     show_default=True,
     help="Load, unload, metrics; beyond loopback only with a token in TAILRACE_ADMIN_TOKEN.",
 )
-@click.option(
-    "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
-)
-@click.option(
-    "--workers",
-    type=click.IntRange(1, 64),
-    default=1,
-    show_default=True,
-    help="Processes on the same ports, connections for the one with fewest; each has an admin port of its "
-    "own, the next ones from --admin-port.",
+@options.engine
+@options.workers(
+    "Processes on the same ports, connections for the one with fewest; each has an admin port of its "
+    "own, the next ones from --admin-port."
 )
 @click.option(
     "--redis-url",
@@ -55,7 +50,7 @@ _PORT = click.IntRange(0, 65535)
     help="Where the workers keep what is popular and who is in which tier; rates are shared there.",
     show_default="none",
 )
-@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
+@options.log_level
 def serve(
     *,
     registry: Path,
@@ -123,14 +118,9 @@ def serve(
             dealer = Dealer({GRPC: (host, grpc_port), HTTP: (host, http_port)}, workers)
         except OSError as error:
             raise click.ClickException(str(error)) from error
-        arguments = [
-            *("--registry", str(registry), "--version", version, "--host", host, "--admin-host", admin_host),
-            *("--grpc-port", str(grpc_port), "--http-port", str(http_port), "--engine", engine),
-            *("--log-level", log_level),
-        ]
         # Not on the command line: others may read that, and the address may hold a password.
         os.environ["SERVE_REDIS_URL"] = redis_url
-        command = [sys.executable, "-m", "infra.cli", "serve", *arguments]
+        command = again("workers", "redis_url", "admin_port")
         commands = [[*command, "--admin-port", str(admin_port + number)] for number in range(workers)]
         raise SystemExit(supervise(commands, dealer))
     try:

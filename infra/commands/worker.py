@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from pathlib import Path
 
 import click
 
 from infra.commands import options, settings
+from infra.commands.again import again
 from infra.console import log_to_stderr
 from infra.supervise import supervise
 
@@ -27,7 +27,7 @@ from infra.supervise import supervise
     help="Static group membership: one live worker per id; the same id comes back without a rebalance.",
 )
 @options.topic_suffix
-@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Processes to run.")
+@options.workers("Processes to run.")
 @click.option("--http-host", envvar="STREAM_HTTP_HOST", default="127.0.0.1", show_default=True)
 @click.option(
     "--http-port",
@@ -53,10 +53,8 @@ from infra.supervise import supervise
     show_default=True,
     help="Length of a list; at most FEATURES_CANDIDATE_LIMIT (50) are ranked.",
 )
-@click.option(
-    "--engine", envvar="INFERENCE_ENGINE", default="auto", show_default=True, help="See `tailrace engines`."
-)
-@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), default="INFO")
+@options.engine
+@options.log_level
 def worker(
     *,
     bootstrap: str,
@@ -118,20 +116,11 @@ def worker(
     if workers > 1:
         # Not on the command line: others may read that, and the address may hold a password.
         os.environ["TAILRACE_REDIS_URL"] = redis_url
-        arguments = [
-            *("--bootstrap", bootstrap, "--registry", str(registry), "--group", group),
-            *("--topic-suffix", topic_suffix, "--http-host", http_host, "--trigger", trigger),
-            *("--k", str(k), "--engine", engine, "--log-level", log_level),
-        ]
-        command = [sys.executable, "-m", "infra.cli", "worker", *arguments]
-        commands = [
-            [
-                *(*command, "--instance-id", f"{instance_id}-{number}"),
-                *("--http-port", str(http_port + number if http_port else 0)),
-            ]
-            for number in range(workers)
-        ]
-        raise SystemExit(supervise(commands))
+        command = again("workers", "redis_url", "instance_id", "http_port")
+        own = [(f"{instance_id}-{number}", ports[number] if ports else 0) for number in range(workers)]
+        raise SystemExit(
+            supervise([[*command, "--instance-id", name, "--http-port", str(port)] for name, port in own])
+        )
     run(stream, features, inference, admission, log_level=log_level)
 
 

@@ -127,16 +127,21 @@ def test_a_worker_without_a_broker_ends_with_a_sentence():
         (serve, [], "SERVE_REDIS_URL"),
     ],
 )
-def test_the_address_of_redis_is_on_no_command_line_of_a_child(command, ports, variable, monkeypatch):
+def test_a_child_is_told_what_was_told_but_the_address_of_redis_is_on_no_command_line(
+    command, ports, variable, monkeypatch
+):
     started = []
     module = sys.modules[command.callback.__module__]
     monkeypatch.setattr(module, "supervise", lambda commands, *_: started.extend(commands) or 0)
     monkeypatch.setattr(sys.modules[serve.callback.__module__], "is_free", lambda _: True)
     monkeypatch.setattr(admin, "topic_epochs", lambda *_: {})
     monkeypatch.setenv(variable, "redis://elsewhere/0")
-    done = CliRunner().invoke(command, ["--workers", "2", *ports, "--redis-url", "redis://u:secret@h/0"])
+    told = ["--workers", "2", *ports, "--engine", "numpy", "--redis-url", "redis://u:secret@h/0"]
+    done = CliRunner().invoke(command, told)
     assert done.exit_code == 0, done.output
     assert len(started) == 2
+    assert all(words[words.index("--engine") + 1] == "numpy" for words in started)
+    assert "--workers" not in started[0] + started[1]
     assert "secret" not in " ".join(word for command in started for word in command)
     assert os.environ[variable] == "redis://u:secret@h/0"
 

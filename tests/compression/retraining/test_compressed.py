@@ -20,7 +20,8 @@ from compression.training.model import Recommender
 from compression.training.weights import read
 from inference import engines
 from inference.engines.base import TOLERANCE
-from infra.commands.retraining import _without_schedule
+from infra.commands.again import again
+from infra.commands.retraining import OF_SERVICE
 from infra.commands.retraining import retrain as command
 from infra.export import parity, tables
 from tests.compression.small_retraining import RECIPE, settings, short_log
@@ -193,8 +194,9 @@ def test_a_refused_run_is_released_uncompressed_when_a_person_says_so(log, tmp_p
 
 def test_a_schedule_gives_each_run_the_compression_that_it_was_given():
     asked = ["--topic", "clicks", "--compress", "all", "--from-serving"]
-    context = command.make_context("retrain", [*asked, "--schedule", "0 * * * *"])
-    assert sorted(_without_schedule(context)) == sorted(asked)
+    with command.make_context("retrain", [*asked, "--schedule", "0 * * * *"]) as context, context.scope():
+        given = again(*OF_SERVICE)
+    assert sorted(given[given.index("retrain") + 1 :]) == sorted(asked)
 
 
 def test_a_repeated_run_compresses_alike(log, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from compression.training.optimizer import Optimizer
 from compression.training.processes import Local, Place, ProcessesInvalid, ProcessLost, torchrun_place
 from compression.training.train import Recipe, train
 from infra.commands import retraining
+from infra.commands.again import again
 from tests.compression.small_retraining import RECIPE, result, settings, short_log, work
 from tests.support import eventually
 
@@ -250,7 +251,7 @@ def test_a_schedule_passes_on_every_goal():
         ) as context,
         click.Context.scope(context),
     ):
-        words = retraining._without_schedule(context)
+        words = again(*retraining.OF_SERVICE)
     assert words[-6:] == ["--goal", "buy=4", "--goal", "cart=2", "--processes", "2"]
 
 
