@@ -34,10 +34,8 @@ from inference.waiting import Gather, Queue, Waiting
 
 # A batch held back for a busy lane is looked at again after so long, should that lane be late.
 _HOLD_STEP_S: Final = 0.001
-# While a lane is kept for others, what has none of its own goes in batches of so many, and lets the others
-# be ranked first for so long: about what a batch of theirs takes.
+# While a lane is kept for others, what has none of its own goes in batches of so many.
 _BELOW_MOST: Final = 8
-_YIELD_S: Final = 0.005
 # Of those without a lane of their own, whoever might not be ranked in time is told so at once: told at his
 # deadline, he has waited for nothing, and one hiccup makes the answer late.
 _CAUTION: Final = 1.25
@@ -99,7 +97,6 @@ class Batcher(Generic[T, R]):
         )
         self._queues: Queues[T, R] = Queues()
         self._precedence = Precedence()
-        self._yields_until_s: float | None = None
         self._again: deque[_Batch[T, R]] = deque()
         self._running: dict[int, _Batch[T, R]] = {}
         self._wake: asyncio.Handle | None = None
@@ -282,7 +279,12 @@ class Batcher(Generic[T, R]):
         top = self._reserved_for(head.key, level, now_s)
         below = top is not None and level > top
         if top is not None and below:
-            if not self._room_below(head.key, top, now_s):
+            levels = [batch.level for batch in self._running.values()]
+            start_s = self._precedence.below_at_s(levels, top, len(self.dispatcher.able(head.key)), now_s)
+            if start_s is None:
+                return False
+            if start_s > now_s:
+                self._wake_soon(start_s)
                 return False
             most = min(most, _BELOW_MOST)
         alone = level if top is not None and not below else LAST
@@ -318,23 +320,6 @@ class Batcher(Generic[T, R]):
         if not self._precedence.counts(now_s) or len(self.dispatcher.able(key)) < 2:
             return None
         return self._precedence.top(now_s, level)
-
-    def _room_below(self, key: Hashable, top: int, now_s: float) -> bool:
-        """Whether a lane is left for what is below the highest level. For a moment it waits for that to be
-        ranked, too: side by side they would take the interpreter's lock from each other."""
-        running = [batch.level > top for batch in self._running.values()]
-        if sum(running) >= len(self.dispatcher.able(key)) - 1:
-            return False
-        if all(running):
-            self._yields_until_s = None
-            return True
-        if self._yields_until_s is None:
-            self._yields_until_s = now_s + _YIELD_S
-        if now_s < self._yields_until_s:
-            self._wake_soon(self._yields_until_s)
-            return False
-        self._yields_until_s = None
-        return True
 
     def _refuse_key(self, key: Hashable) -> None:
         """No lane is well: nobody waits for one that may never be."""
