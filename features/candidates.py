@@ -62,7 +62,7 @@ _MOST_USERS: Final = 1 << 16
 # Factors of up to a hundred events back, those of events oldest first, those of categories newest first.
 _RECENT: Final = WEIGHT[RECENT] * np.power(0.97, np.arange(100), dtype=np.float32)[::-1]
 _AFTER: Final = ONE * (WEIGHT[TRANSITION] * np.power(0.8, np.arange(100), dtype=np.float32)[::-1])
-_WITHIN: Final = ONE * np.array([0.5 * 0.7**back for back in range(100)], np.float32)
+_WITHIN: Final = ONE * np.array([float(WEIGHT[CATEGORY]) * 0.7**back for back in range(100)], np.float32)
 _AFTER_SOURCE: Final = np.full(100, LAST_SOURCE - TRANSITION)
 _WITHIN_SOURCE: Final = np.full(100, LAST_SOURCE - CATEGORY)
 
