@@ -16,7 +16,7 @@ from mode.utils.queues import FlowControlEvent, ThrowableQueue
 from features.settings import FeatureSettings
 from inference.admission.settings import AdmissionSettings
 from inference.settings import InferenceSettings
-from stream.agents import clicks, releases, requests
+from stream.agents import releases, units
 from stream.feeder import HandOver
 from stream.resources import Resources
 from stream.settings import StreamSettings
@@ -79,12 +79,9 @@ def create_app(
     resources = Resources(stream, features or FeatureSettings(), inference or InferenceSettings(), admission)
     app.resources = resources
     names = stream.topics
-    for name, agent in (
-        (names.clicks, clicks.agent(resources.path)),
-        (names.requests, requests.agent(resources.path)),
-    ):
+    for name, take in ((names.clicks, resources.path.clicks), (names.requests, resources.path.requests)):
         channel = UnitChannel(app, maxsize=CHANNEL_UNITS)
-        app.agent(channel, name=name)(agent)
+        app.agent(channel, name=name)(units.agent(take))
         resources.hand_over[name] = into(channel)
     announced = app.topic(names.releases, key_type=bytes, value_type=bytes, internal=True)
     app.agent(announced, name=names.releases)(releases.agent(resources, stream.alias))
