@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import numpy as np
@@ -19,32 +20,33 @@ _ROWS: Final = 512
 """States at a time: their logits over some thousand items stay in the cache, which is worth 2.6 times."""
 
 
-def full_softmax(states: Tensor, table: Tensor, targets: Tensor, *, low: torch.dtype) -> Tensor:
-    """Mean cross-entropy of targets [N] by the logits states [N, d] · table [V, d], which are never all
-    held: they are made, and their gradients with them, some rows at a time, products in `low`."""
-    loss: Tensor = _FullSoftmax.apply(states, table, targets, low)  # type: ignore[no-untyped-call]
+# Of some rows and their logits [n, V], which it may change: the summed loss, and its gradient by the logits.
+Part = Callable[[slice, Tensor], tuple[Tensor, Tensor]]
+
+
+def in_parts(states: Tensor, table: Tensor, part: Part, *, low: torch.dtype) -> Tensor:
+    """Mean loss by the logits states [N, d] · table [V, d], which are never all held: they are made, and
+    their gradients with them, some rows at a time, products in `low`."""
+    loss: Tensor = _InParts.apply(states, table, part, low)  # type: ignore[no-untyped-call]
     return loss
 
 
-class _FullSoftmax(torch.autograd.Function):
+class _InParts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, table: Tensor, targets: Tensor, low: torch.dtype) -> Tensor:
+    def forward(ctx: Any, states: Tensor, table: Tensor, part: Part, low: torch.dtype) -> Tensor:
         items = table.to(low)
         across = items.T.contiguous()
         of_states = torch.empty(states.shape)
         of_table = torch.zeros(table.shape)
         loss = torch.zeros(())
         for start in range(0, len(states), _ROWS):
-            part = states[start : start + _ROWS].to(low)
-            own = targets[start : start + _ROWS, None]
-            logits = (part @ across).float()
-            normal = logits.logsumexp(1, keepdim=True)
-            loss += (normal - logits.gather(1, own)).sum()
-            chances = logits.sub_(normal).exp_()
-            chances.scatter_add_(1, own, torch.full(own.shape, -1.0))
-            error = chances.to(low)
-            of_states[start : start + _ROWS] = error @ items
-            of_table += error.T @ part
+            rows = slice(start, start + _ROWS)
+            some = states[rows].to(low)
+            its_loss, error = part(rows, (some @ across).float())
+            loss += its_loss
+            error = error.to(low)
+            of_states[rows] = error @ items
+            of_table += error.T @ some
         count = max(1, len(states))
         ctx.save_for_backward(of_states.div_(count), of_table.div_(count))
         return loss / count
@@ -54,6 +56,19 @@ class _FullSoftmax(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, Tensor, None, None]:
         of_states, of_table = ctx.saved_tensors
         return of_states * outer[0], of_table * outer[0], None, None
+
+
+def full_softmax(states: Tensor, table: Tensor, targets: Tensor, *, low: torch.dtype) -> Tensor:
+    """Mean cross-entropy of targets [N] by the logits states [N, d] · table [V, d]."""
+
+    def part(rows: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+        own = targets[rows, None]
+        normal = logits.logsumexp(1, keepdim=True)
+        loss = (normal - logits.gather(1, own)).sum()
+        chances = logits.sub_(normal).exp_()
+        return loss, chances.scatter_add_(1, own, torch.full(own.shape, -1.0))
+
+    return in_parts(states, table, part, low=low)
 
 
 def shared_negatives(
