@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from compression.logs.item_lists import ItemListReader, is_item_lists
 from compression.logs.log_reader import EventChunk, LogReader, ReadReport
-from features.encoding import Vocabulary
+from features.encoding import HistoryArrays, Vocabulary
 from features.sequence import SequenceBatch
 
 MAX_EVENTS: Final = 20_000_000
@@ -223,6 +223,17 @@ def prefix_windows(sequences: Sequences, ends: Int64, length: int) -> tuple[Int6
     number = np.arange(len(user)) - np.repeat(np.cumsum(counts) - counts, counts)
     last = starts[user] + number + 2
     return np.maximum(starts[user], last - length - 1), last
+
+
+def before_last(windows: HistoryArrays) -> HistoryArrays:
+    """Encoded windows without their last event, which is a target only."""
+    return HistoryArrays(
+        items=windows.items[:, :-1],
+        categories=windows.categories[:, :-1],
+        behaviors=windows.behaviors[:, :-1],
+        gaps=windows.gaps[:, :-1],
+        lengths=np.maximum(windows.lengths - 1, 0).astype(np.int32),
+    )
 
 
 def batches(starts: Int64, ends: Int64, size: int, rng: np.random.Generator) -> Iterator[tuple[Int64, Int64]]:

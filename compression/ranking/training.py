@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from compression.denormals import flushed
 from compression.evaluation.scoring import to_history
-from compression.logs.dataset import batches, training_windows
+from compression.logs.dataset import batches, before_last, training_windows
 from compression.ranking.judging import Data
 from compression.ranking.losses import taught_softmax
 from compression.ranking.network import CandidateRanker
@@ -181,16 +181,10 @@ def _autocast(effort: Effort) -> torch.autocast:
 
 
 def _asked(windows: HistoryArrays, known: int) -> tuple[History, Int64, Tensor, Int64]:
-    """Windows without their last event, which is a target only; targets [B, L], which of these can be
-    learned, and how many events each window has left."""
-    events = np.maximum(windows.lengths - 1, 0).astype(np.int64)
-    history = HistoryArrays(
-        items=windows.items[:, :-1],
-        categories=windows.categories[:, :-1],
-        behaviors=windows.behaviors[:, :-1],
-        gaps=windows.gaps[:, :-1],
-        lengths=events.astype(np.int32),
-    )
+    """Windows `before_last`; targets [B, L], which of these can be learned, and how many events each window
+    has left."""
+    history = before_last(windows)
+    events = history.lengths.astype(np.int64)
     targets = windows.items[:, 1:].astype(np.int64)
     inside = (np.arange(targets.shape[1]) < events[:, None]) & (targets <= known)
     return to_history(history), targets, torch.from_numpy(inside), events

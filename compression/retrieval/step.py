@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import to_history
+from compression.logs.dataset import before_last
 from compression.retrieval.averaging import Weights
 from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import RetrievalNetwork
@@ -41,23 +42,14 @@ class Step:
         )
 
     def __call__(self, windows: HistoryArrays, rng: np.random.Generator) -> float:
-        """Each window's last event is a target only."""
-        events = np.maximum(windows.lengths - 1, 0).astype(np.int32)
-        history = to_history(
-            HistoryArrays(
-                items=windows.items[:, :-1],
-                categories=windows.categories[:, :-1],
-                behaviors=windows.behaviors[:, :-1],
-                gaps=windows.gaps[:, :-1],
-                lengths=events,
-            )
-        )
+        history = before_last(windows)
+        events = history.lengths
         targets = windows.items[:, 1:].astype(np.int64)
         slots = np.arange(targets.shape[1])
         inside = slots == events[:, None] - 1 if self._recipe.prefixes else slots < events[:, None]
         learnable = torch.from_numpy(np.flatnonzero(inside & (targets <= self._known)))
         with torch.autocast("cpu", torch.bfloat16, enabled=self._low == torch.bfloat16):
-            states = self._network(history)
+            states = self._network(to_history(history))
         asked = states.flatten(0, 1)[learnable].float()
         places = torch.from_numpy(targets.reshape(-1))[learnable] - 1
         loss = self._loss(asked, places, rng)

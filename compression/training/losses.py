@@ -7,7 +7,7 @@ worth (`goals`); means are over the whole batch's weights, so the shares' losses
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from compression.evaluation.predictors import Statistics
 from compression.evaluation.scoring import row_categories, to_history
+from compression.logs.dataset import before_last
 from compression.training.group import ALONE, Group
 from compression.training.lesson import Asked, Lesson
 from compression.training.model import MASKED, History, Recommender
@@ -99,19 +100,14 @@ class Losses:
         """Of a batch, alike in every process whose generator stands alike."""
         rng = self._rng
         targets = windows.items[:, 1:].astype(np.int64)
-        events = np.maximum(windows.lengths - 1, 0)
         stands_in = rng.random(len(self._bucket_of)) < self._recipe.item_dropout
         shown = np.where(stands_in, self._bucket_of, np.arange(len(self._bucket_of)))
-        history = HistoryArrays(
-            items=shown[windows.items[:, :-1]].astype(np.int32),
-            categories=windows.categories[:, :-1],
-            behaviors=windows.behaviors[:, :-1],
-            gaps=windows.gaps[:, :-1],
-            lengths=events.astype(np.int32),
-        )
+        seen = before_last(windows)
+        events = seen.lengths.astype(np.int64)
+        history = replace(seen, items=shown[seen.items].astype(np.int32))
         inside = np.arange(targets.shape[1]) < events[:, None]
         worth = self._worth[windows.behaviors[:, 1:]]
-        turn, candidates = self._candidates(windows.items[:, :-1], targets, events)
+        turn, candidates = self._candidates(seen.items, targets, events)
         negatives = None
         if not self.full_softmax:
             half = self._recipe.negatives // 2
