@@ -13,9 +13,8 @@ import numpy as np
 
 from compression.evaluation.scoring import Scorer
 from compression.retraining.pipeline import STAGING, StepVoice, Work
-from compression.retrieval.ensemble import TrainedEnsemble, judged
+from compression.retrieval.ensemble import Member, TrainedEnsemble, seed_of, train_all
 from compression.retrieval.export import GRAPHS, check_parity
-from compression.retrieval.fit import seed_of
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import (
     NETWORK,
@@ -25,8 +24,7 @@ from compression.retrieval.release import (
     shape_of,
     stage,
 )
-from compression.retrieval.retriever import Retriever, RetrieverScorer, stand_in
-from compression.retrieval.trainer import train
+from compression.retrieval.retriever import Retriever, RetrieverScorer
 from compression.training.checkpoint import Stopped
 from features.sequence import MAX_EVENTS
 
@@ -48,21 +46,19 @@ class RetrievalWork(Work):
 
     def train(self, tell: StepVoice) -> dict[str, Any]:
         kept, recipe = self.kept, self.recipe
-        members = recipe.of_members()
-        trained = [
-            train(
-                kept.sequences,
-                kept.split,
-                kept.vocabulary,
-                member,
-                seed=seed_of(self.settings.seed, number),
-                folder=self.run.folder / _TRAININGS / str(number),
-                progress=lambda part, note, number=number: tell((number + part) / len(members), note),  # type: ignore[misc]
-            )
-            for number, member in enumerate(members)
+        folder = self.run.folder / _TRAININGS
+        members = [
+            Member(one, seed_of(self.settings.seed, number), folder / str(number))
+            for number, one in enumerate(recipe.of_members())
         ]
-        whole = judged(trained, kept.sequences, kept.split, kept.vocabulary, recipe)
-        stand_in(whole.networks, len(kept.vocabulary.item_ids))
+        whole = train_all(
+            members,
+            kept.sequences,
+            kept.split,
+            kept.vocabulary,
+            recipe,
+            lambda number, part, note: tell((number + part) / len(members), note),
+        )
         config = config_of(whole, recipe, "train")
         self.run.clear(STAGING)
         self.staging.mkdir()

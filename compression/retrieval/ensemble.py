@@ -1,9 +1,12 @@
-"""Several networks judged, released and used as one: the mean of their log-chances."""
+"""Several networks trained, judged, released and used as one: the mean of their log-chances."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -12,8 +15,21 @@ from compression.logs.dataset import Sequences, Split
 from compression.retrieval.judge import Judge, Verdict
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.recipe import RetrievalRecipe
-from compression.retrieval.trainer import TrainedRetrieval
+from compression.retrieval.retriever import stand_in
+from compression.retrieval.trainer import TrainedRetrieval, train
 from features.encoding import Vocabulary
+
+_APART: Final = 1_000
+"""From a network's seed to the next one's: further apart than seeds that are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One network of a version that is to be trained: recipe, seed, and the folder of its trainings."""
+
+    recipe: RetrievalRecipe
+    seed: int
+    folder: Path
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +50,38 @@ class TrainedEnsemble:
     @property
     def seconds(self) -> float:
         return sum(member.seconds for member in self.members)
+
+
+def seed_of(seed: int, number: int) -> int:
+    """The seed of one of the networks of a version."""
+    return seed + _APART * number
+
+
+def train_all(
+    members: Sequence[Member],
+    sequences: Sequences,
+    split: Split,
+    vocabulary: Vocabulary,
+    recipe: RetrievalRecipe,
+    progress: Callable[[int, float, str], None],
+) -> TrainedEnsemble:
+    """Train them one after the other, judge them as one, and have items that are not known stand for those
+    that are. `progress`: which member, the fraction of its training, what it is doing."""
+    trained = [
+        train(
+            sequences,
+            split,
+            vocabulary,
+            member.recipe,
+            seed=member.seed,
+            folder=member.folder / "train",
+            progress=partial(progress, number),
+        )
+        for number, member in enumerate(members)
+    ]
+    whole = judged(trained, sequences, split, vocabulary, recipe)
+    stand_in(whole.networks, len(vocabulary.item_ids))
+    return whole
 
 
 def judged(

@@ -11,18 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from compression.evaluation.fusion import fuse
 from compression.logs.dataset import Log, Split, build_vocabulary, leave_one_out
 from compression.releases.registry import Manifest, Registry
-from compression.retrieval.ensemble import TrainedEnsemble, judged
+from compression.retrieval.ensemble import Member, TrainedEnsemble, seed_of, train_all
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import Fitted, config_of, publish
 from compression.retrieval.retriever import Retriever, RetrieverScorer, stand_in
 from compression.retrieval.table import evaluate
-from compression.retrieval.trainer import refit, train
+from compression.retrieval.trainer import refit
 from features.encoding import Vocabulary
 from features.fusion import Fusion
 from features.settings import FeatureSettings
@@ -31,8 +32,6 @@ PROTOCOLS: Final[tuple[Fitted, ...]] = ("train", "train+validation")
 
 FUSED: Final = 1_000
 """Targets of validation, and of the test, that the weights of online counts are judged by."""
-_APART: Final = 1_000
-"""From a network's seed to the next one's: further apart than seeds that are asked for."""
 
 Progress = Callable[[str, float, str], None]  # step, fraction of the step, what it is doing
 
@@ -60,30 +59,13 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
     split = leave_one_out(sequences)
     vocabulary = build_vocabulary(sequences, max_items=recipe.max_items, item_buckets=1, category_buckets=2)
 
-    members = [
-        _Member(one, seed_of(seed, number), settings)
-        for seed in settings.seeds
-        for number, one in enumerate(recipe.of_members())
-    ]
+    members = _members(settings)
 
-    def tell(step: str, number: int) -> Callable[[float, str], None]:
-        named = f"{step} {number + 1}" if len(members) > 1 else step
-        return lambda fraction, note: progress(named, fraction, note) if progress else None
+    def tell(step: str, number: int, fraction: float, note: str) -> None:
+        if progress:
+            progress(f"{step} {number + 1}" if len(members) > 1 else step, fraction, note)
 
-    trained = [
-        train(
-            sequences,
-            split,
-            vocabulary,
-            member.recipe,
-            seed=member.seed,
-            folder=member.folder / "train",
-            progress=tell("train", number),
-        )
-        for number, member in enumerate(members)
-    ]
-    whole = judged(trained, sequences, split, vocabulary, recipe)
-    stand_in(whole.networks, len(vocabulary.item_ids))
+    whole = train_all(members, sequences, split, vocabulary, recipe, partial(tell, "train"))
     lists = _served(whole, log, split, vocabulary)
     released = []
     if "train" in settings.protocols:
@@ -98,9 +80,9 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
                 one.selection,
                 seed=member.seed,
                 folder=member.folder / "-".join(["refit", *map(str, one.selection.epochs)]),
-                progress=tell("refit", number),
+                progress=partial(tell, "refit", number),
             )
-            for number, (member, one) in enumerate(zip(members, trained, strict=True))
+            for number, (member, one) in enumerate(zip(members, whole.members, strict=True))
         ]
         anew = TrainedEnsemble(again, whole.verdict)
         stand_in(anew.networks, len(vocabulary.item_ids))
@@ -108,23 +90,14 @@ def fit(log: Log, settings: FitSettings, progress: Progress | None = None) -> li
     return released
 
 
-def seed_of(seed: int, number: int) -> int:
-    """The seed of one of the networks of a version."""
-    return seed + _APART * number
-
-
-@dataclass(frozen=True, slots=True)
-class _Member:
-    """One network of a version: its recipe, the seed and the folder of its training."""
-
-    recipe: RetrievalRecipe
-    seed: int
-    settings: FitSettings
-
-    @property
-    def folder(self) -> Path:
-        name = f"{self.settings.log_sha256[:12]}-{self.recipe.digest()}-seed-{self.seed}"
-        return self.settings.state / name
+def _members(settings: FitSettings) -> list[Member]:
+    members = []
+    for seed in settings.seeds:
+        for number, recipe in enumerate(settings.recipe.of_members()):
+            own = seed_of(seed, number)
+            folder = f"{settings.log_sha256[:12]}-{recipe.digest()}-seed-{own}"
+            members.append(Member(recipe, own, settings.state / folder))
+    return members
 
 
 def _release(
