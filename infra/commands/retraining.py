@@ -14,6 +14,7 @@ from compression.home import home
 from compression.smaller.plan import PLANS
 from infra.commands import options, settings
 from infra.commands.again import again
+from infra.commands.probes import check_listens
 from infra.commands.training import PRECISIONS, RECIPES, SPLITS, print_metrics
 from infra.console import log_to_stderr, print_json
 from infra.retraining import REFUSED
@@ -351,6 +352,7 @@ def _serve(
         cron = Cron(schedule)
     except ScheduleInvalid as error:
         raise click.UsageError(str(error)) from None
+    check_listens(host, port)
     command = again(*OF_SERVICE)
     command += ["--bootstrap", bootstrap, "--runs", str(runs), "--json"]
     # Not on the command line: others may read that, and the address may hold a password.

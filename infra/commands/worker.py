@@ -10,6 +10,7 @@ import click
 
 from infra.commands import options, settings
 from infra.commands.again import again
+from infra.commands.probes import check_listens
 from infra.console import log_to_stderr
 from infra.supervise import supervise
 
@@ -110,7 +111,7 @@ def worker(
     inference = settings.read(InferenceSettings, engine=engine)
     ports = range(http_port, http_port + workers) if http_port else ()
     for port in ports:
-        _check_listens(http_host, port)
+        check_listens(http_host, port)
     # A broker or a topic that is not there is a sentence now, before anything is started.
     topic_epochs(bootstrap, stream.topics)
     if workers > 1:
@@ -122,19 +123,3 @@ def worker(
             supervise([[*command, "--instance-id", name, "--http-port", str(port)] for name, port in own])
         )
     run(stream, features, inference, admission, log_level=log_level)
-
-
-def _check_listens(host: str, port: int) -> None:
-    """A port that cannot be had is a sentence now, before anything is started."""
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno else str(error)
-    except OverflowError as error:
-        why = str(error)
-    else:
-        return
-    raise click.ClickException(
-        f"probes cannot listen on {host}:{port} ({why}): --http-host and --http-port say where"
-    )

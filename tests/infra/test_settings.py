@@ -105,8 +105,9 @@ def taken():
         yield server.getsockname()[1]
 
 
-def test_a_taken_port_of_the_probes_is_a_sentence_before_anything_starts(taken):
-    done = CliRunner().invoke(main, ["worker", "--http-port", str(taken), "--bootstrap", "x:1"])
+@pytest.mark.parametrize("command", [["worker"], ["retrain", "--topic", "clicks", "--schedule", "0 * * * *"]])
+def test_a_taken_port_of_the_probes_is_a_sentence_before_anything_starts(taken, command):
+    done = CliRunner().invoke(main, [*command, "--http-port", str(taken), "--bootstrap", "x:1"])
     assert done.exit_code == 1
     assert f"probes cannot listen on {HOST}:{taken} (Address already in use)" in done.output
 
