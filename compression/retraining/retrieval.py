@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 
 from compression.evaluation.scoring import Scorer
-from compression.retraining.pipeline import STAGING, StepVoice, Work
+from compression.retraining.steps import STAGING, StepVoice, Work
 from compression.retrieval.ensemble import Member, TrainedEnsemble, seed_of, train_all
 from compression.retrieval.export import GRAPHS, check_parity
 from compression.retrieval.recipe import RetrievalRecipe

@@ -12,9 +12,10 @@ from compression.errors import ArtefactInvalid
 from compression.evaluation.scoring import ArtefactScorer, TorchScorer, row_categories
 from compression.evaluation.verdict import GateLimits, GateRefused
 from compression.releases.registry import Registry
-from compression.retraining.pipeline import retrain, steps_of
+from compression.retraining.pipeline import retrain
 from compression.retraining.report import page
 from compression.retraining.runs import Run, RunInvalid
+from compression.retraining.steps import steps_of
 from compression.smaller.plan import PLANS, Compression
 from compression.training.model import Recommender
 from compression.training.weights import read

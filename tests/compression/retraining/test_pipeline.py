@@ -15,8 +15,9 @@ from compression.logs.dataset import leave_one_out, read_log
 from compression.logs.log_reader import LogInvalid
 from compression.logs.synth import SynthSettings, synthesize, write_log
 from compression.releases.registry import ArtefactInvalid, Registry
-from compression.retraining.pipeline import STEPS, retrain
+from compression.retraining.pipeline import retrain
 from compression.retraining.settings import RetrainSettings
+from compression.retraining.steps import STEPS
 from compression.training.export import ParityError, check_parity, export
 from compression.training.train import Recipe
 from infra.commands import retraining, training

@@ -11,8 +11,9 @@ import torch
 
 from compression.evaluation.verdict import GateLimits, GateRefused
 from compression.releases.registry import Registry
-from compression.retraining.pipeline import STEPS, retrain, steps_of
+from compression.retraining.pipeline import retrain
 from compression.retraining.runs import Run, RunInvalid, prune, runs
+from compression.retraining.steps import STEPS, steps_of
 from compression.smaller.plan import PLANS
 from compression.training.checkpoint import Checkpoints, Standing, Stopped
 from tests.compression.small_retraining import RECIPE, result, settings, short_log, work

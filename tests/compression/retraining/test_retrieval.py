@@ -8,10 +8,11 @@ from click.testing import CliRunner
 
 from compression.evaluation.verdict import GateRefused
 from compression.releases.registry import Registry
-from compression.retraining.pipeline import STEPS, retrain
+from compression.retraining.pipeline import retrain
 from compression.retraining.report import page
 from compression.retraining.runs import Run
 from compression.retraining.settings import RetrainSettings
+from compression.retraining.steps import STEPS
 from compression.retrieval.release import load_config, load_networks
 from compression.training.checkpoint import Stopped
 from compression.training.train import TINY
