@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import orjson
 
 from stream.delivery import Record
 from stream.work import LogRecord
-from topics.codec import SCHEMA_HEADER, SCHEMA_VERSION, record_key
+from topics.codec import ATTEMPTS_HEADER, DROPPED_HEADER, LETTER_HEADERS, MESSAGE_HEADERS, record_key
 from topics.messages import Degradation
-
-LIST_HEADERS: Final = ((SCHEMA_HEADER, b"%d" % SCHEMA_VERSION),)
-ATTEMPTS_HEADER: Final = "attempts"
-DROPPED_HEADER: Final = "dropped"
-OWN_HEADERS: Final = ("reason", "detail", "topic", "partition", "offset", ATTEMPTS_HEADER)
 
 
 class AnsweredClick(NamedTuple):
@@ -93,7 +88,7 @@ def replies(asked: Iterable[Asked], lists: Iterable[Listed], now_s: float) -> li
             record_key(one.user_id),
             b'{"recommendation_id":%b,"user_id":%d,"trigger":%b,%b,"generated_at":%b}'
             % (orjson.dumps(one.recommendation_id), one.user_id, one.trigger, listed.body, now),
-            LIST_HEADERS,
+            MESSAGE_HEADERS,
         )
         for one, listed in zip(asked, lists, strict=True)
     ]
@@ -111,7 +106,7 @@ def dead_letter(record: LogRecord, *, reason: str, detail: str) -> Record:
         if name == ATTEMPTS_HEADER:
             # A header's value may be null.
             attempts = int(value) + 1 if value and value.isdigit() and len(value) < 9 else 1
-        elif name not in OWN_HEADERS:
+        elif name not in LETTER_HEADERS:
             kept.append((name, value))
     return Record(
         record.key,
@@ -135,5 +130,5 @@ def without_value(letter: Record) -> Record:
 
 def place_only(letter: Record) -> Record:
     """What is always small enough: the reason, and where the original lies in its topic."""
-    own = [(name, value) for name, value in letter.headers if name in OWN_HEADERS]
+    own = [(name, value) for name, value in letter.headers if name in LETTER_HEADERS]
     return Record(None, None, [*own, (DROPPED_HEADER, b"key, value, headers")])

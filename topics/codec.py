@@ -28,7 +28,11 @@ _MILLISECONDS_FROM: Final = 4_000_000_000
 
 Headers = Iterable[tuple[str, bytes | None]]
 M = TypeVar("M", bound=Message)
-_HEADERS: Final[tuple[tuple[str, bytes], ...]] = ((SCHEMA_HEADER, b"%d" % SCHEMA_VERSION),)
+MESSAGE_HEADERS: Final[tuple[tuple[str, bytes], ...]] = ((SCHEMA_HEADER, b"%d" % SCHEMA_VERSION),)
+# What a dead letter says of the record that it holds, and what of that is left out of it.
+ATTEMPTS_HEADER: Final = "attempts"
+LETTER_HEADERS: Final = ("reason", "detail", "topic", "partition", "offset", ATTEMPTS_HEADER)
+DROPPED_HEADER: Final = "dropped"
 
 
 class DecodeError(ValueError):
@@ -47,7 +51,7 @@ class DecodeError(ValueError):
 
 def encode(message: Message) -> tuple[bytes, list[tuple[str, bytes]]]:
     """The record value and headers for a message."""
-    return orjson.dumps(message.model_dump(mode="python", exclude_none=True)), list(_HEADERS)
+    return orjson.dumps(message.model_dump(mode="python", exclude_none=True)), list(MESSAGE_HEADERS)
 
 
 def record_key(user_id: int) -> bytes:

@@ -14,12 +14,13 @@ import orjson
 
 from infra.commands import options
 from infra.printable import printable
+from topics.codec import ATTEMPTS_HEADER, DROPPED_HEADER, LETTER_HEADERS
 
 SHOWN_BYTES = 60
 # Letters may be megabytes each.
 MAX_UNSENT = 100
-# Headers that a dead letter adds; the others came with the record and go back with it.
-OURS = ("reason", "detail", "topic", "partition", "offset", "attempts", "dropped")
+# The others came with the record and go back with it.
+OURS = (*LETTER_HEADERS, DROPPED_HEADER)
 MAX_LETTER_BYTES = 32 * 1024 * 1024
 
 
@@ -46,10 +47,7 @@ def _letters(bootstrap: str, topic: str, reason: str | None) -> Iterator[dict[st
                 continue
             yield {
                 "offset": record.offset,
-                **{
-                    name: headers.get(name, "")
-                    for name in ("reason", "detail", "topic", "partition", "attempts", "dropped")
-                },
+                **{name: headers.get(name, "") for name in OURS if name != "offset"},
                 "source_offset": headers.get("offset", ""),
                 "headers": [
                     {"name": name, **_text("value", value)}
@@ -152,7 +150,7 @@ def replay(
                 continue
             if sum(sent.values()) == limit:
                 break
-            if letter.get("dropped"):
+            if letter.get(DROPPED_HEADER):
                 left_out += 1
                 continue
             topic = str(letter.get("topic", ""))
@@ -171,8 +169,8 @@ def replay(
                     f"letter {letter.get('offset')} is not as `list --json` writes them: {error!r}; "
                     f"{sum(sent.values()):,} before it were sent"
                 ) from None
-            attempts = str(letter.get("attempts", "1")).encode()
-            outgoing.send(topic, key=key, value=value, headers=[*kept, ("attempts", attempts)])
+            attempts = str(letter.get(ATTEMPTS_HEADER, "1")).encode()
+            outgoing.send(topic, key=key, value=value, headers=[*kept, (ATTEMPTS_HEADER, attempts)])
             sent[topic] += 1
         outgoing.finish()
     finally:
