@@ -31,8 +31,8 @@ def check_parity(retriever: Retriever, folder: Path, *, seed: int = 11) -> float
     retriever, worst = retriever.eval(), 0.0
     for graph, file in graphs_of(retriever).items():
         session = _session(folder / file)
-        for users, slots, candidates in ((1, 1, 1), (7, 25, 50), (9, retriever.max_history, 20)):
-            slots = min(slots, retriever.max_history)
+        for users, most, candidates in ((1, 1, 1), (7, 25, 50), (9, retriever.max_history, 20)):
+            slots = min(most, retriever.max_history)
             arrays = random_inputs(retriever, users=users, slots=slots, candidates=candidates, seed=seed)
             if graph == "append":
                 worst = max(worst, _appended(retriever, session, arrays))

@@ -63,7 +63,8 @@ class Retriever(nn.Module):
         return torch.where(history.lengths[:, None] > 0, vectors / len(self.networks), 0.0)
 
     def encode(self, history: History) -> Encoded:
-        """User vectors as above, and keys and values [B, layers, heads, L, dim / heads]; where it `appends`."""
+        """User vectors as above, with keys and values [B, layers, heads, L, dim / heads]. Where it
+        `appends`."""
         encoded = self.members[0].encode(history._replace(lengths=history.lengths.clamp(min=1)))
         vectors = torch.where(history.lengths[:, None] > 0, encoded.user_vector, 0.0)
         return encoded._replace(user_vector=vectors)
