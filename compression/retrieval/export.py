@@ -136,7 +136,7 @@ class _Writer(OnnxWriter):
         self.shared["back from it"] = self.op("Max", self.op("Sub", before, slots), self.ints(0))
         for number, layer in enumerate(cast(list[Layer], list(network.layers))):
             x = self.appended(layer, number, x, network.config.max_history)
-        self.norm(network.final_norm, self.op("Squeeze", x, self.ints([1])), output="user_vector")
+        self.vector(network, self.op("Squeeze", x, self.ints([1])), output="user_vector")
         self.stack(self.keys, output="new_key")
         self.stack(self.values, output="new_value")
 
@@ -154,7 +154,13 @@ class _Writer(OnnxWriter):
         for layer in layers[:-1]:
             x = self.layer(layer, x, slots, newest=False)
         x = self.op("Squeeze", self.layer(layers[-1], x, slots, newest=True), self.ints([1]))
-        return self.norm(network.final_norm, x, share=1 / len(self.retriever.networks))
+        return self.vector(network, x, share=1 / len(self.retriever.networks))
+
+    def vector(self, network: RetrievalNetwork, newest: str, *, share: float = 1.0, output: str = "") -> str:
+        """From the last layer's states [B, d] at the newest events to their share of user vectors."""
+        if network.lateness is not None:
+            newest = self.op("Add", newest, self.weight(network.lateness.weight[0]))
+        return self.norm(network.final_norm, newest, share=share, output=output)
 
     def tokens(self, network: RetrievalNetwork, rows: str) -> str:
         """`RetrievalNetwork.tokens`."""

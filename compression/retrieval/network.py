@@ -27,7 +27,8 @@ INIT_STD: Final = 0.02
 
 class NetworkConfig(BaseModel):
     """Everything needed to build the network again before its weights are loaded. `ffn` is the inner
-    width of the feed-forward part; `item_rows` counts padding and hash buckets too."""
+    width of the feed-forward part; `item_rows` counts padding and hash buckets too. `positions` are added to
+    the events, `lateness` to what the layers make of one: both by how many events of the window come after."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -38,6 +39,7 @@ class NetworkConfig(BaseModel):
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     max_history: Annotated[int, Field(ge=1, le=4096)] = 200
     positions: bool = True
+    lateness: bool = False
     reach: bool = True
     behaviors: bool = False
     gaps: bool = False
@@ -142,12 +144,13 @@ class RetrievalNetwork(nn.Module):
         self.config = config
         self.items = nn.Embedding(config.item_rows, config.dim, padding_idx=0)
         self.positions = nn.Embedding(config.max_history, config.dim) if config.positions else None
+        self.lateness = nn.Embedding(config.max_history, config.dim) if config.lateness else None
         self.behaviors = nn.Embedding(BEHAVIOR_ROWS, config.dim) if config.behaviors else None
         self.gaps = nn.Embedding(GAP_ROWS, config.dim) if config.gaps else None
         self.layers = nn.ModuleList(Layer(config, attention(config)) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.dim)
         self.dropout = ByteDropout(config.dropout)
-        for table in (self.items, self.positions, self.behaviors, self.gaps):
+        for table in (self.items, self.positions, self.lateness, self.behaviors, self.gaps):
             if table is not None:
                 nn.init.normal_(table.weight, std=INIT_STD)
         nn.init.zeros_(self.items.weight[0])
@@ -163,6 +166,8 @@ class RetrievalNetwork(nn.Module):
         for layer in self.layers:
             x, seen = layer(x)
             maps.append(seen)
+        if self.lateness is not None:
+            x = x + self.lateness(_after(history))
         return cast(Tensor, self.final_norm(x)), maps
 
     def user_vectors(self, history: History) -> Tensor:
@@ -180,7 +185,7 @@ class RetrievalNetwork(nn.Module):
             keys.append(key)
             values.append(value)
         newest = (history.lengths.long() - 1)[:, None, None].expand(-1, 1, self.config.dim)
-        vectors = self.final_norm(x.gather(1, newest).squeeze(1))
+        vectors = self._vectors(x.gather(1, newest).squeeze(1))
         return Encoded(vectors, torch.stack(keys, 1), torch.stack(values, 1))
 
     def append(self, keys: Tensor, values: Tensor, event: History) -> Encoded:
@@ -193,16 +198,27 @@ class RetrievalNetwork(nn.Module):
             x, key, value = layer.appended(x, keys[:, number], values[:, number], before)
             new_keys.append(key)
             new_values.append(value)
-        vectors = self.final_norm(x.squeeze(1))
+        vectors = self._vectors(x.squeeze(1))
         return Encoded(vectors, torch.stack(new_keys, 1), torch.stack(new_values, 1))
 
     def tokens(self, history: History) -> Tensor:
         x = self.items(history.items) * self.config.dim**0.5
         if self.positions is not None:
-            slots = torch.arange(history.items.shape[1], device=history.items.device)
-            x = x + self.positions((history.lengths.long()[:, None] - 1 - slots).clamp(min=0))
+            x = x + self.positions(_after(history))
         if self.behaviors is not None:
             x = x + self.behaviors(history.behaviors)
         if self.gaps is not None:
             x = x + self.gaps(history.gaps)
         return cast(Tensor, x)
+
+    def _vectors(self, newest: Tensor) -> Tensor:
+        """User vectors of the last layer's states [B, d] at the newest events."""
+        if self.lateness is not None:
+            newest = newest + self.lateness.weight[0]
+        return cast(Tensor, self.final_norm(newest))
+
+
+def _after(history: History) -> Tensor:
+    """[B, L]: how many events of the window come after each; 0 for padding."""
+    slots = torch.arange(history.items.shape[1], device=history.items.device)
+    return (history.lengths.long()[:, None] - 1 - slots).clamp(min=0)

@@ -40,6 +40,7 @@ class RetrievalRecipe(BaseModel):
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     max_history: int = 200
     positions: bool = True
+    lateness: bool = False
     reach: bool = True
     behaviors: bool = False
     gaps: bool = False
@@ -104,7 +105,9 @@ class RetrievalRecipe(BaseModel):
         """All of it but how long: trainings that agree in this go the same way, one further."""
         fields = type(self).model_fields
         # Older states know nothing of these.
-        later = {name for name in ("start", "prefixes") if getattr(self, name) == fields[name].default}
+        later = {
+            name for name in ("start", "prefixes", "lateness") if getattr(self, name) == fields[name].default
+        }
         return self.model_dump(mode="json", exclude=LIMITS | OF_THE_WHOLE | later)
 
     def digest(self) -> str:
