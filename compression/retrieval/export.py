@@ -27,6 +27,7 @@ from compression.retrieval.network import FeedForward, Layer, RetrievalNetwork
 from compression.retrieval.retriever import Retriever
 
 _TABLE: Final = "items.weight"
+_SCORED: Final = "scored.weight"
 _HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
 # Categories are asked for and not read, so that who asks for a list need not know which network answers.
 INPUTS: Final = {
@@ -108,7 +109,7 @@ class _Writer(OnnxWriter):
 
     def encode(self, *, states: bool) -> None:
         """History tensors to user_vector, and where they are asked for to the `states`: keys and values."""
-        rows = self.op("Gather", self.weight(self.retriever.item_table(), _TABLE), "items")
+        rows = self.op("Gather", self.weight(self.retriever.event_table(), _TABLE), "items")
         self._places()
         vectors: list[str] = []
         start = 0
@@ -130,7 +131,8 @@ class _Writer(OnnxWriter):
 
         The event attends to itself beside the history, not within it: nothing is copied to make room."""
         network = self.retriever.members[0]
-        x = self.tokens(network, self.op("Gather", self.weight(self.retriever.item_table(), _TABLE), "items"))
+        x = self.op("Gather", self.weight(self.retriever.event_table(), _TABLE), "items")
+        x = self.tokens(network, x)
         slots = self.op("Range", self.ints(0), self.size("keys", 3), self.ints(1))
         before = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
         self.shared["back from it"] = self.op("Max", self.op("Sub", before, slots), self.ints(0))
@@ -142,7 +144,9 @@ class _Writer(OnnxWriter):
 
     def score(self) -> None:
         """Candidates and user_vector to scores."""
-        rows = self.op("Gather", self.weight(self.retriever.item_table(), _TABLE), "candidates")
+        categories = any(network.categories is not None for network in self.retriever.members)
+        table = self.weight(self.retriever.item_table(), _SCORED if categories else _TABLE)
+        rows = self.op("Gather", table, "candidates")
         scores = self.op("MatMul", rows, self.op("Unsqueeze", "user_vector", self.ints([2])))
         self.op("Squeeze", scores, self.ints([2]), output="scores")
 
@@ -164,7 +168,10 @@ class _Writer(OnnxWriter):
 
     def tokens(self, network: RetrievalNetwork, rows: str) -> str:
         """`RetrievalNetwork.tokens`."""
-        x = self.op("Mul", rows, self.weight(torch.tensor(math.sqrt(network.config.dim))))
+        x = rows
+        if network.categories is not None:
+            x = self.op("Add", x, self.op("Gather", self.weight(network.categories.weight), "categories"))
+        x = self.op("Mul", x, self.weight(torch.tensor(math.sqrt(network.config.dim))))
         for table, places in (
             (network.positions, self.shared.get("back", "")),
             (network.behaviors, "behaviors"),

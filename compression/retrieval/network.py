@@ -27,8 +27,9 @@ INIT_STD: Final = 0.02
 
 class NetworkConfig(BaseModel):
     """Everything needed to build the network again before its weights are loaded. `ffn` is the inner
-    width of the feed-forward part; `item_rows` counts padding and hash buckets too. `positions` are added to
-    the events, `lateness` to what the layers make of one: both by how many events of the window come after."""
+    width of the feed-forward part; `item_rows` counts padding and hash buckets too, and so do
+    `category_rows`, of which 0 says that categories are not read. `positions` are added to the events,
+    `lateness` to what the layers make of one: both by how many events of the window come after."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,6 +46,7 @@ class NetworkConfig(BaseModel):
     gaps: bool = False
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     item_rows: Annotated[int, Field(ge=2, le=2**31)]
+    category_rows: Annotated[int, Field(ge=0, le=2**31)] = 0
 
     @model_validator(mode="after")
     def _heads_divide(self) -> NetworkConfig:
@@ -150,10 +152,29 @@ class RetrievalNetwork(nn.Module):
         self.layers = nn.ModuleList(Layer(config, attention(config)) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.dim)
         self.dropout = ByteDropout(config.dropout)
-        for table in (self.items, self.positions, self.lateness, self.behaviors, self.gaps):
+        self.categories = nn.Embedding(config.category_rows, config.dim) if config.category_rows else None
+        if self.categories is not None:
+            self.register_buffer("item_categories", torch.zeros(config.item_rows, dtype=torch.int64))
+        for table in (
+            *(self.items, self.categories, self.positions, self.lateness, self.behaviors, self.gaps),
+        ):
             if table is not None:
                 nn.init.normal_(table.weight, std=INIT_STD)
         nn.init.zeros_(self.items.weight[0])
+        if self.categories is not None:
+            nn.init.zeros_(self.categories.weight[0])
+
+    def table(self) -> Tensor:
+        """[item_rows, d]: an item's score is its row here times the user vector. With categories it is the
+        item's own row plus that of its category, which `item_categories` [item_rows] names."""
+        if self.categories is None:
+            return self.items.weight
+        return self.items.weight + cast(Tensor, self.categories(self.item_categories))
+
+    def rows(self, items: Tensor) -> Tensor:
+        """[..., d]: the rows of `table` at some places."""
+        found = cast(Tensor, self.items(items))
+        return found if self.categories is None else found + self.categories(self.item_categories[items])
 
     def forward(self, history: History) -> Tensor:
         """User vectors [B, L, d] after every event of right-padded histories of at most max_history."""
@@ -169,6 +190,19 @@ class RetrievalNetwork(nn.Module):
         if self.lateness is not None:
             x = x + self.lateness(_after(history))
         return cast(Tensor, self.final_norm(x)), maps
+
+    @torch.no_grad()
+    def start_with_recent(self, power: float) -> None:
+        """Let attention begin as a mean of the events up to each, weighed (1 + events back)^-power and
+        brought along as they are, which a log too small to teach it needs: people come back to what they
+        saw."""
+        for layer in cast(list[Layer], list(self.layers)):
+            attention = written(layer.attention)
+            same = torch.eye(self.config.dim)
+            attention.value.weight += same
+            attention.out.weight += same
+            if layer.reach is not None:
+                layer.reach -= power * torch.log1p(torch.arange(self.config.max_history))
 
     def user_vectors(self, history: History) -> Tensor:
         """[B, d] after the newest event of each history, which holds at least one."""
@@ -202,7 +236,10 @@ class RetrievalNetwork(nn.Module):
         return Encoded(vectors, torch.stack(new_keys, 1), torch.stack(new_values, 1))
 
     def tokens(self, history: History) -> Tensor:
-        x = self.items(history.items) * self.config.dim**0.5
+        x = self.items(history.items)
+        if self.categories is not None:
+            x = x + self.categories(history.categories)
+        x = x * self.config.dim**0.5
         if self.positions is not None:
             x = x + self.positions(_after(history))
         if self.behaviors is not None:

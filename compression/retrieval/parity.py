@@ -59,7 +59,7 @@ def random_inputs(retriever: Retriever, *, users: int, slots: int, candidates: i
 
     histories = HistoryArrays(
         items=drawn(rows),
-        categories=np.zeros(valid.shape, np.int32),
+        categories=drawn(max(2, *(network.config.category_rows for network in retriever.members), 2)),
         behaviors=drawn(BEHAVIOR_ROWS),
         gaps=drawn(GAP_ROWS),
         lengths=lengths,

@@ -53,7 +53,11 @@ class Retriever(nn.Module):
         return len(self.networks) == 1 and self.members[0].config.appends
 
     def item_table(self) -> Tensor:
-        """[item_rows, dim]"""
+        """[item_rows, dim]: what scores an item."""
+        return torch.cat([network.table().detach() for network in self.members], 1)
+
+    def event_table(self) -> Tensor:
+        """[item_rows, dim]: an item as it is read, before its category is added."""
         return torch.cat([network.items.weight.detach() for network in self.members], 1)
 
     def user_vectors(self, history: History) -> Tensor:
@@ -75,7 +79,7 @@ class Retriever(nn.Module):
 
     def score(self, vectors: Tensor, candidates: Tensor) -> Tensor:
         """[B, C] of user vectors and item rows [B, C]."""
-        rows = torch.cat([network.items(candidates) for network in self.members], -1)
+        rows = torch.cat([network.rows(candidates) for network in self.members], -1)
         return torch.einsum("bd,bcd->bc", vectors, rows)
 
 
@@ -107,3 +111,6 @@ def stand_in(networks: Iterable[RetrievalNetwork], known: int) -> None:
     for network in networks:
         table = network.items.weight
         table[known + 1 :] = table[1 : known + 1].mean(0)
+        if network.categories is not None:
+            categories, of_known = network.categories.weight, network.item_categories[1 : known + 1]
+            categories[int(of_known.max()) + 1 :] = categories[of_known].mean(0)
