@@ -141,6 +141,8 @@ class Layer(nn.Module):
 class RetrievalNetwork(nn.Module):
     """The whole network."""
 
+    item_categories: Tensor
+
     def __init__(self, config: NetworkConfig, attention: AttentionFactory = full_attention) -> None:
         super().__init__()
         self.config = config
@@ -202,7 +204,7 @@ class RetrievalNetwork(nn.Module):
             attention.value.weight += same
             attention.out.weight += same
             if layer.reach is not None:
-                layer.reach -= power * torch.log1p(torch.arange(self.config.max_history))
+                layer.reach.sub_(power * torch.log1p(torch.arange(self.config.max_history)))
 
     def user_vectors(self, history: History) -> Tensor:
         """[B, d] after the newest event of each history, which holds at least one."""

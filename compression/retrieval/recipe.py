@@ -120,9 +120,10 @@ class RetrievalRecipe(BaseModel):
         return hashlib.sha256(orjson.dumps(self.trains())).hexdigest()[:8]
 
     def network(self, item_rows: int, category_rows: int = 0) -> NetworkConfig:
-        rows = {"item_rows": item_rows, "category_rows": category_rows if self.categories else 0}
+        rows = ("item_rows", "category_rows")
         sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name not in rows}
-        return NetworkConfig(**sizes, **rows)
+        read = category_rows if self.categories else 0
+        return NetworkConfig(**sizes, item_rows=item_rows, category_rows=read)
 
 
 RECIPES: Final = {
