@@ -16,8 +16,11 @@ def weights_of(network: nn.Module) -> Weights:
 
 
 def mean(of: Sequence[Weights]) -> Weights:
-    """Name by name."""
-    return {name: torch.stack([one[name] for one in of]).mean(0) for name in of[0]}
+    """Name by name; what is no weight but a list of rows is the same in all."""
+    return {
+        name: torch.stack([one[name] for one in of]).mean(0) if first.is_floating_point() else first
+        for name, first in of[0].items()
+    }
 
 
 class RunningMean:

@@ -74,7 +74,10 @@ class Judge:
             encode_histories(sequences.before(targets.positions[part], length), vocabulary, length)
             for part in self._parts
         ]
-        seen = [statistics.seen(position) for position in targets.positions.tolist()]
+        seen = [
+            statistics.seen(position) if recipe.seen == "filtered" else np.empty(0, np.int64)
+            for position in targets.positions.tolist()
+        ]
         self._seen = [
             (
                 np.repeat(np.arange(len(seen[part])), [len(one) for one in seen[part]]),
@@ -93,7 +96,7 @@ class Judge:
         """Of one network, or of the mean of the log-chances of several."""
         for network in networks:
             network.eval()
-        tables = [network.items.weight.detach()[1 : self._known + 1].numpy().T for network in networks]
+        tables = [network.table().detach()[1 : self._known + 1].numpy().T for network in networks]
         ranks: dict[float, list[Float64]] = {weight: [] for weight in self._weights}
         for at, part in enumerate(self._parts):
             scores = np.zeros((len(self.targets.rows[part]), self._known), np.float32)

@@ -20,6 +20,7 @@ MAX_RECIPE_BYTES: Final = 2**16
 LIMITS: Final = {"epochs", "max_core_minutes", "patience"}
 OF_THE_WHOLE: Final = {"members", "fused_counts", "fused_weights"}
 _SHARED: Final = OF_THE_WHOLE | {"max_items", "max_history"}
+_LATER: Final = ("start", "prefixes", "lateness", "categories", "recency", "seen")
 Counts = Literal["dense", "sparse", "walked", "combined"]
 Weight = Annotated[float, Field(ge=0, le=100)]
 
@@ -40,6 +41,8 @@ class RetrievalRecipe(BaseModel):
     activation: Literal["gelu", "relu", "swiglu"] = "gelu"
     max_history: int = 200
     positions: bool = True
+    lateness: bool = False
+    categories: bool = False
     reach: bool = True
     behaviors: bool = False
     gaps: bool = False
@@ -47,6 +50,9 @@ class RetrievalRecipe(BaseModel):
 
     start: Literal["normal", "counts"] = "normal"
     """What the item table starts from: numbers drawn, or the counts' factors (`spectral.py`)."""
+    recency: float = 0.0
+    """Attention starts as a mean of the events so far, weighed (1 + events back)^-recency and brought along
+    as they are (`RetrievalNetwork.start_with_recent`); 0: as next to nothing."""
     prefixes: bool = False
     """Every training event is the one target of a window of its own, as in a question: the position next to
     the end is always the newest event's, and noise is drawn anew for each target."""
@@ -68,6 +74,8 @@ class RetrievalRecipe(BaseModel):
     """So many epochs without a better validation end the training."""
     judge_every: Annotated[int, Field(ge=1)] = 1
     judge_limit: Annotated[int, Field(ge=1)] = 10_000
+    seen: Literal["filtered", "ranked"] = "filtered"
+    """Whether validation asks for items that the user had before, too: where people come back."""
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Per step: what is judged and kept is this running mean of the weights; 0 the weights themselves."""
     averaged: Annotated[int, Field(ge=1, le=16)] = 5
@@ -104,16 +112,18 @@ class RetrievalRecipe(BaseModel):
         """All of it but how long: trainings that agree in this go the same way, one further."""
         fields = type(self).model_fields
         # Older states know nothing of these.
-        later = {name for name in ("start", "prefixes") if getattr(self, name) == fields[name].default}
+        later = {name for name in _LATER if getattr(self, name) == fields[name].default}
         return self.model_dump(mode="json", exclude=LIMITS | OF_THE_WHOLE | later)
 
     def digest(self) -> str:
         """Eight letters that a recipe which trains otherwise does not share, for names of folders."""
         return hashlib.sha256(orjson.dumps(self.trains())).hexdigest()[:8]
 
-    def network(self, item_rows: int) -> NetworkConfig:
-        sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name != "item_rows"}
-        return NetworkConfig(**sizes, item_rows=item_rows)
+    def network(self, item_rows: int, category_rows: int = 0) -> NetworkConfig:
+        rows = ("item_rows", "category_rows")
+        sizes = {name: getattr(self, name) for name in NetworkConfig.model_fields if name not in rows}
+        read = category_rows if self.categories else 0
+        return NetworkConfig(**sizes, item_rows=item_rows, category_rows=read)
 
 
 RECIPES: Final = {
@@ -142,6 +152,17 @@ RECIPES: Final = {
     ),
     "full": RetrievalRecipe(),
     "laptop": RetrievalRecipe(epochs=20, max_core_minutes=4.0, max_history=100, averaged=3, patience=4),
+    # What serves a click by appending it: no positions, and no more events than a worker keeps of a user.
+    "stream": RetrievalRecipe(
+        positions=False,
+        behaviors=True,
+        gaps=True,
+        epochs=20,
+        max_core_minutes=4.0,
+        max_history=100,
+        averaged=3,
+        patience=4,
+    ),
 }
 
 

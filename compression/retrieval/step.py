@@ -60,7 +60,7 @@ class Step:
         return float(loss.detach())
 
     def _loss(self, states: Tensor, places: Tensor, rng: np.random.Generator) -> Tensor:
-        table = self._network.items.weight[1 : self._known + 1]
+        table = self._network.table()[1 : self._known + 1]
         if self._negatives is None:
             return full_softmax(states, table, places, low=self._low)
         drawn = self._negatives.draw(rng)

@@ -31,7 +31,7 @@ def catalogue_scores(
 ) -> Scores:
     """Dot products of user vectors and the rows of all known items. Nobody without a history is asked for."""
     histories = histories_before(sequences, vocabulary, network.config.max_history)
-    table = network.items.weight.detach()[1 : known + 1].numpy().T
+    table = network.table().detach()[1 : known + 1].numpy().T
 
     def scores(positions: Int64) -> Float32:
         return np.asarray(user_vectors(network, histories(positions)) @ table, np.float32)

@@ -17,6 +17,7 @@ import torch
 
 from compression.denormals import flushed
 from compression.evaluation.predictors import Statistics
+from compression.evaluation.scoring import row_categories
 from compression.evaluation.transitions import COUNTS
 from compression.logs.dataset import Sequences, Split, batches, prefix_windows, training_windows
 from compression.retrieval.averaging import RunningMean, Weights, best_of, mean, weights_of
@@ -132,7 +133,11 @@ class _Run:
         torch.manual_seed(seed)
         self._sequences, self._split, self._vocabulary = sequences, split, vocabulary
         self._recipe, self._seed, self._keep = recipe, seed, keep
-        self.network = RetrievalNetwork(recipe.network(vocabulary.item_rows))
+        self.network = RetrievalNetwork(recipe.network(vocabulary.item_rows, vocabulary.category_rows))
+        if self.network.categories is not None:
+            self.network.item_categories.copy_(torch.from_numpy(row_categories(vocabulary)))
+        if recipe.recency:
+            self.network.start_with_recent(recipe.recency)
         if recipe.start == "counts":
             start_table(self.network, statistics, COUNTS[recipe.counts or "sparse"], seed)
         self._step = Step(self.network, recipe, statistics)

@@ -14,6 +14,7 @@ from compression.retraining.runs import Run
 from compression.retraining.settings import RetrainSettings
 from compression.retraining.steps import STEPS
 from compression.retrieval.release import load_config, load_networks
+from compression.retrieval.retriever import Retriever
 from compression.training.checkpoint import Stopped
 from compression.training.train import TINY
 from infra.commands.retraining import retrain as command
@@ -102,6 +103,21 @@ def test_a_run_that_was_ended_in_training_goes_on(log, tmp_path):
     assert made.manifest.kind == "retrieval" and made.alias is None
     first = next(note for note in notes if note.startswith("epoch"))
     assert first.startswith("epoch 2")
+
+
+def test_with_the_recipe_for_streams_a_version_is_appended_to(log, tmp_path):
+    options = ("--network", "retrieval", "--recipe", "stream", "--epochs", "1", "--max-minutes", "1")
+    folders = ("--log", str(log), "--registry", str(tmp_path / "models"), "--runs", str(tmp_path / "runs"))
+    answer = CliRunner().invoke(command, [*folders, *options])
+    assert answer.exit_code == 0, answer.output
+    artefact = Registry(tmp_path / "models").open()
+    shape, network = artefact.manifest.model, load_config(artefact).network
+    assert set(artefact.manifest.graphs) == {"encode", "score", "rank", "append"}
+    assert shape.states and shape.vector_scores and shape.max_history == 100
+    assert (shape.layers, shape.heads, shape.dim) == (network.layers, network.heads, network.dim)
+    assert artefact.manifest.metrics["parity"] <= 1e-4
+    table = Retriever(load_networks(artefact)).item_table().numpy()
+    np.testing.assert_array_equal(artefact.item_table(), table)
 
 
 def test_the_job_keeps_the_recipe(log, tmp_path):

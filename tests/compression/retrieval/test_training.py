@@ -53,6 +53,8 @@ def test_the_network_learns_what_popularity_cannot(trained, world):
         {"event_dropout": 0.2, "positions": False},
         {"prefixes": True, "event_dropout": 0.2, "epochs": 3},
         {"behaviors": True, "gaps": True, "activation": "swiglu", "reach": False},
+        {"categories": True, "recency": 1.0, "seen": "ranked", "averaged": 2},
+        {"positions": False, "lateness": True, "epochs": 4},
     ],
 )
 def test_so_it_does_with_shared_negatives_and_other_inputs(world, changes):
