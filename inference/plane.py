@@ -67,10 +67,12 @@ class Version:
         """The engines it runs on: `onnx`, or `onnx+openvino`."""
         return "+".join(dict.fromkeys(warmed.name for warmed in self.warmed.values()))
 
-    def free(self) -> None:
-        """Let go of all that it is made of, whoever still holds it. Nobody may ask it any more."""
+    def free(self, rest: Callable[[], bool] = lambda: False) -> None:
+        """Let go of all that it is made of, whoever still holds it, with a `rest` after each engine. Nobody
+        may ask it any more."""
         for warmed in (*self.warmed.values(), *(one for kept in self.spares.values() for one in kept)):
             warmed.close()
+            rest()
         self.warmed.clear()
         self.spares.clear()
         del self.ranker
@@ -352,7 +354,7 @@ class Plane:
     @staticmethod
     def _free(version: Version, rest: Callable[[], bool] = lambda: False) -> None:
         # Everything goes before what is freed is given back, in the thread that nobody waits for.
-        version.free()
+        version.free(rest)
         rest()
         give_back()
 

@@ -73,7 +73,7 @@ async def test_what_served_before_is_freed_when_the_next_version_has_caught_its_
     root, first, second = versions
     before, serving = await plane.open(root, first), await plane.open(root, second)
     freed_s, free = [], Version.free
-    monkeypatch.setattr(Version, "free", lambda self: (freed_s.append(time.monotonic()), free(self)))
+    monkeypatch.setattr(Version, "free", lambda self, rest: (freed_s.append(time.monotonic()), free(self)))
     monkeypatch.setattr(planes, "_BREATH_S", 0.1)
     began_s = time.monotonic()
     await plane.retire(before)
@@ -82,6 +82,22 @@ async def test_what_served_before_is_freed_when_the_next_version_has_caught_its_
     monkeypatch.setattr(planes, "_BREATH_S", 600.0)
     await asyncio.wait_for(plane.retire(serving), 60)
     assert len(freed_s) == 2
+
+
+async def test_who_frees_a_version_rests_between_its_engines(plane, versions):
+    root, first, second = versions
+    version = await plane.open(root, first)
+    await plane.settled()
+    engines = [warmed.engine for warmed in (*version.warmed.values(), *sum(version.spares.values(), []))]
+    left: list[int] = []
+
+    def rest() -> bool:
+        left.append(sum(1 for engine in engines if engine._sessions))
+        return False
+
+    version.free(rest)
+    plane._versions.remove(version)
+    assert left == [2, 1, 0]
 
 
 async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versions, monkeypatch):
