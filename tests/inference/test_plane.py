@@ -85,10 +85,11 @@ async def test_what_served_before_is_freed_when_the_next_version_has_caught_its_
 
 
 async def test_who_frees_a_version_rests_between_its_engines(plane, versions):
-    root, first, second = versions
+    root, first, _ = versions
     version = await plane.open(root, first)
     await plane.settled()
-    engines = [warmed.engine for warmed in (*version.warmed.values(), *sum(version.spares.values(), []))]
+    (spares,) = version.spares.values()
+    engines = [warmed.engine for warmed in (*version.warmed.values(), *spares)]
     left: list[int] = []
 
     def rest() -> bool:
