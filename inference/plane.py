@@ -234,9 +234,10 @@ class Plane:
             if warmed is not None:
                 version.ranker.probe(warmed)
 
-    def _replace(self, lane: Lane) -> None:
-        """Give a lane that was taken out a warmed spare, and warm the next one."""
+    def _replace(self, lane: Lane) -> bool:
+        """Give a lane a warmed spare, and warm the next one. Whether there was one."""
         spec = self._specs[lane.name]
+        replaced = False
         for version in self._versions:
             spares = version.spares.get(spec.kind)
             if lane.name in version.warmed and spares:
@@ -245,6 +246,8 @@ class Plane:
                 lane.pause_s = min(lane.pause_s, 0.01)
                 log.info("Lane %s continues on a spare engine", lane.name)
                 self._later(self._warm_spare(version, spec))
+                replaced = True
+        return replaced
 
     async def _warm_spare(self, version: Version, spec: LaneSpec) -> None:
         if version not in self._versions:

@@ -101,6 +101,23 @@ async def test_who_frees_a_version_rests_between_its_engines(plane, versions):
     assert left == [2, 1, 0]
 
 
+async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versions):
+    root, first, _ = versions
+    version = await plane.open(root, first)
+    await plane.settled()
+    slow, other = plane.batcher.dispatcher.lanes
+    before = {lane.name: version.warmed[lane.name] for lane in (slow, other)}
+    (spares,) = version.spares.values()
+    (spare,) = spares
+    for _ in range(3):
+        slow.profile.observe(4, 10 * slow.profile.predict(4))
+    plane.batcher._health.refresh_slow()
+    assert version.warmed == {slow.name: spare, other.name: before[other.name]} and not spares
+    assert slow.profile.scale == 1.0 and not slow.out
+    await plane.settled()
+    assert len(spares) == 1 and spares[0].engine not in [warmed.engine for warmed in version.warmed.values()]
+
+
 async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versions, monkeypatch):
     root, first, second = versions
     repeats = []
