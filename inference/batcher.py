@@ -76,8 +76,8 @@ class _Batch(Generic[T, R]):
 class Batcher(Generic[T, R]):
     """Groups in, batches to lanes, answers out. Used from one event loop.
 
-    `replace` is called with a lane that was taken out: it may give the lane a new engine, in a thread
-    of its own, before the lane is probed.
+    `replace` is called with a lane that was taken out, or has become slow: it may give the lane a new
+    engine, before the lane is probed, and says whether it has.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Batcher(Generic[T, R]):
         lanes: Sequence[Lane],
         limits: BatcherLimits | None = None,
         *,
-        replace: Callable[[Lane], None] | None = None,
+        replace: Callable[[Lane], bool] | None = None,
         waiting: Waiting | None = None,
     ) -> None:
         self.limits = limits or BatcherLimits()

@@ -9,6 +9,7 @@ work spills over by prediction, not by a rule. Nothing here waits or runs: time 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
@@ -69,6 +70,7 @@ class Lane:
     out: bool = False
     pause_s: float = _FIRST_PAUSE_S
     probed_s: float = 0.0
+    replaced_s: float = -math.inf  # when it last had a new engine for being slow
 
     def __post_init__(self) -> None:
         self.executor = self.new_thread(self.name)

@@ -8,6 +8,8 @@ import functools
 import math
 import mmap
 import sys
+import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -22,6 +24,9 @@ _M_MMAP_MAX: Final = -4
 _MOST_INT: Final = 2**31 - 1
 # Pages of this process alone, written or not.
 _OWN: Final = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS}
+# Of what `lasting` made and nobody refers to any more, the last. Without a lock: who collects garbage may
+# come here in the midst of anything.
+_left: deque[mmap.mmap] = deque(maxlen=1)
 
 
 def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike, *, large_pages: bool = False) -> npt.NDArray[Any]:
@@ -35,11 +40,34 @@ def zeros(shape: tuple[int, ...], dtype: npt.DTypeLike, *, large_pages: bool = F
     size = math.prod(shape) * kind.itemsize
     if not size:
         return np.zeros(shape, kind)
+    return np.frombuffer(_mapping(size, large_pages=large_pages), kind).reshape(shape)
+
+
+def lasting(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """As `zeros` with large pages, but with the last reference the mapping is kept for whoever asks next, one
+    mapping in a process: who gets it finds its pages there, and in them the numbers of whoever had it before.
+    Another size is made anew, and what was kept is the system's again."""
+    kind = np.dtype(dtype)
+    size = math.prod(shape) * kind.itemsize
+    if not size:
+        return np.zeros(shape, kind)
+    mapping: mmap.mmap | None = None
+    with contextlib.suppress(IndexError):
+        mapping = _left.pop()
+    if mapping is None or len(mapping) != size:
+        mapping = _mapping(size, large_pages=True)
+    # Whatever is cut out of this array refers to it.
+    whole = np.frombuffer(mapping, kind)
+    weakref.finalize(whole, _left.append, mapping).atexit = False
+    return whole.reshape(shape)
+
+
+def _mapping(size: int, *, large_pages: bool) -> mmap.mmap:
     mapping = mmap.mmap(-1, size, **_OWN)
     if large_pages and _HUGEPAGE is not None:
         with contextlib.suppress(OSError):
             mapping.madvise(_HUGEPAGE)
-    return np.frombuffer(mapping, kind).reshape(shape)
+    return mapping
 
 
 def populate(array: npt.NDArray[Any]) -> None:

@@ -67,10 +67,12 @@ class Version:
         """The engines it runs on: `onnx`, or `onnx+openvino`."""
         return "+".join(dict.fromkeys(warmed.name for warmed in self.warmed.values()))
 
-    def free(self) -> None:
-        """Let go of all that it is made of, whoever still holds it. Nobody may ask it any more."""
+    def free(self, rest: Callable[[], bool] = lambda: False) -> None:
+        """Let go of all that it is made of, whoever still holds it, with a `rest` after each engine. Nobody
+        may ask it any more."""
         for warmed in (*self.warmed.values(), *(one for kept in self.spares.values() for one in kept)):
             warmed.close()
+            rest()
         self.warmed.clear()
         self.spares.clear()
         del self.ranker
@@ -232,9 +234,10 @@ class Plane:
             if warmed is not None:
                 version.ranker.probe(warmed)
 
-    def _replace(self, lane: Lane) -> None:
-        """Give a lane that was taken out a warmed spare, and warm the next one."""
+    def _replace(self, lane: Lane) -> bool:
+        """Give a lane a warmed spare, and warm the next one. Whether there was one."""
         spec = self._specs[lane.name]
+        replaced = False
         for version in self._versions:
             spares = version.spares.get(spec.kind)
             if lane.name in version.warmed and spares:
@@ -243,6 +246,8 @@ class Plane:
                 lane.pause_s = min(lane.pause_s, 0.01)
                 log.info("Lane %s continues on a spare engine", lane.name)
                 self._later(self._warm_spare(version, spec))
+                replaced = True
+        return replaced
 
     async def _warm_spare(self, version: Version, spec: LaneSpec) -> None:
         if version not in self._versions:
@@ -352,7 +357,7 @@ class Plane:
     @staticmethod
     def _free(version: Version, rest: Callable[[], bool] = lambda: False) -> None:
         # Everything goes before what is freed is given back, in the thread that nobody waits for.
-        version.free()
+        version.free(rest)
         rest()
         give_back()
 

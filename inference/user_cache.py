@@ -103,9 +103,8 @@ class UserCache:
         layers = model.layers if model.states else 0
         states = (slots, layers, model.heads, model.max_history, model.dim // model.heads)
         self._states = model.states
-        # Zeros take no memory before they are written, and no number in a slot is ever infinite.
-        self._keys = memory.zeros(states, np.float32, large_pages=True)
-        self._values = memory.zeros(states, np.float32, large_pages=True)
+        # Of the cache that was freed last, where it was as large: no number in a slot is ever infinite.
+        self._keys, self._values = memory.lasting((2, *states), np.float32)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from inference.dispatcher import Lane
 from inference.errors import EngineFailed, ModelUnavailable
+from inference.lane_health import LaneHealth
 from tests.inference.batcher_world import Question, World, on_clock, questions
 
 
@@ -103,5 +105,41 @@ def test_a_poisoned_item_fails_alone_also_where_two_engines_try_it() -> None:
         assert isinstance(answers.pop(13), EngineFailed)
         assert answers == [number for number in range(32) if number != 13]
         assert not any(lane.out for lane in world.lanes)
+
+    on_clock(story)
+
+
+@pytest.mark.parametrize(
+    ("spares", "others_s", "replaced"), [(2, 0.02, True), (0, 0.02, False), (2, 0.2, False)]
+)
+def test_a_lane_that_became_slow_alone_has_a_new_engine_where_there_is_one(
+    spares: int, others_s: float, replaced: bool
+) -> None:
+    async def story() -> None:
+        world, given = World(runners=2), [spares]
+
+        def replace(lane: Lane) -> bool:
+            assert lane is world.lanes[0]
+            given[0] -= 1
+            return given[0] >= 0
+
+        health = LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace)
+
+        def batch(slow_s: float) -> None:
+            for lane, took_s in zip(world.lanes, (slow_s, others_s), strict=True):
+                lane.finished(64, took_s)
+            health.refresh_slow()
+
+        batch(0.2)
+        assert world.lanes[0].profile.scale > 1.5, "one slow batch is a hiccup"
+        batch(0.2)
+        assert (world.lanes[0].profile.scale == 1.0) == replaced
+        for _ in range(3):
+            batch(0.2)
+        assert world.lanes[0].profile.scale > 2.5, "not every moment"
+        await world.advance(60.1)
+        batch(0.2)
+        assert (world.lanes[0].profile.scale == 1.0) == replaced
+        assert given[0] == 0 or not replaced
 
     on_clock(story)

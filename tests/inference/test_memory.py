@@ -6,6 +6,7 @@ import mmap
 import resource
 import subprocess
 import sys
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -37,6 +38,11 @@ def small_pages(monkeypatch):
     monkeypatch.setattr(memory, "_HUGEPAGE", None)
 
 
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch):
+    monkeypatch.setattr(memory, "_left", deque(maxlen=1))
+
+
 def test_who_writes_first_waits_for_pages_unless_they_are_there(small_pages):
     waited, ready = (memory.zeros((8 * MIB,), np.uint8) for _ in range(2))
     memory.populate(ready)
@@ -57,6 +63,44 @@ def test_what_was_written_stays():
     memory.populate(array[500:20_000])
     assert (array[1_000:9_000] == 7).all() and array.sum() == 7 * 8_000
     memory.populate(array[:0])
+
+
+def test_who_asks_for_as_much_as_was_left_last_finds_its_pages(small_pages):
+    first = memory.lasting((8, MIB), np.uint8)
+    first.fill(7)
+    part = first[3]
+    del first
+    # Somebody still reads it.
+    other = memory.lasting((2 * MIB,), np.float32)
+    assert faults(lambda: other.fill(1)) > 1_000 and (part == 7).all()
+    del part
+    again = memory.lasting((2 * MIB,), np.float32)
+    assert faults(lambda: again.fill(1)) < 100
+
+
+def test_of_what_is_left_one_mapping_is_kept_and_another_size_is_made_anew(small_pages):
+    one, other = (memory.lasting((8 * MIB,), np.uint8) for _ in range(2))
+    one.fill(1)
+    other.fill(2)
+    del one, other
+    assert len(memory._left) == 1
+    smaller = memory.lasting((4 * MIB,), np.uint8)
+    assert not smaller.any() and not memory._left
+
+
+def test_a_cache_has_the_pages_of_the_one_that_was_freed_last(small_pages):
+    shape = ModelShape(dim=64, layers=2, heads=1, ffn=64, max_history=100, item_rows=10, category_rows=4)
+
+    def room(cache: UserCache) -> int:
+        return faults(lambda: list(cache.make_room(64)))
+
+    before = UserCache(shape, 64, retrieved=10, listed=10)
+    assert room(before) > 1_000
+    before._keys.fill(1)
+    beside = UserCache(shape, 64, retrieved=10, listed=10)
+    assert room(beside) > 1_000 and not beside._keys.any()
+    del before
+    assert room(UserCache(shape, 64, retrieved=10, listed=10)) < 100
 
 
 def test_a_cache_has_room_for_as_many_users_as_are_expected(small_pages):

@@ -73,7 +73,7 @@ async def test_what_served_before_is_freed_when_the_next_version_has_caught_its_
     root, first, second = versions
     before, serving = await plane.open(root, first), await plane.open(root, second)
     freed_s, free = [], Version.free
-    monkeypatch.setattr(Version, "free", lambda self: (freed_s.append(time.monotonic()), free(self)))
+    monkeypatch.setattr(Version, "free", lambda self, rest: (freed_s.append(time.monotonic()), free(self)))
     monkeypatch.setattr(planes, "_BREATH_S", 0.1)
     began_s = time.monotonic()
     await plane.retire(before)
@@ -82,6 +82,40 @@ async def test_what_served_before_is_freed_when_the_next_version_has_caught_its_
     monkeypatch.setattr(planes, "_BREATH_S", 600.0)
     await asyncio.wait_for(plane.retire(serving), 60)
     assert len(freed_s) == 2
+
+
+async def test_who_frees_a_version_rests_between_its_engines(plane, versions):
+    root, first, _ = versions
+    version = await plane.open(root, first)
+    await plane.settled()
+    (spares,) = version.spares.values()
+    engines = [warmed.engine for warmed in (*version.warmed.values(), *spares)]
+    left: list[int] = []
+
+    def rest() -> bool:
+        left.append(sum(1 for engine in engines if engine._sessions))
+        return False
+
+    version.free(rest)
+    plane._versions.remove(version)
+    assert left == [2, 1, 0]
+
+
+async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versions):
+    root, first, _ = versions
+    version = await plane.open(root, first)
+    await plane.settled()
+    slow, other = plane.batcher.dispatcher.lanes
+    before = {lane.name: version.warmed[lane.name] for lane in (slow, other)}
+    (spares,) = version.spares.values()
+    (spare,) = spares
+    for _ in range(3):
+        slow.profile.observe(4, 10 * slow.profile.predict(4))
+    plane.batcher._health.refresh_slow()
+    assert version.warmed == {slow.name: spare, other.name: before[other.name]} and not spares
+    assert slow.profile.scale == 1.0 and not slow.out
+    await plane.settled()
+    assert len(spares) == 1 and spares[0].engine not in [warmed.engine for warmed in version.warmed.values()]
 
 
 async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versions, monkeypatch):
