@@ -1,8 +1,8 @@
 """Histories to what candidates are scored with, by the least work that gives it.
 
 A history that the cache has whole is copied once candidates need it, one that has grown by a few events is
-copied and appended to where that is measured to be faster, and any other is encoded. A model without states
-scores by user vectors alone: known or encoded, they go through the engine in as few cuts as hold them.
+copied and appended to where that is measured to be faster, and any other is encoded. Where a model scores
+by user vectors alone, these go through the engine in as few cuts as hold them, known or computed.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` as the score graph
-    reads them; and what else is known of the users, their vectors at least.
+    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` of what was computed
+    or looked up; and what else is known of the users, their vectors at least.
 
     `pending` [users] are in no cut yet: the cache has them, and perhaps their states are not needed.
     `news` [users] says of whom the cache has not all there is. `keys` are the histories as the cache compares
@@ -66,14 +66,16 @@ class Encoder:
     def encode(
         self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
     ) -> Encoded:
-        """`histories` are those of the requests, unpacked."""
+        """`histories` are the newest events of the requests' sequences, unpacked."""
         cache = self._cache if _keeps_states(engine) else None
         if cache is None:
             encoded = self._nothing_known(engine, requests, histories, [], 0)
             self._encode(engine, buckets, encoded, np.arange(len(requests)))
             return encoded
-        longest = self._model.max_history
-        keys = [newest_events(ask.sequence, longest) for ask in requests]
+        keys = [
+            newest_events(ask.sequence, length)
+            for ask, length in zip(requests, histories.lengths.tolist(), strict=True)
+        ]
         return self._find_or_encode(cache, engine, buckets, requests, histories, keys)
 
     def _nothing_known(
@@ -104,16 +106,18 @@ class Encoder:
             yield cut, _cut_out(arrays, cut)
 
     @contextmanager
-    def completed(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> Iterator[None]:
-        """See that the needed [users] are in a cut until the block ends, encoded anew where the cache has
-        lost them meanwhile. What it has not lost it lends: those keys and values leave with the block."""
-        if not self._model.states:
-            _gather(buckets, encoded, needed.nonzero()[0])
-            yield
+    def completed(
+        self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool
+    ) -> Iterator[list[tuple[Cut, Tensors]]]:
+        """Cuts with the needed [users] in them as the score graph reads them, until the block ends; encoded
+        anew where the cache has lost them meanwhile. What it has not lost it lends: those keys and values
+        leave with the block."""
+        if self._model.scores_by_vector:
+            yield _vectors(buckets, encoded, needed.nonzero()[0])
             return
         users = (encoded.pending & needed).nonzero()[0]
         if self._cache is None or not len(users):
-            yield
+            yield encoded.cuts
             return
         encoded.pending[users] = False
         with self._find(self._cache, encoded, users.tolist()) as found:
@@ -125,7 +129,7 @@ class Encoder:
                 encoded.cuts.append((cut, states))
             if lost:
                 self._encode(engine, buckets, encoded, users[lost])
-            yield
+            yield encoded.cuts
             for _, states in lent:
                 del states["keys"], states["values"]
 
@@ -134,10 +138,11 @@ class Encoder:
         wanted = encoded.news & sound
         if self._cache is None or not encoded.keys or not wanted.any():
             return
-        cuts = encoded.cuts
-        if not self._model.states:
-            cuts = [(Cut(np.arange(len(wanted)), len(wanted), 0), {})]
-        for cut, states in cuts:
+        computed = [(cut, states) for cut, states in encoded.cuts if "keys" in states]
+        others = wanted.copy()
+        for cut, _ in computed:
+            others[cut.users] = False
+        for cut, states in (*computed, (Cut(others.nonzero()[0], 0, 0), {})):
             rows = wanted[cut.users].nonzero()[0].tolist()
             users = cut.users[rows].tolist()
             self._cache.keep(
@@ -238,8 +243,8 @@ class Encoder:
 
 
 def _keeps_states(engine: Engine) -> bool:
-    """Whether what is encoded comes back from this engine: where there are no keys and values, it does."""
-    return engine.keeps_states or not engine.model.states
+    """Whether what candidates are scored with comes back from this engine: a vector always does."""
+    return engine.keeps_states or engine.model.scores_by_vector
 
 
 def scoring(engine: Engine) -> Graph:
@@ -250,7 +255,7 @@ def scoring(engine: Engine) -> Graph:
 
 def states_of(engine: Engine, inputs: Tensors) -> Tensors:
     """Histories encoded: their user vectors, and what `scores_of` needs of them."""
-    if _keeps_states(engine):
+    if engine.keeps_states or not engine.model.states:
         return {**engine.run("encode", inputs), "lengths": inputs["lengths"]}
     return {**inputs, **engine.run_for("encode", inputs, ("user_vector",))}
 
@@ -264,9 +269,9 @@ def scores_of(engine: Engine, states: Tensors, asked: Tensors) -> Float32:
     return scores
 
 
-def _gather(buckets: Buckets, encoded: Encoded, users: Int64) -> None:
-    """Let the cuts be the vectors of some users, however long their histories."""
-    encoded.cuts.clear()
+def _vectors(buckets: Buckets, encoded: Encoded, users: Int64) -> list[tuple[Cut, Tensors]]:
+    """The vectors of some users by cut, however long their histories."""
+    cuts: list[tuple[Cut, Tensors]] = []
     for start in range(0, len(users), buckets.batches[-1]):
         some = users[start : start + buckets.batches[-1]]
         batch = fit(buckets.batches, len(some))
@@ -275,7 +280,8 @@ def _gather(buckets: Buckets, encoded: Encoded, users: Int64) -> None:
             "user_vector": pad_rows(encoded.derived.vectors[some], batch),
             "lengths": pad_rows(lengths, batch),
         }
-        encoded.cuts.append((Cut(some, batch, buckets.histories[0]), states))
+        cuts.append((Cut(some, batch, buckets.histories[0]), states))
+    return cuts
 
 
 def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:

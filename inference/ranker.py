@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape, Registry
+from features.anchor import from_anchors
 from features.candidate_rows import SOURCES, Candidates
 from features.candidates import find_candidates
 from features.encoding import Vocabulary
@@ -107,6 +108,9 @@ class Ranker:
         self._lookup = ItemLookup(vocabulary)
         self._index = index
         self._retrieved = settings.retrieved
+        # Whose events cannot be appended is shown all there are.
+        appends = "append" in artefact.manifest.graphs
+        self._hop = min(settings.history_hop, self.buckets.histories[-1] // 2) if appends else 0
         self._features = features
         chosen = artefact.manifest.fusion
         self._fusion = chosen and chosen.times(settings.fusion)
@@ -249,16 +253,17 @@ class Ranker:
         """One answer per request, in order. What an engine fails at raises `EngineFailed`."""
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
+        shown = from_anchors(histories, self.buckets.histories[-1], self._hop)
         clock.lap("unpack")
         if self._at_once(warmed.engine) and _all_given(requests):
             candidates = self._candidates(requests, histories, statistics, None)
             if candidates.items.shape[1] <= warmed.buckets.candidates[-1]:
                 clock.lap("candidates")
-                scores = self._rank_at_once(warmed, histories, candidates)
+                scores = self._rank_at_once(warmed, shown, candidates)
                 sound = _sound(scores, candidates.counts)
                 clock.lap("score")
                 return self._select(warmed.name, requests, candidates, scores, sound, clock)
-        encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, histories)
+        encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, shown)
         clock.lap("encode")
         retrieved = self._retrieve(requests, histories, encoded, statistics)
         clock.lap("retrieve")
@@ -337,8 +342,8 @@ class Ranker:
         rows = self._lookup.rows(items)
         scores, known = encoded.derived.scores_of(rows, counts)
         needed = (counts > 0) & ~known
-        with self._encoder.completed(warmed.engine, warmed.buckets, encoded, needed):
-            for cut, states in encoded.cuts:
+        with self._encoder.completed(warmed.engine, warmed.buckets, encoded, needed) as cuts:
+            for cut, states in cuts:
                 column = 0
                 places = needed[cut.users].nonzero()[0]
                 while len(places):

@@ -49,6 +49,11 @@ class InferenceSettings(BaseSettings):
         float, Field(ge=0, le=100, description="times the manifest's weights of online counts; 0: none")
     ] = 1.0
 
+    history_hop: Annotated[
+        int, Field(ge=0, le=4096, description="events by which a full history may start later; 0: none")
+    ] = 50
+    """So that it mostly starts where it did a click ago, and the click is appended (`features.anchor`)."""
+
     cache_mb: Annotated[float, Field(ge=0, description="encoded histories kept, MiB a version; 0: none")] = (
         64.0
     )

@@ -77,7 +77,14 @@ class ModelShape(BaseModel):
     item_rows: Annotated[int, Field(ge=2)]
     category_rows: Annotated[int, Field(ge=2)]
     states: bool = True
-    """Whether candidates are scored by the keys and values of a history; else by its user vector alone."""
+    """Whether a history has keys and values, which events are appended to."""
+    vector_scores: bool = False
+    """Candidates are scored by the user vector alone, though a history has keys and values."""
+
+    @property
+    def scores_by_vector(self) -> bool:
+        """Whether a candidate's score needs no keys and values."""
+        return self.vector_scores or not self.states
 
 
 class Manifest(BaseModel):
