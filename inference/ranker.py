@@ -38,6 +38,7 @@ from inference.cost_model import CostModel
 from inference.encoder import Encoded, Encoder, scores_of, scoring, states_of
 from inference.engines.base import Engine, EngineOptions, Shape, graphs_of
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
+from inference.histories import Packed
 from inference.lookup import ItemLookup
 from inference.prepared import Prepared
 from inference.retrieval import RetrievalIndex
@@ -122,7 +123,7 @@ class Ranker:
             retrieved=retrieved,
             listed=min(features.candidate_limit, _MOST_LISTED),
         )
-        self._encoder = Encoder(self._lookup, self._model, retrieved, cache)
+        self._encoder = Encoder(self._model, retrieved, cache)
         self._cache = cache
 
     @classmethod
@@ -254,16 +255,17 @@ class Ranker:
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
         shown = from_anchors(histories, self.buckets.histories[-1], self._hop)
+        packed = Packed(requests, shown, self._lookup)
         clock.lap("unpack")
         if self._at_once(warmed.engine) and _all_given(requests):
             candidates = self._candidates(requests, histories, statistics, None)
             if candidates.items.shape[1] <= warmed.buckets.candidates[-1]:
                 clock.lap("candidates")
-                scores = self._rank_at_once(warmed, shown, candidates)
+                scores = self._rank_at_once(warmed, packed, candidates)
                 sound = _sound(scores, candidates.counts)
                 clock.lap("score")
                 return self._select(warmed.name, requests, candidates, scores, sound, clock)
-        encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, shown)
+        encoded = self._encoder.encode(warmed.engine, warmed.buckets, packed)
         clock.lap("encode")
         retrieved = self._retrieve(requests, histories, encoded, statistics)
         clock.lap("retrieve")
@@ -294,7 +296,7 @@ class Ranker:
             fusion=self._fusion,
         )
 
-    def _rank_at_once(self, warmed: Warmed, histories: SequenceBatch, candidates: Candidates) -> Float32:
+    def _rank_at_once(self, warmed: Warmed, histories: Packed, candidates: Candidates) -> Float32:
         """As `_score`, encoding on the way."""
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
