@@ -77,13 +77,14 @@ class ModelShape(BaseModel):
     item_rows: Annotated[int, Field(ge=2)]
     category_rows: Annotated[int, Field(ge=2)]
     states: bool = True
-    """Whether a history has keys and values, which events are appended to."""
+    """Whether a history has keys and values."""
     vector_scores: bool = False
-    """Candidates are scored by the user vector alone, though a history has keys and values."""
+    """Whether candidates are scored by the user vector alone, though a history has keys and values that
+    events are appended to."""
 
     @property
     def scores_by_vector(self) -> bool:
-        """Whether a candidate's score needs no keys and values."""
+        """Whether a candidate's score is its row times the user vector."""
         return self.vector_scores or not self.states
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from compression.evaluation.scoring import Scorer
 from compression.retraining.pipeline import STAGING, StepVoice, Work
 from compression.retrieval.ensemble import TrainedEnsemble, judged
-from compression.retrieval.export import GRAPHS, check_parity
+from compression.retrieval.export import graphs_of
 from compression.retrieval.fit import seed_of
+from compression.retrieval.parity import check_parity
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import (
     NETWORK,
@@ -80,7 +81,8 @@ class RetrievalWork(Work):
 
     def export(self, _: StepVoice) -> dict[str, Any]:
         """The graphs are there; that they answer as the networks is looked at here."""
-        return {"graphs": dict(GRAPHS), "parity": check_parity(self._retriever(), self.staging)}
+        retriever = self._retriever()
+        return {"graphs": graphs_of(retriever), "parity": check_parity(retriever, self.staging)}
 
     def _retriever(self) -> Retriever:
         folder: Path = self.staging

@@ -142,6 +142,17 @@ RECIPES: Final = {
     ),
     "full": RetrievalRecipe(),
     "laptop": RetrievalRecipe(epochs=20, max_core_minutes=4.0, max_history=100, averaged=3, patience=4),
+    # What serves a click by appending it: no positions, and no more events than a worker keeps of a user.
+    "stream": RetrievalRecipe(
+        positions=False,
+        behaviors=True,
+        gaps=True,
+        epochs=20,
+        max_core_minutes=4.0,
+        max_history=100,
+        averaged=3,
+        patience=4,
+    ),
 }
 
 

@@ -31,8 +31,9 @@ from compression.releases.registry import (
     write_item_table,
 )
 from compression.retrieval.ensemble import TrainedEnsemble
-from compression.retrieval.export import check_parity, export
+from compression.retrieval.export import export
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
+from compression.retrieval.parity import check_parity
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.retriever import Retriever
 from features.encoding import Vocabulary
@@ -134,8 +135,10 @@ def stage(
 
 
 def shape_of(config: RetrievalConfig, vocabulary: Vocabulary) -> ModelShape:
-    """What serves: vectors as wide as all networks together; else the largest of any."""
+    """What serves: vectors as wide as all networks together; else the largest of any. One network without
+    positions has keys and values, as its graphs do."""
     members = (config.network, *config.more)
+    states = len(members) == 1 and config.network.appends
     return ModelShape(
         dim=sum(sizes.dim for sizes in members),
         layers=max(sizes.layers for sizes in members),
@@ -144,7 +147,8 @@ def shape_of(config: RetrievalConfig, vocabulary: Vocabulary) -> ModelShape:
         max_history=min(sizes.max_history for sizes in members),
         item_rows=vocabulary.item_rows,
         category_rows=vocabulary.category_rows,
-        states=False,
+        states=states,
+        vector_scores=states,
     )
 
 

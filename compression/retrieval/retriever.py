@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compression.evaluation.scoring import to_history
 from compression.retrieval.network import RetrievalNetwork
-from compression.training.model import History
+from compression.training.model import Encoded, History
 from features.encoding import HistoryArrays
 
 Int32 = npt.NDArray[np.int32]
@@ -47,6 +47,11 @@ class Retriever(nn.Module):
         """Events that every network takes."""
         return min(network.config.max_history for network in self.members)
 
+    @property
+    def appends(self) -> bool:
+        """Whether it has keys and values that an event can be appended to: one network without positions."""
+        return len(self.networks) == 1 and self.members[0].config.appends
+
     def item_table(self) -> Tensor:
         """[item_rows, dim]"""
         return torch.cat([network.items.weight.detach() for network in self.members], 1)
@@ -56,6 +61,17 @@ class Retriever(nn.Module):
         some = history._replace(lengths=history.lengths.clamp(min=1))
         vectors = torch.cat([network.user_vectors(some) for network in self.members], 1)
         return torch.where(history.lengths[:, None] > 0, vectors / len(self.networks), 0.0)
+
+    def encode(self, history: History) -> Encoded:
+        """User vectors as above, with keys and values [B, layers, heads, L, dim / heads]. Where it
+        `appends`."""
+        encoded = self.members[0].encode(history._replace(lengths=history.lengths.clamp(min=1)))
+        vectors = torch.where(history.lengths[:, None] > 0, encoded.user_vector, 0.0)
+        return encoded._replace(user_vector=vectors)
+
+    def append(self, keys: Tensor, values: Tensor, event: History) -> Encoded:
+        """`RetrievalNetwork.append`, where it `appends`."""
+        return self.members[0].append(keys, values, event)
 
     def score(self, vectors: Tensor, candidates: Tensor) -> Tensor:
         """[B, C] of user vectors and item rows [B, C]."""

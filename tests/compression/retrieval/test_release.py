@@ -15,7 +15,6 @@ from compression.evaluation.targets import Targets, metrics
 from compression.evaluation.transitions import COMBINED
 from compression.releases.registry import Registry
 from compression.retrieval.ensemble import mean_of
-from compression.retrieval.export import GRAPHS
 from compression.retrieval.judge import Judge
 from compression.retrieval.recipe import RetrievalRecipe
 from compression.retrieval.release import load_config, load_networks
@@ -266,7 +265,13 @@ def test_a_retrieval_model_without_graphs_is_evaluated_and_never_served(benched,
         ({"graphs": {"encode": "encode.onnx", "rank": "rank.onnx"}}, "no graph named score"),
         ({"without": ("item_table.npy",)}, r"item_table\.npy is missing"),
         ({"without": ("score.onnx",)}, r"score\.onnx is missing"),
-        ({"graphs": GRAPHS | {"append": "rank.onnx"}}, "states"),
+        (
+            {
+                "graphs": {name: f"{name}.onnx" for name in ("encode", "score", "rank")}
+                | {"append": "rank.onnx"}
+            },
+            "states",
+        ),
     ],
 )
 def test_a_version_that_lacks_what_serves_it_is_not_published(benched, tmp_path, changes, sentence):
