@@ -109,9 +109,7 @@ class Ranker:
         self._lookup = ItemLookup(vocabulary)
         self._index = index
         self._retrieved = settings.retrieved
-        # Whose events cannot be appended is shown all there are.
-        appends = "append" in artefact.manifest.graphs
-        self._hop = min(settings.history_hop, self.buckets.histories[-1] // 2) if appends else 0
+        self._hop = settings.hop_of(artefact.manifest, self.buckets.histories[-1])
         self._features = features
         chosen = artefact.manifest.fusion
         self._fusion = chosen and chosen.times(settings.fusion)

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from compression.releases.registry import Manifest
 from inference.batcher import BatcherLimits
 from inference.buckets import BATCHES, CANDIDATES, HISTORIES, Buckets
 from inference.engines import AUTO, names
@@ -65,6 +66,11 @@ class InferenceSettings(BaseSettings):
             if spec.engine not in (AUTO, *names()):
                 raise ValueError(f"no engine is called {spec.engine!r}; there are {', '.join(names())}")
         return self
+
+    def hop_of(self, manifest: Manifest, longest: int) -> int:
+        """By how many events a version's histories of at most so many may start later. Whose events cannot be
+        appended is shown all there are."""
+        return min(self.history_hop, longest // 2) if "append" in manifest.graphs else 0
 
     def buckets(self) -> Buckets:
         return Buckets(histories=self.histories, candidates=self.candidate_sizes, batches=self.batches)

@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from compression.logs.log_reader import LogReader
 from compression.logs.synth import SynthSettings, synthesize
+from features.anchor import from_anchors
 from features.encoding import Vocabulary, encode_histories
 from features.sequence import SequenceBatch, pack
+from infra.bench.serve import payload
 from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 
 ACTIVE: Final = 2_048
@@ -81,7 +83,7 @@ class Sessions:
 
     users [n] are numbers of sessions, lengths [n] events in a history; events [n, HISTORY, 4] the columns
     item, category, behaviour and timestamp, oldest first; candidates [n, CANDIDATES] item ids, each once;
-    rows [n, ROW] the same as rows of the model's tables.
+    rows [n, ROW] what a network is shown of them, as rows of the model's tables.
     """
 
     users: Int64
@@ -92,6 +94,11 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def shown(self) -> Int32:
+        """How many events of each history a network is shown, [n]."""
+        return payload.tensors(self.rows)["lengths"]
 
     def requests(self, lists: int) -> list[Int32]:
         """As servers get them: [lists, ROW] each."""
@@ -113,9 +120,17 @@ class Sessions:
 
     @classmethod
     def of(
-        cls, log: Events, vocabulary: Vocabulary, *, seed: int, active: int = ACTIVE, clicks: int = CLICKS
+        cls,
+        log: Events,
+        vocabulary: Vocabulary,
+        *,
+        seed: int,
+        hop: int = 0,
+        active: int = ACTIVE,
+        clicks: int = CLICKS,
     ) -> Sessions:
-        """`active` users, of `clicks` clicks each where the log goes on for so long."""
+        """`active` users, of `clicks` clicks each where the log goes on for so long; histories shown from
+        their anchors on (`features.anchor`)."""
         rng = np.random.default_rng(seed)
         by_user = np.argsort(log.users, kind="stable")
         users = log.users[by_user]
@@ -135,7 +150,7 @@ class Sessions:
         columns = (log.items, log.categories, log.behaviors, log.timestamps)
         events = np.where((back <= 0)[..., None], np.stack([column[at] for column in columns], axis=2), 0)
         candidates = _candidates(log.items, len(last), rng)
-        rows = _rows(events, lengths, candidates, vocabulary)
+        rows = _rows(events, lengths, candidates, vocabulary, hop)
         return cls(np.concatenate(session), lengths, events, candidates, rows)
 
 
@@ -150,13 +165,14 @@ def _candidates(items: Int64, lists: int, rng: np.random.Generator) -> Int64:
     return chosen
 
 
-def _rows(events: Int64, lengths: Int64, candidates: Int64, vocabulary: Vocabulary) -> Int32:
+def _rows(events: Int64, lengths: Int64, candidates: Int64, vocabulary: Vocabulary, hop: int) -> Int32:
     """[n, ROW], as `features.encoding` has it for the network."""
     flat = events[np.arange(HISTORY) < lengths[:, None]].T
-    arrays = encode_histories(SequenceBatch(lengths, *flat), vocabulary, HISTORY).tensors()
+    shown = from_anchors(SequenceBatch(lengths, *flat), HISTORY, hop)
+    arrays = encode_histories(shown, vocabulary, HISTORY).tensors()
     columns: list[npt.NDArray[Any]] = [arrays[name] for name in COLUMNS]
     columns += [
-        lengths[:, None],
+        shown.lengths[:, None],
         vocabulary.item_rows_of(candidates),
         vocabulary.category_rows_of_items(candidates),
     ]
