@@ -68,7 +68,7 @@ class Packed:
 
     def keys(self) -> list[bytes]:
         return [
-            newest_events(request.sequence, length)
+            newest_events(request.sequence, length) if length else b""
             for request, length in zip(self._requests, self.lengths.tolist(), strict=True)
         ]
 

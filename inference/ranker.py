@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 Int32 = npt.NDArray[np.int32]
 # Scores of at most so many candidates are remembered: they are compared each with each.
 _MOST_LISTED: Final = 100
+_NAMES: Final = np.array(SOURCES, object)
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -119,7 +120,8 @@ class Ranker:
             settings.cache_mb,
             self._model,
             retrieved=retrieved,
-            listed=min(features.candidate_limit, _MOST_LISTED),
+            # Of a vector nothing is gained by looking a score up.
+            listed=0 if self._model.scores_by_vector else min(features.candidate_limit, _MOST_LISTED),
         )
         self._encoder = Encoder(self._model, retrieved, cache)
         self._cache = cache
@@ -387,7 +389,7 @@ class Ranker:
         if len(places) > 1:
             places += np.arange(len(places))[:, None] * scores.shape[1]
         items = candidates.items.take(places).tolist()
-        sources = candidates.sources.take(places).tolist()
+        sources = _NAMES.take(candidates.sources.take(places)).tolist()
         values = scores.take(places).tolist()
         timings_ms = clock.finish("select")
         answers: list[RankedList | InferenceError] = []
@@ -402,7 +404,7 @@ class Ranker:
                 RankedList(
                     items=items[row][:size],
                     scores=values[row][:size],
-                    sources=[SOURCES[code] for code in sources[row][:size]],
+                    sources=sources[row][:size],
                     model_version=self.version,
                     engine=engine,
                     timings_ms=timings_ms,

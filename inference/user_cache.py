@@ -234,8 +234,7 @@ class UserCache:
         if not writes:
             return
         try:
-            for write in writes:
-                self._write(write, states, rows[write.place], derived, places[write.place])
+            self._write(writes, states, rows, derived, places)
         except BaseException:
             with self._lock:
                 for write in writes:
@@ -245,12 +244,28 @@ class UserCache:
             for write in writes:
                 self._publish(write)
 
-    def _write(self, write: _Write, states: Tensors, row: int, derived: Derived, place: int) -> None:
-        slot, new = write.entry.slot, slice(write.known, self._events_in(write.entry.history))
-        if "keys" in states:
-            self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
-            self._values[slot, :, :, new] = states["values"][row, :, :, new]
-        self._derived.put(slot, derived, place)
+    def _write(
+        self,
+        writes: Sequence[_Write],
+        states: Tensors,
+        rows: Sequence[int],
+        derived: Derived,
+        places: Sequence[int],
+    ) -> None:
+        slots = np.array([write.entry.slot for write in writes])
+        self._derived.put(slots, derived, [places[write.place] for write in writes])
+        if "keys" not in states:
+            return
+        at = np.array([rows[write.place] for write in writes])
+        known = np.array([write.known for write in writes])
+        new = np.array([self._events_in(write.entry.history) for write in writes]) - known
+        # Most have one new event: all of these in one go.
+        one = new == 1
+        for kept, found in ((self._keys, states["keys"]), (self._values, states["values"])):
+            kept[slots[one], :, :, known[one]] = found[at[one], :, :, known[one]]
+            for write in (~one).nonzero()[0].tolist():
+                events = slice(known[write], known[write] + new[write])
+                kept[slots[write], :, :, events] = found[at[write], :, :, events]
 
     def _reserve(
         self, users: Sequence[Hashable], histories: Sequence[bytes], precision: str, *, whole: bool
