@@ -82,7 +82,7 @@ def serve(
         rounds, seconds = 1, min(seconds, 1.0)
     chosen = [arm for arm in ARMS if arm.name in wanted]
     hop = InferenceSettings().hop_of(artefact.manifest, HISTORY)
-    sessions = Sessions.of(events, vocabulary, seed=seed, hop=hop)
+    sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop)
     plan = measure.Plan(registry.resolve(), sessions, events.name, rounds, seconds, seed, quick)
     outcomes = measure.run(plan, chosen, say=lambda line: click.echo(line, err=True))
     measure.show(outcomes, plan, model=artefact.version, json_path=json_path)

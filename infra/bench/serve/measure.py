@@ -49,11 +49,11 @@ GOALS: Final = {
 # What each may use, beside one model, one number of processors, batches of 32 lists and the wait for them.
 MAY_USE: Final = (
     "The others compute the whole `rank` graph for each list, as servers of any model do, in ONNX Runtime, "
-    "their histories padded by the client as suits each best. `tailrace` gets the same tensors and is not told "
-    "whose they are; it may sort lists of a batch by the lengths of their histories and, where the user vector "
-    "alone scores candidates, append to histories that begin alike. `in-process` is asked as the stream asks, "
-    f"with who asks. Both may keep {CACHE_MB} MiB of encoded histories a process, so that a click costs one "
-    "appended event. `in-process-uncached` keeps nothing."
+    "their histories padded by the client as suits each best. `tailrace` gets the same tensors and is not "
+    "told whose they are; it may sort lists of a batch by the lengths of their histories and, where the user "
+    "vector alone scores candidates, append to histories that begin alike. `in-process` is asked as the "
+    f"stream asks, with who asks. Both may keep {CACHE_MB} MiB of encoded histories a process, so that a "
+    "click costs one appended event. `in-process-uncached` keeps nothing."
 )
 
 Say = Callable[[str], None]

@@ -2,7 +2,8 @@
 
 Sessions begin at clicks drawn from a log, so a history is as long as that of somebody who clicks is, and
 go on for a few clicks: each adds one event. All users of a time are active together, in a new order at
-each turn, so that as many others as there are sessions come between two clicks of one user.
+each turn, so that as many others as there are sessions come between two clicks of one user. Times follow
+one another, so many that a cache has forgotten the first when the lists are asked for over again.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 
 ACTIVE: Final = 2_048
 CLICKS: Final = 8  # of a session
+TIMES: Final = 3
 # A log of so many users with about a hundred events each, as the real one has, drawn where none is given.
 _USERS: Final = 1_000
 _EVENTS: Final = 100_000
@@ -100,6 +102,11 @@ class Sessions:
         """How many events of each history a network is shown, [n]."""
         return payload.tensors(self.rows)["lengths"]
 
+    def of(self, part: int, parts: int) -> Sessions:
+        """The lists of some of the users."""
+        some = self.users % parts == part
+        return Sessions(*(getattr(self, name)[some] for name in self.__slots__))
+
     def requests(self, lists: int) -> list[Int32]:
         """As servers get them: [lists, ROW] each."""
         return [self.rows[start : start + lists] for start in range(0, len(self) - lists + 1, lists)]
@@ -119,7 +126,7 @@ class Sessions:
             return cls(*(arrays[name] for name in cls.__slots__))
 
     @classmethod
-    def of(
+    def drawn(
         cls,
         log: Events,
         vocabulary: Vocabulary,
@@ -128,21 +135,23 @@ class Sessions:
         hop: int = 0,
         active: int = ACTIVE,
         clicks: int = CLICKS,
+        times: int = TIMES,
     ) -> Sessions:
-        """`active` users, of `clicks` clicks each where the log goes on for so long; histories shown from
-        their anchors on (`features.anchor`)."""
+        """`times` times `active` users, of `clicks` clicks each where the log goes on for so long; histories
+        shown from their anchors on (`features.anchor`)."""
         rng = np.random.default_rng(seed)
         by_user = np.argsort(log.users, kind="stable")
         users = log.users[by_user]
         starts = np.searchsorted(users, users)  # where the user of each event begins
         left = np.searchsorted(users, users, side="right") - np.arange(len(users))
         able = np.flatnonzero(left >= min(clicks, int(left.max())))
-        first = rng.choice(able, active, replace=len(able) < active)
         session, click = [], []
-        for turn in range(clicks):
-            going = rng.permutation(np.flatnonzero(left[first] > turn))
-            session.append(going)
-            click.append(first[going] + turn)
+        for time in range(times):
+            first = rng.choice(able, active, replace=len(able) < active)
+            for turn in range(clicks):
+                going = rng.permutation(np.flatnonzero(left[first] > turn))
+                session.append(going + time * active)
+                click.append(first[going] + turn)
         last = np.concatenate(click)
         lengths = np.minimum(last - starts[last] + 1, HISTORY)
         back = np.arange(HISTORY) - lengths[:, None] + 1
