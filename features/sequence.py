@@ -68,9 +68,16 @@ class SequenceBatch:
         """Some of the users, in ascending order."""
         some = np.zeros(len(self.lengths), np.bool_)
         some[users] = True
-        events = np.repeat(some, self.lengths)
+        return self._chosen(np.repeat(some, self.lengths), self.lengths[users])
+
+    def newest(self, lengths: Int64) -> SequenceBatch:
+        """So many newest events of each user [users], of those there are."""
+        first = np.repeat(np.cumsum(self.lengths) - lengths, self.lengths)
+        return self._chosen(np.arange(len(first)) >= first, lengths)
+
+    def _chosen(self, events: npt.NDArray[np.bool_], lengths: Int64) -> SequenceBatch:
         return SequenceBatch(
-            self.lengths[users],
+            lengths,
             self.items[events],
             self.categories[events],
             self.behaviors[events],

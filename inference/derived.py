@@ -50,7 +50,7 @@ class Derived:
         """Memory of one user."""
         return sum(int(column.nbytes) for column in self._columns()) // max(1, len(self.vectors))
 
-    def put(self, users: Int64 | int, known: Derived, at: Sequence[int] | int) -> None:
+    def put(self, users: Int64, known: Derived, at: Sequence[int]) -> None:
         """Let users have what is known of others, at these places."""
         for column, theirs in zip(self._columns(), known._columns(), strict=True):
             column[users] = theirs[at]

@@ -1,13 +1,13 @@
 """Histories to what candidates are scored with, by the least work that gives it.
 
 A history that the cache has whole is copied once candidates need it, one that has grown by a few events is
-copied and appended to where that is measured to be faster, and any other is encoded. A model without states
-scores by user vectors alone: known or encoded, they go through the engine in as few cuts as hold them.
+copied and appended to where that is measured to be faster, and any other is encoded. Where a model scores
+by user vectors alone, these go through the engine in as few cuts as hold them, known or computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,14 +15,13 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.releases.registry import ModelShape
-from features.encoding import HistoryArrays, encode_events, encode_histories
-from features.encoding import Rows as RowLookup
-from features.sequence import SequenceBatch, newest_events
+from features.encoding import HistoryArrays
 from inference import metrics
 from inference.buckets import MOST_APPENDED, Buckets, Cut, Work, fit, pad_rows
 from inference.derived import Derived
 from inference.engines.base import Engine, Precision, inputs_of
-from inference.types import Graph, RankRequest, Tensors
+from inference.histories import Histories
+from inference.types import Graph, Tensors
 from inference.user_cache import Found, UserCache
 
 Bool = npt.NDArray[np.bool_]
@@ -33,16 +32,15 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` as the score graph
-    reads them; and what else is known of the users, their vectors at least.
+    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` of what was
+    computed or looked up; and what else is known of the users, their vectors at least.
 
     `pending` [users] are in no cut yet: the cache has them, and perhaps their states are not needed.
     `news` [users] says of whom the cache has not all there is. `keys` are the histories as the cache compares
     them; none where none is asked.
     """
 
-    requests: Sequence[RankRequest]
-    histories: SequenceBatch
+    histories: Histories
     precision: Precision
     derived: Derived
     cuts: list[tuple[Cut, Tensors]]
@@ -54,39 +52,23 @@ class Encoded:
 class Encoder:
     """For one released version. Safe to call from several threads."""
 
-    def __init__(
-        self, vocabulary: RowLookup, model: ModelShape, retrieved: int, cache: UserCache | None = None
-    ) -> None:
-        """`vocabulary` finds rows; `retrieved`: how many items are retrieved for a user."""
-        self._vocabulary = vocabulary
+    def __init__(self, model: ModelShape, retrieved: int, cache: UserCache | None = None) -> None:
+        """`retrieved`: how many items are retrieved for a user."""
         self._model = model
         self._retrieved = retrieved
         self._cache = cache
 
-    def encode(
-        self, engine: Engine, buckets: Buckets, requests: Sequence[RankRequest], histories: SequenceBatch
-    ) -> Encoded:
-        """`histories` are those of the requests, unpacked."""
+    def encode(self, engine: Engine, buckets: Buckets, histories: Histories) -> Encoded:
         cache = self._cache if _keeps_states(engine) else None
         if cache is None:
-            encoded = self._nothing_known(engine, requests, histories, [], 0)
-            self._encode(engine, buckets, encoded, np.arange(len(requests)))
+            encoded = self._nothing_known(engine, histories, [], 0)
+            self._encode(engine, buckets, encoded, np.arange(len(histories.lengths)))
             return encoded
-        longest = self._model.max_history
-        keys = [newest_events(ask.sequence, longest) for ask in requests]
-        return self._find_or_encode(cache, engine, buckets, requests, histories, keys)
+        return self._find_or_encode(cache, engine, buckets, histories, histories.keys())
 
-    def _nothing_known(
-        self,
-        engine: Engine,
-        requests: Sequence[RankRequest],
-        histories: SequenceBatch,
-        keys: list[bytes],
-        listed: int,
-    ) -> Encoded:
-        users = len(requests)
+    def _nothing_known(self, engine: Engine, histories: Histories, keys: list[bytes], listed: int) -> Encoded:
+        users = len(histories.lengths)
         return Encoded(
-            requests=requests,
             histories=histories,
             precision=engine.precision,
             derived=Derived.nothing(users, self._model.dim, self._retrieved, listed),
@@ -96,24 +78,26 @@ class Encoder:
             keys=keys,
         )
 
-    def inputs(self, buckets: Buckets, histories: SequenceBatch, work: Work) -> Iterator[tuple[Cut, Tensors]]:
+    @staticmethod
+    def inputs(buckets: Buckets, histories: Histories, work: Work) -> Iterator[tuple[Cut, Tensors]]:
         """Histories as an engine reads them, by cut, as they cost least for this work."""
-        longest = fit(buckets.histories, int(histories.lengths.max(initial=0)))
-        arrays = encode_histories(histories, self._vocabulary, longest)
+        arrays = histories.arrays(fit(buckets.histories, int(histories.lengths.max(initial=0))))
         for cut in buckets.cuts(histories.lengths, work):
             yield cut, _cut_out(arrays, cut)
 
     @contextmanager
-    def completed(self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool) -> Iterator[None]:
-        """See that the needed [users] are in a cut until the block ends, encoded anew where the cache has
-        lost them meanwhile. What it has not lost it lends: those keys and values leave with the block."""
-        if not self._model.states:
-            _gather(buckets, encoded, needed.nonzero()[0])
-            yield
+    def completed(
+        self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool
+    ) -> Iterator[list[tuple[Cut, Tensors]]]:
+        """Cuts with the needed [users] in them as the score graph reads them, until the block ends; encoded
+        anew where the cache has lost them meanwhile. What it has not lost it lends: those keys and values
+        leave with the block."""
+        if self._model.scores_by_vector:
+            yield _vectors(buckets, encoded, needed.nonzero()[0])
             return
         users = (encoded.pending & needed).nonzero()[0]
         if self._cache is None or not len(users):
-            yield
+            yield encoded.cuts
             return
         encoded.pending[users] = False
         with self._find(self._cache, encoded, users.tolist()) as found:
@@ -125,7 +109,7 @@ class Encoder:
                 encoded.cuts.append((cut, states))
             if lost:
                 self._encode(engine, buckets, encoded, users[lost])
-            yield
+            yield encoded.cuts
             for _, states in lent:
                 del states["keys"], states["values"]
 
@@ -134,14 +118,16 @@ class Encoder:
         wanted = encoded.news & sound
         if self._cache is None or not encoded.keys or not wanted.any():
             return
-        cuts = encoded.cuts
-        if not self._model.states:
-            cuts = [(Cut(np.arange(len(wanted)), len(wanted), 0), {})]
-        for cut, states in cuts:
+        computed = [(cut, states) for cut, states in encoded.cuts if "keys" in states]
+        others = wanted.copy()
+        for cut, _ in computed:
+            others[cut.users] = False
+        named = encoded.histories.users()
+        for cut, states in (*computed, (Cut(others.nonzero()[0], 0, 0), {})):
             rows = wanted[cut.users].nonzero()[0].tolist()
             users = cut.users[rows].tolist()
             self._cache.keep(
-                [encoded.requests[user].user_id for user in users],
+                [named[user] for user in users],
                 [encoded.keys[user] for user in users],
                 states,
                 rows,
@@ -155,16 +141,14 @@ class Encoder:
         cache: UserCache,
         engine: Engine,
         buckets: Buckets,
-        requests: Sequence[RankRequest],
-        histories: SequenceBatch,
+        histories: Histories,
         keys: list[bytes],
     ) -> Encoded:
-        users = len(requests)
-        with cache.find([ask.user_id for ask in requests], keys, engine.precision) as found:
+        users = len(keys)
+        with cache.find(histories.users(), keys, engine.precision) as found:
             if users and all(found.same):
                 metrics.cache_users("hit").inc(users)
                 return Encoded(
-                    requests=requests,
                     histories=histories,
                     precision=engine.precision,
                     derived=cache.derived.of(found.slots),
@@ -173,7 +157,7 @@ class Encoder:
                     news=np.zeros(users, np.bool_),
                     keys=keys,
                 )
-            encoded = self._nothing_known(engine, requests, histories, keys, cache.listed)
+            encoded = self._nothing_known(engine, histories, keys, cache.listed)
             same, grown, rest = _parts(buckets, histories.lengths, found)
             appends = _known(cache, buckets, encoded, found, grown, "append", np.arange(users))
             if len(same):
@@ -192,8 +176,9 @@ class Encoder:
 
     @staticmethod
     def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> Found:
+        named = encoded.histories.users()
         return cache.find(
-            [encoded.requests[user].user_id for user in users],
+            [named[user] for user in users],
             [encoded.keys[user] for user in users],
             encoded.precision,
         )
@@ -203,16 +188,14 @@ class Encoder:
     ) -> None:
         """The new events of some users, one after the other, to copies of what was known."""
         histories = encoded.histories
-        ends = np.cumsum(histories.lengths)
         for cut, states in cuts:
             known = known_events[cut.users]
             new = histories.lengths[cut.users] - known
             vectors = np.zeros((cut.batch, self._model.dim), np.float32)
             for step in range(int(new.max())):
                 rows = np.flatnonzero(new > step)
-                at = (ends[cut.users] - new)[rows] + step
                 place = known[rows] + step
-                events = encode_events(histories, at, self._vocabulary)
+                events = histories.events(cut.users[rows], place)
                 inputs = {
                     name: _scattered(column[:, None], rows, cut.batch) for name, column in events.items()
                 }
@@ -229,7 +212,7 @@ class Encoder:
     def _encode(self, engine: Engine, buckets: Buckets, encoded: Encoded, users: Int64) -> None:
         """Whole histories of some users, or of all."""
         histories = encoded.histories
-        if len(users) < len(histories):
+        if len(users) < len(histories.lengths):
             histories = histories.of(users)
         for cut, inputs in self.inputs(buckets, histories, "encode"):
             states = states_of(engine, inputs)
@@ -238,8 +221,8 @@ class Encoder:
 
 
 def _keeps_states(engine: Engine) -> bool:
-    """Whether what is encoded comes back from this engine: where there are no keys and values, it does."""
-    return engine.keeps_states or not engine.model.states
+    """Whether what candidates are scored with comes back from this engine: a vector always does."""
+    return engine.keeps_states or engine.model.scores_by_vector
 
 
 def scoring(engine: Engine) -> Graph:
@@ -250,7 +233,7 @@ def scoring(engine: Engine) -> Graph:
 
 def states_of(engine: Engine, inputs: Tensors) -> Tensors:
     """Histories encoded: their user vectors, and what `scores_of` needs of them."""
-    if _keeps_states(engine):
+    if engine.keeps_states or not engine.model.states:
         return {**engine.run("encode", inputs), "lengths": inputs["lengths"]}
     return {**inputs, **engine.run_for("encode", inputs, ("user_vector",))}
 
@@ -264,9 +247,9 @@ def scores_of(engine: Engine, states: Tensors, asked: Tensors) -> Float32:
     return scores
 
 
-def _gather(buckets: Buckets, encoded: Encoded, users: Int64) -> None:
-    """Let the cuts be the vectors of some users, however long their histories."""
-    encoded.cuts.clear()
+def _vectors(buckets: Buckets, encoded: Encoded, users: Int64) -> list[tuple[Cut, Tensors]]:
+    """The vectors of some users by cut, however long their histories."""
+    cuts: list[tuple[Cut, Tensors]] = []
     for start in range(0, len(users), buckets.batches[-1]):
         some = users[start : start + buckets.batches[-1]]
         batch = fit(buckets.batches, len(some))
@@ -275,7 +258,8 @@ def _gather(buckets: Buckets, encoded: Encoded, users: Int64) -> None:
             "user_vector": pad_rows(encoded.derived.vectors[some], batch),
             "lengths": pad_rows(lengths, batch),
         }
-        encoded.cuts.append((Cut(some, batch, buckets.histories[0]), states))
+        cuts.append((Cut(some, batch, buckets.histories[0]), states))
+    return cuts
 
 
 def _parts(buckets: Buckets, lengths: Int64, found: Found) -> tuple[Int64, Int64, Int64]:

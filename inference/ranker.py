@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.releases.registry import Artefact, ArtefactInvalid, ModelShape, Registry
+from features.anchor import from_anchors
 from features.candidate_rows import SOURCES, Candidates
 from features.candidates import find_candidates
 from features.encoding import Vocabulary
@@ -37,6 +38,7 @@ from inference.cost_model import CostModel
 from inference.encoder import Encoded, Encoder, scores_of, scoring, states_of
 from inference.engines.base import Engine, EngineOptions, Shape, graphs_of
 from inference.errors import EngineFailed, InferenceError, ModelUnavailable
+from inference.histories import Packed
 from inference.lookup import ItemLookup
 from inference.prepared import Prepared
 from inference.retrieval import RetrievalIndex
@@ -49,6 +51,7 @@ log = logging.getLogger(__name__)
 Int32 = npt.NDArray[np.int32]
 # Scores of at most so many candidates are remembered: they are compared each with each.
 _MOST_LISTED: Final = 100
+_NAMES: Final = np.array(SOURCES, object)
 
 Bool = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -107,6 +110,7 @@ class Ranker:
         self._lookup = ItemLookup(vocabulary)
         self._index = index
         self._retrieved = settings.retrieved
+        self._hop = settings.hop_of(artefact.manifest, self.buckets.histories[-1])
         self._features = features
         chosen = artefact.manifest.fusion
         self._fusion = chosen and chosen.times(settings.fusion)
@@ -116,9 +120,10 @@ class Ranker:
             settings.cache_mb,
             self._model,
             retrieved=retrieved,
-            listed=min(features.candidate_limit, _MOST_LISTED),
+            # Of a vector nothing is gained by looking a score up.
+            listed=0 if self._model.scores_by_vector else min(features.candidate_limit, _MOST_LISTED),
         )
-        self._encoder = Encoder(self._lookup, self._model, retrieved, cache)
+        self._encoder = Encoder(self._model, retrieved, cache)
         self._cache = cache
 
     @classmethod
@@ -249,16 +254,18 @@ class Ranker:
         """One answer per request, in order. What an engine fails at raises `EngineFailed`."""
         clock = _Stages()
         histories = unpack([request.sequence for request in requests], last=self._model.max_history)
+        shown = from_anchors(histories, self.buckets.histories[-1], self._hop)
+        packed = Packed(requests, shown, self._lookup)
         clock.lap("unpack")
         if self._at_once(warmed.engine) and _all_given(requests):
             candidates = self._candidates(requests, histories, statistics, None)
             if candidates.items.shape[1] <= warmed.buckets.candidates[-1]:
                 clock.lap("candidates")
-                scores = self._rank_at_once(warmed, histories, candidates)
+                scores = self._rank_at_once(warmed, packed, candidates)
                 sound = _sound(scores, candidates.counts)
                 clock.lap("score")
                 return self._select(warmed.name, requests, candidates, scores, sound, clock)
-        encoded = self._encoder.encode(warmed.engine, warmed.buckets, requests, histories)
+        encoded = self._encoder.encode(warmed.engine, warmed.buckets, packed)
         clock.lap("encode")
         retrieved = self._retrieve(requests, histories, encoded, statistics)
         clock.lap("retrieve")
@@ -289,7 +296,7 @@ class Ranker:
             fusion=self._fusion,
         )
 
-    def _rank_at_once(self, warmed: Warmed, histories: SequenceBatch, candidates: Candidates) -> Float32:
+    def _rank_at_once(self, warmed: Warmed, histories: Packed, candidates: Candidates) -> Float32:
         """As `_score`, encoding on the way."""
         items, counts = candidates.items, candidates.counts
         rows = self._lookup.rows(items)
@@ -337,8 +344,8 @@ class Ranker:
         rows = self._lookup.rows(items)
         scores, known = encoded.derived.scores_of(rows, counts)
         needed = (counts > 0) & ~known
-        with self._encoder.completed(warmed.engine, warmed.buckets, encoded, needed):
-            for cut, states in encoded.cuts:
+        with self._encoder.completed(warmed.engine, warmed.buckets, encoded, needed) as cuts:
+            for cut, states in cuts:
                 column = 0
                 places = needed[cut.users].nonzero()[0]
                 while len(places):
@@ -382,7 +389,7 @@ class Ranker:
         if len(places) > 1:
             places += np.arange(len(places))[:, None] * scores.shape[1]
         items = candidates.items.take(places).tolist()
-        sources = candidates.sources.take(places).tolist()
+        sources = _NAMES.take(candidates.sources.take(places)).tolist()
         values = scores.take(places).tolist()
         timings_ms = clock.finish("select")
         answers: list[RankedList | InferenceError] = []
@@ -397,7 +404,7 @@ class Ranker:
                 RankedList(
                     items=items[row][:size],
                     scores=values[row][:size],
-                    sources=[SOURCES[code] for code in sources[row][:size]],
+                    sources=sources[row][:size],
                     model_version=self.version,
                     engine=engine,
                     timings_ms=timings_ms,

@@ -7,6 +7,7 @@ from typing import Annotated, Self
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from compression.releases.registry import Manifest
 from inference.batcher import BatcherLimits
 from inference.buckets import BATCHES, CANDIDATES, HISTORIES, Buckets
 from inference.engines import AUTO, names
@@ -49,6 +50,11 @@ class InferenceSettings(BaseSettings):
         float, Field(ge=0, le=100, description="times the manifest's weights of online counts; 0: none")
     ] = 1.0
 
+    history_hop: Annotated[
+        int, Field(ge=0, le=4096, description="events by which a full history may start later; 0: none")
+    ] = 50
+    """So that it mostly starts where it did a click ago, and the click is appended (`features.anchor`)."""
+
     cache_mb: Annotated[float, Field(ge=0, description="encoded histories kept, MiB a version; 0: none")] = (
         64.0
     )
@@ -60,6 +66,11 @@ class InferenceSettings(BaseSettings):
             if spec.engine not in (AUTO, *names()):
                 raise ValueError(f"no engine is called {spec.engine!r}; there are {', '.join(names())}")
         return self
+
+    def hop_of(self, manifest: Manifest, longest: int) -> int:
+        """By how many events a version's histories of at most so many may start later. Whose events cannot be
+        appended is shown all there are."""
+        return min(self.history_hop, longest // 2) if "append" in manifest.graphs else 0
 
     def buckets(self) -> Buckets:
         return Buckets(histories=self.histories, candidates=self.candidate_sizes, batches=self.batches)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
@@ -90,7 +90,7 @@ class _Write(NamedTuple):
     """The states of one of the users to keep, on their way into a slot that has the first `known` events."""
 
     place: int
-    user: int
+    user: Hashable
     entry: _Entry
     known: int
 
@@ -98,23 +98,43 @@ class _Write(NamedTuple):
 class UserCache:
     """For a model of one shape. Safe to call from several threads."""
 
-    def __init__(self, model: ModelShape, slots: int, *, retrieved: int, listed: int) -> None:
-        """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
+    def __init__(
+        self,
+        model: ModelShape,
+        slots: int,
+        *,
+        retrieved: int,
+        listed: int,
+        events_in: Callable[[bytes], int] = count_events,
+    ) -> None:
+        """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept.
+        `events_in`: how many events a history has."""
         layers = model.layers if model.states else 0
         states = (slots, layers, model.heads, model.max_history, model.dim // model.heads)
         self._states = model.states
+        self._events_in = events_in
         # Of the cache that was freed last, where it was as large: no number in a slot is ever infinite.
         self._keys, self._values = memory.lasting((2, *states), np.float32)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
-        self._entries: OrderedDict[int, _Entry] = OrderedDict()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)
         self._lock = threading.Lock()
 
     @classmethod
-    def within(cls, budget_mb: float, model: ModelShape, *, retrieved: int, listed: int) -> UserCache | None:
+    def within(
+        cls,
+        budget_mb: float,
+        model: ModelShape,
+        *,
+        retrieved: int,
+        listed: int,
+        events_in: Callable[[bytes], int] = count_events,
+    ) -> UserCache | None:
         """As many users as fit into so many MiB; None where that is not one."""
         slots = int(budget_mb * 2**20 / cls.user_bytes(model, retrieved=retrieved, listed=listed))
-        return cls(model, slots, retrieved=retrieved, listed=listed) if slots else None
+        if not slots:
+            return None
+        return cls(model, slots, retrieved=retrieved, listed=listed, events_in=events_in)
 
     @staticmethod
     def user_bytes(model: ModelShape, *, retrieved: int, listed: int) -> int:
@@ -144,9 +164,9 @@ class UserCache:
         """How many scores are kept of a user."""
         return int(self._derived.rows.shape[1])
 
-    def find(self, users: Sequence[int], histories: Sequence[bytes], precision: str) -> Found:
-        """What is kept of these histories (`features.sequence.newest_events`), to be used in a `with`. States
-        computed in another precision are not found."""
+    def find(self, users: Sequence[Hashable], histories: Sequence[bytes], precision: str) -> Found:
+        """What is kept of these histories (`inference.histories`), to be used in a `with`. States computed in
+        another precision are not found."""
         slots, known, same = [-1] * len(users), [0] * len(users), [False] * len(users)
         with self._lock:
             for row, (user, history) in enumerate(zip(users, histories, strict=True)):
@@ -154,12 +174,12 @@ class UserCache:
                 if entry is None or entry.precision != precision or not history:
                     continue
                 if entry.history == history:
-                    known[row], same[row] = count_events(history), True
+                    known[row], same[row] = self._events_in(history), True
                 elif history.startswith(entry.history):
-                    known[row] = count_events(entry.history)
+                    known[row] = self._events_in(entry.history)
                 elif entry.history.startswith(history):
                     # Asked late. Only the vector after its last event is gone.
-                    known[row] = count_events(history) - 1
+                    known[row] = self._events_in(history) - 1
                 if not known[row]:
                     continue
                 slots[row] = entry.slot
@@ -199,7 +219,7 @@ class UserCache:
 
     def keep(
         self,
-        users: Sequence[int],
+        users: Sequence[Hashable],
         histories: Sequence[bytes],
         states: Tensors,
         rows: Sequence[int],
@@ -213,8 +233,7 @@ class UserCache:
         if not writes:
             return
         try:
-            for write in writes:
-                self._write(write, states, rows[write.place], derived, places[write.place])
+            self._write(writes, states, rows, derived, places)
         except BaseException:
             with self._lock:
                 for write in writes:
@@ -224,19 +243,35 @@ class UserCache:
             for write in writes:
                 self._publish(write)
 
-    def _write(self, write: _Write, states: Tensors, row: int, derived: Derived, place: int) -> None:
-        slot, new = write.entry.slot, slice(write.known, count_events(write.entry.history))
-        if "keys" in states:
-            self._keys[slot, :, :, new] = states["keys"][row, :, :, new]
-            self._values[slot, :, :, new] = states["values"][row, :, :, new]
-        self._derived.put(slot, derived, place)
+    def _write(
+        self,
+        writes: Sequence[_Write],
+        states: Tensors,
+        rows: Sequence[int],
+        derived: Derived,
+        places: Sequence[int],
+    ) -> None:
+        slots = np.array([write.entry.slot for write in writes])
+        self._derived.put(slots, derived, [places[write.place] for write in writes])
+        if "keys" not in states:
+            return
+        at = np.array([rows[write.place] for write in writes])
+        known = np.array([write.known for write in writes])
+        new = np.array([self._events_in(write.entry.history) for write in writes]) - known
+        # Most have one new event: all of these in one go.
+        one = new == 1
+        for kept, found in ((self._keys, states["keys"]), (self._values, states["values"])):
+            kept[slots[one], :, :, known[one]] = found[at[one], :, :, known[one]]
+            for write in (~one).nonzero()[0].tolist():
+                events = slice(known[write], known[write] + new[write])
+                kept[slots[write], :, :, events] = found[at[write], :, :, events]
 
     def _reserve(
-        self, users: Sequence[int], histories: Sequence[bytes], precision: str, *, whole: bool
+        self, users: Sequence[Hashable], histories: Sequence[bytes], precision: str, *, whole: bool
     ) -> list[_Write]:
         """A slot for each user of whom there are news, out of everybody's reach until it is published.
         `whole`: only for who has all keys and values in it."""
-        longest: dict[int, int] = {}
+        longest: dict[Hashable, int] = {}
         for place, (user, history) in enumerate(zip(users, histories, strict=True)):
             before = longest.get(user)
             if history and (before is None or len(history) > len(histories[before])):
@@ -250,8 +285,8 @@ class UserCache:
                     if len(entry.history) > len(history) and entry.history.startswith(history):
                         continue
                     if history.startswith(entry.history) and not self._slots.pins[entry.slot]:
-                        known = count_events(entry.history)
-                if whole and known < count_events(history):
+                        known = self._events_in(entry.history)
+                if whole and known < self._events_in(history):
                     continue
                 if known and entry is not None:
                     del self._entries[user]

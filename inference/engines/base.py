@@ -75,9 +75,9 @@ class EngineOptions:
 
 
 def inputs_of(graph: Graph, model: ModelShape) -> tuple[str, ...]:
-    """What a graph of this model reads. Without states a score is that of a candidate and a user vector;
+    """What a graph of this model reads. Some models score a candidate by the user vector alone;
     histories come with all their columns whatever a network reads of them, so that who asks need not know."""
-    if graph == "score" and not model.states:
+    if graph == "score" and model.scores_by_vector:
         return ("user_vector", "candidates")
     return INPUTS[graph]
 
@@ -91,9 +91,9 @@ def outputs_of(graph: Graph, model: ModelShape) -> tuple[str, ...]:
 def graphs_of(engine: Engine, *, cached: bool, artefact: Artefact) -> tuple[Graph, ...]:
     """The graphs that an engine is asked to run for lists. Where histories are `cached` one for appended
     events, else one for known candidates together with their history; where the version has it."""
-    if not engine.keeps_states and artefact.manifest.model.states:
+    if not engine.keeps_states and not artefact.manifest.model.scores_by_vector:
         return ("encode", "rank")
-    third: Graph = "append" if cached else "rank"
+    third: Graph = "append" if cached and engine.keeps_states else "rank"
     return (*GRAPHS[:2], third) if third in artefact.manifest.graphs else GRAPHS[:2]
 
 

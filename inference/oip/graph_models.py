@@ -2,13 +2,14 @@
 
 Requests for one graph that fit the same warmed shape go through the engine together, whoever sent them.
 For `rank`, whose answers have no slots, that is any number of slots: a batch is cut by how long its
-histories are, whatever they were padded to, where that costs least by measure.
+histories are, whatever they were padded to, where that costs least by measure; and where a history begins
+with one that was asked for lately, only what came since is computed, if the model allows (`prefixes`).
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from inference.errors import EngineFailed, InferenceError, ModelUnavailable
 from inference.lanes import LaneSpec
 from inference.oip.graph_specs import specs
 from inference.oip.models import Answer, Question
+from inference.oip.prefixes import Prefixes
 from inference.settings import InferenceSettings
 from inference.types import Graph, Priority, Tensors
 
@@ -98,7 +100,12 @@ class GraphSet:
     """The graphs of a version on warmed engines, behind one batcher with a lane for each."""
 
     def __init__(
-        self, version: str, pool: Mapping[str, Engine], buckets: Buckets, limits: BatcherLimits
+        self,
+        version: str,
+        pool: Mapping[str, Engine],
+        buckets: Buckets,
+        limits: BatcherLimits,
+        prefixes: Prefixes | None = None,
     ) -> None:
         """`pool` by the name of the lane; each engine has run every shape of the buckets."""
         self.version = version
@@ -112,7 +119,8 @@ class GraphSet:
         }
         self.models = [GraphModel(graph, self) for graph in GRAPHS]
         self._batcher: Batcher[_Work, _Answer] = Batcher(
-            [Lane(f"graphs-{name}", _Runner(engine, buckets).run) for name, engine in pool.items()], limits
+            [Lane(f"graphs-{name}", _Runner(engine, buckets, prefixes).run) for name, engine in pool.items()],
+            limits,
         )
 
     @classmethod
@@ -126,11 +134,12 @@ class GraphSet:
         except ArtefactInvalid as error:
             raise ModelUnavailable(str(error)) from error
         buckets = settings.buckets().up_to(artefact.manifest.model.max_history)
+        prefixes = Prefixes.of(artefact, settings.cache_mb)
         pool: dict[str, Engine] = {}
         cost_s: Mapping[Shape, float] = {}
         for spec in settings.lane_specs():
-            pool[spec.name], cost_s = _warmed(artefact, buckets, spec)
-        return cls(artefact.version, pool, buckets.with_costs(cost_s), settings.batcher_limits())
+            pool[spec.name], cost_s = _warmed(artefact, buckets, spec, append=prefixes is not None)
+        return cls(artefact.version, pool, buckets.with_costs(cost_s), settings.batcher_limits(), prefixes)
 
     async def run(self, graph: Graph, question: Question) -> Tensors:
         """Outputs in the shape of the question, whatever it was padded to."""
@@ -153,12 +162,15 @@ class GraphSet:
             engine.close()
 
 
-def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> tuple[Engine, Mapping[Shape, float]]:
+def _warmed(
+    artefact: Artefact, buckets: Buckets, spec: LaneSpec, *, append: bool
+) -> tuple[Engine, Mapping[Shape, float]]:
     """An engine, and what each of its shapes costs."""
     engine = engines.create(spec.engine, spec.options)
-    engine.load(artefact, GRAPHS)
+    append = append and engine.keeps_states
+    engine.load(artefact, (*GRAPHS, "append") if append else GRAPHS)
     try:
-        cost_s = engine.warm_up(_shapes(buckets))
+        cost_s = engine.warm_up(buckets.shapes(append=append, rank=True))
         for graph in GRAPHS:
             candidates = 0 if graph == "encode" else buckets.candidates[0]
             example = engine.example(Shape(graph, buckets.batches[0], buckets.histories[0], candidates))
@@ -172,19 +184,14 @@ def _warmed(artefact: Artefact, buckets: Buckets, spec: LaneSpec) -> tuple[Engin
     return engine, cost_s
 
 
-def _shapes(buckets: Buckets) -> Iterable[Shape]:
-    for shape in buckets.shapes():
-        yield shape
-        if shape.graph == "score":
-            yield shape._replace(graph="rank")
-
-
 class _Runner:
     """An engine, called by one thread at a time even where a lane has given up a thread that hangs."""
 
-    def __init__(self, engine: Engine, buckets: Buckets) -> None:
+    def __init__(self, engine: Engine, buckets: Buckets, prefixes: Prefixes | None) -> None:
         self._engine = engine
         self._buckets = buckets
+        # Where keys and values do not come back there is nothing to append to.
+        self._prefixes = prefixes if engine.keeps_states else None
         self._lock = threading.Lock()
 
     def run(self, bucket: _Bucket, works: list[_Work]) -> list[_Answer]:
@@ -224,8 +231,10 @@ class _Runner:
         users, longest = len(lengths), fit(self._buckets.histories, int(lengths.max()))
         whole = self._inputs(bucket._replace(slots=longest), parts, users)
         outputs: Tensors = {}
-        cuts = self._buckets.cuts(lengths, "rank")
-        for cut in cuts:
+        if self._prefixes is not None:
+            answers = self._prefixes.rank(self._engine, self._buckets, whole)
+            return {name: answers[name] for name in names}
+        for cut in self._buckets.cuts(lengths, "rank"):
             inputs = {
                 name: pad_rows(
                     array[cut.users, : cut.history] if name in _SLOTS_AXIS else array[cut.users], cut.batch

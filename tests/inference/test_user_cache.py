@@ -30,6 +30,7 @@ SETTINGS = InferenceSettings(
     batches=(1, 4, 32),
     retrieved=40,
     cache_mb=16,
+    history_hop=0,
 )
 ASKED = tuple(int(item) for item in ITEMS[:297:37])
 EXACT = 1e-4

@@ -282,7 +282,7 @@ async def test_a_grpc_call_that_fails_has_no_answer() -> None:
 @pytest.fixture(scope="module")
 def sessions(registry: Path) -> Sessions:
     vocabulary = Registry(registry).open().vocabulary()
-    return Sessions.of(Events.drawn(vocabulary, seed=1), vocabulary, seed=1, active=200, clicks=5)
+    return Sessions.drawn(Events.drawn(vocabulary, seed=1), vocabulary, seed=1, active=200, clicks=5, times=1)
 
 
 @pytest.fixture(scope="module")
@@ -321,7 +321,7 @@ def test_users_of_a_short_log_end_their_sessions_early(registry: Path) -> None:
     vocabulary = Registry(registry).open().vocabulary()
     once = np.arange(30)
     log = Events("short", once % 20, vocabulary.item_ids[once % 3], once * 0 + 7, once % 4, 1_000 + once)
-    made = Sessions.of(log, vocabulary, seed=1, active=40, clicks=5)
+    made = Sessions.drawn(log, vocabulary, seed=1, active=40, clicks=5, times=1)
     assert made.lengths.max() == 2
     assert len(made) == 40 * 2
     assert all(len(set(asked)) == CANDIDATES for asked in made.candidates.tolist())

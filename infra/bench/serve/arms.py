@@ -65,6 +65,8 @@ class Arm(ABC):
     wire: str = ""
     path: str = "/"
     padding: Padding = "whole"
+    cache_mb: float = 0.0
+    """Of encoded histories, in a process."""
 
     def install(self) -> None:
         """Fetch what is missing; minutes the first time. Raises `CannotInstall`."""
@@ -178,6 +180,7 @@ class OurServer(Arm):
             "INFERENCE_HISTORIES": json.dumps(HISTORIES),
             "INFERENCE_CANDIDATE_SIZES": json.dumps(WIDTHS),
             "INFERENCE_MAX_BATCH": str(MAX_LISTS),
+            "INFERENCE_CACHE_MB": str(self.cache_mb),
         }
         return spawn_server([*command, *ports, *workers, "--log-level", "WARNING"], served.folder, told)
 
@@ -186,8 +189,6 @@ class OurServer(Arm):
 class NoServer(Arm):
     """The path of the stream: batcher and engines in the process that asks, with what is known of users
     kept or without."""
-
-    cache_mb: float = 0.0
 
     @property
     def precision(self) -> Precision:
@@ -200,7 +201,7 @@ class NoServer(Arm):
 ARMS: Final[tuple[Arm, ...]] = (
     NoServer("in-process", cache_mb=CACHE_MB),
     NoServer("in-process-uncached"),
-    OurServer("tailrace", "oip", "tailrace-rank"),
+    OurServer("tailrace", "oip", "tailrace-rank", cache_mb=CACHE_MB),
     Rival("mosec", "raw", "/inference", requirements=("mosec==0.9.8", _ONNXRUNTIME, _NUMPY)),
     Triton("triton", "triton"),
     Rival("litserve", "raw", "/predict", requirements=("litserve==0.2.19", _ONNXRUNTIME, _NUMPY)),

@@ -63,9 +63,11 @@ def serve(
     """
     from compression.logs.log_reader import LogInvalid
     from compression.releases.registry import ArtefactInvalid, Registry
+    from inference.settings import InferenceSettings
     from infra.bench.serve import measure
     from infra.bench.serve.arms import ARMS
     from infra.bench.serve.sessions import Events, Sessions
+    from infra.bench.serve.shape import HISTORY
 
     wanted = [name.strip() for name in arms.split(",")]
     if unknown := sorted(set(wanted) - set(ARM_NAMES)):
@@ -79,7 +81,8 @@ def serve(
     if quick:
         rounds, seconds = 1, min(seconds, 1.0)
     chosen = [arm for arm in ARMS if arm.name in wanted]
-    sessions = Sessions.of(events, vocabulary, seed=seed)
+    hop = InferenceSettings().hop_of(artefact.manifest, HISTORY)
+    sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop)
     plan = measure.Plan(registry.resolve(), sessions, events.name, rounds, seconds, seed, quick)
     outcomes = measure.run(plan, chosen, say=lambda line: click.echo(line, err=True))
     measure.show(outcomes, plan, model=artefact.version, json_path=json_path)

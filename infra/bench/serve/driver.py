@@ -1,5 +1,7 @@
 """A process that offers load: steps in on standard input, results out, one JSON object a line.
 
+Where several offer it together each sends every so manieth request of the same schedule.
+
 Open loop: a request leaves when it is due, whether or not answers come, and its latency counts from
 then. Where the oldest answer is long overdue the rest of the step is not sent, which fails it.
 """
@@ -47,6 +49,7 @@ async def drive(sender: Sender, lists: int) -> None:
     while line := await loop.run_in_executor(None, sys.stdin.readline):
         told = json.loads(line)
         due_s = bursty(told["lists_per_s"] / lists, told["seconds"], told["seed"])
+        due_s = due_s[told["part"] :: told["parts"]]
         cpu_s = time.process_time()
         latency_s, behind_s = await Offer(sender, due_s, first).run()
         first += len(behind_s)  # sessions go on where they were

@@ -1,8 +1,10 @@
 """The path the stream takes, without a network: `Plane.rank` in the process that asks.
 
-python -m infra.bench.serve.in_process REGISTRY RUNNERS SESSIONS LISTS CACHE_MB. The first line it writes
-says how far its scores lie from ONNX Runtime's; steps and results follow as `driver` says. It does more
-than the servers do: it starts from packed histories and item ids, and ends with ordered lists.
+python -m infra.bench.serve.in_process REGISTRY SESSIONS LISTS CACHE_MB PART PARTS. One of several processes
+with one lane each, as `tailrace worker --workers` has them: its users are its own, as those of a partition
+are. The first line it writes says how far its scores lie from ONNX Runtime's; steps and results follow as
+`driver` says. It does more than the servers do: it starts from packed histories and item ids, and ends
+with ordered lists.
 """
 
 from __future__ import annotations
@@ -107,12 +109,12 @@ def _scores_of(answer: RankedList | InferenceError) -> dict[int, float]:
     return {} if isinstance(answer, InferenceError) else dict(zip(answer.items, answer.scores, strict=True))
 
 
-async def main(registry: str, runners: str, sessions_file: str, lists: str, cache_mb: str) -> None:
+async def main(registry: str, sessions_file: str, lists: str, cache_mb: str, part: str, parts: str) -> None:
     features = FeatureSettings()
     # The other arms have the network alone: nothing is counted there.
     settings = InferenceSettings(
         fusion=0.0,
-        lanes=our_lanes(int(runners)),
+        lanes=our_lanes(1),
         spares=0,
         max_batch=MAX_LISTS,
         cache_mb=float(cache_mb),
@@ -122,10 +124,10 @@ async def main(registry: str, runners: str, sessions_file: str, lists: str, cach
     )
     plane = Plane(settings, features, ItemStatistics(MemoryStore(), settings=features))
     version = await plane.open(Path(registry), "serving")
-    sessions = Sessions.load(Path(sessions_file))
+    sessions = Sessions.load(Path(sessions_file)).of(int(part), int(parts))
     sender = InProcess(plane, version, sessions, int(lists))
     if settings.cache_mb:
-        await sender.visit(2 * ACTIVE)
+        await sender.visit(2 * ACTIVE // int(parts))
     await _compare(sender, registry, sessions.requests(int(lists))[:COMPARED])
     tune()
     try:

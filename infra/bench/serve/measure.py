@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from infra.bench import report
-from infra.bench.serve.arms import ARMS, CACHE_MB, Arm, NoServer, Rival
+from infra.bench.serve.arms import ARMS, CACHE_MB, Arm, Rival
 from infra.bench.serve.running import ArmFailed, Running, running
 from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
 from infra.bench.serve.sessions import ACTIVE, CLICKS, Sessions
@@ -49,10 +49,11 @@ GOALS: Final = {
 # What each may use, beside one model, one number of processors, batches of 32 lists and the wait for them.
 MAY_USE: Final = (
     "The others compute the whole `rank` graph for each list, as servers of any model do, in ONNX Runtime, "
-    "their histories padded by the client as suits each best. `tailrace` gets the same tensors; it may sort "
-    "lists of a batch by the lengths of their histories. `in-process` is asked as the stream asks, with who "
-    f"asks: it may keep {CACHE_MB} MiB of encoded histories, so that a click costs one appended event, where "
-    "it knows the user and the history has not lost its oldest event. `in-process-uncached` keeps nothing."
+    "their histories padded by the client as suits each best. `tailrace` gets the same tensors and is not "
+    "told whose they are; it may sort lists of a batch by the lengths of their histories and, where the user "
+    "vector alone scores candidates, append to histories that begin alike. `in-process` is asked as the "
+    f"stream asks, with who asks. Both may keep {CACHE_MB} MiB of encoded histories a process, so that a "
+    "click costs one appended event. `in-process-uncached` keeps nothing."
 )
 
 Say = Callable[[str], None]
@@ -202,7 +203,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             ["", "ratio", "goal"],
             [[name, f"{ratio:.2f}", f"{goal:g}"] for name, (ratio, goal) in ratios.items()],
         )
-    lengths = plan.sessions.lengths
+    lengths = plan.sessions.shown
     report.note(
         f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
         "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
@@ -243,7 +244,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
                     "precision": one.arm.precision,
                     "score_difference": one.difference,
                     "padding": one.arm.padding,
-                    "cache_mb": one.arm.cache_mb if isinstance(one.arm, NoServer) else 0.0,
+                    "cache_mb": one.arm.cache_mb,
                     "goodput": one.goodput,
                     "failure": one.failure,
                     "rounds": [asdict(step) if step else None for step in one.steps],
@@ -254,8 +255,8 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     )
 
 
-def _full(lengths: npt.NDArray[np.int64]) -> float:
-    """The share of histories that have lost their oldest events, or are about to."""
+def _full(lengths: npt.NDArray[np.int32]) -> float:
+    """The share of histories of which no more can be shown."""
     return float((lengths == HISTORY).mean())
 
 

@@ -1,4 +1,4 @@
-"""An arm that is up, answers as the model does, and has a load process of its own."""
+"""An arm that is up, answers as the model does, and has load processes of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
@@ -17,7 +17,7 @@ import psutil
 
 from compression.releases.registry import Artefact, Registry
 from inference.engines.base import TOLERANCE
-from infra.bench.serve.arms import Arm, NoServer, Served
+from infra.bench.serve.arms import Arm, Served
 from infra.bench.serve.load import Address, first_scores
 from infra.bench.serve.parity import COMPARED, difference, expected_scores
 from infra.bench.serve.search import Step
@@ -37,26 +37,29 @@ class Running:
     answers' scores lay from the model's at most."""
 
     def __init__(
-        self, load: subprocess.Popen[str], server: psutil.Process | None, lists: int, difference: float
+        self,
+        loads: Sequence[subprocess.Popen[str]],
+        server: psutil.Process | None,
+        lists: int,
+        difference: float,
     ) -> None:
         self.difference = difference
-        self._load = load
+        self._loads = loads
         self._server = server
         self._lists = lists
 
     def step(self, lists_per_s: float, *, seconds: float, seed: int) -> Step:
         """Offer a rate for some seconds and say what came of it."""
-        assert self._load.stdin is not None
-        assert self._load.stdout is not None
         before_s = self._server_cpu_s()
-        self._load.stdin.write(
-            json.dumps({"lists_per_s": lists_per_s, "seconds": seconds, "seed": seed}) + "\n"
-        )
-        self._load.stdin.flush()
-        line = self._load.stdout.readline()
-        if not line:
-            raise ArmFailed("the load process ended")
-        step = Step(**json.loads(line))
+        told = {"lists_per_s": lists_per_s, "seconds": seconds, "seed": seed, "parts": len(self._loads)}
+        for part, load in enumerate(self._loads):
+            assert load.stdin is not None
+            load.stdin.write(json.dumps({**told, "part": part}) + "\n")
+            load.stdin.flush()
+        lines = [load.stdout.readline() for load in self._loads if load.stdout is not None]
+        if not all(lines):
+            raise ArmFailed("a load process ended")
+        step = Step.together([Step(**json.loads(line)) for line in lines])
         answered = max(1, (step.requests - step.failed) * self._lists)
         return step.with_server_cpu_us((self._server_cpu_s() - before_s) * 1e6 / answered)
 
@@ -82,12 +85,14 @@ def running(arm: Arm, registry: Path, sessions: Path, *, lists: int, workers: in
         server = arm.start(served)
     except ServerFailed as error:
         raise ArmFailed(str(error)) from error
-    load, found = None, 0.0
+    loads: list[subprocess.Popen[str]] = []
+    found = 0.0
     try:
         if server is None:
-            assert isinstance(arm, NoServer)
-            numbers = map(str, (workers, sessions, lists, arm.cache_mb))
-            arguments = ["infra.bench.serve.in_process", str(registry), *numbers]
+            about = [str(registry), str(sessions), str(lists), str(arm.cache_mb)]
+            started = [
+                ["infra.bench.serve.in_process", *about, str(part), str(workers)] for part in range(workers)
+            ]
         else:
             address = Address(arm.wire, HOST, served.port, arm.target(served), arm.padding)
             found = _wait(server, address, artefact, sessions, lists, folder)
@@ -96,14 +101,18 @@ def running(arm: Arm, registry: Path, sessions: Path, *, lists: int, workers: in
                 *(address.wire, address.host, str(address.port), address.target, address.padding),
                 *(str(sessions), str(lists)),
             ]
-        load = spawn(*arguments, folder=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            started = [arguments]
+        for arguments in started:
+            loads.append(
+                spawn(*arguments, folder=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            )
         if server is None:
-            found = _said(load, folder)
+            found = max(_said(load, folder) for load in loads)
         if not found <= TOLERANCE[arm.precision]:
             raise ArmFailed(f"answers with other scores than the model's: {found:.2g} apart")
-        yield Running(load, psutil.Process(server.pid) if server else None, lists, found)
+        yield Running(loads, psutil.Process(server.pid) if server else None, lists, found)
     finally:
-        if load is not None:
+        for load in loads:
             _stop(load)
         if server is not None:
             _stop(server)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -29,6 +29,22 @@ class Step:
 
     def with_server_cpu_us(self, server_cpu_us: float) -> Step:
         return replace(self, server_cpu_us=server_cpu_us)
+
+    @classmethod
+    def together(cls, parts: Sequence[Step]) -> Step:
+        """What several processes offered at once; the latencies are those of the slowest."""
+        answered = [max(1, part.requests - part.failed) for part in parts]
+        return cls(
+            lists_per_s=sum(part.lists_per_s for part in parts),
+            goodput=sum(part.goodput for part in parts),
+            requests=sum(part.requests for part in parts),
+            failed=sum(part.failed for part in parts),
+            p50_ms=max(part.p50_ms for part in parts),
+            p99_ms=max(part.p99_ms for part in parts),
+            behind_p99_ms=max(part.behind_p99_ms for part in parts),
+            client_cpu_us=sum(part.client_cpu_us * count for part, count in zip(parts, answered, strict=True))
+            / sum(answered),
+        )
 
     @property
     def kept_up(self) -> bool:

@@ -2,7 +2,8 @@
 
 Sessions begin at clicks drawn from a log, so a history is as long as that of somebody who clicks is, and
 go on for a few clicks: each adds one event. All users of a time are active together, in a new order at
-each turn, so that as many others as there are sessions come between two clicks of one user.
+each turn, so that as many others as there are sessions come between two clicks of one user. Times follow
+one another, so many that a cache has forgotten the first when the lists are asked for over again.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import numpy.typing as npt
 
 from compression.logs.log_reader import LogReader
 from compression.logs.synth import SynthSettings, synthesize
+from features.anchor import from_anchors
 from features.encoding import Vocabulary, encode_histories
 from features.sequence import SequenceBatch, pack
+from infra.bench.serve import payload
 from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 
 ACTIVE: Final = 2_048
 CLICKS: Final = 8  # of a session
+TIMES: Final = 3
 # A log of so many users with about a hundred events each, as the real one has, drawn where none is given.
 _USERS: Final = 1_000
 _EVENTS: Final = 100_000
@@ -81,7 +85,7 @@ class Sessions:
 
     users [n] are numbers of sessions, lengths [n] events in a history; events [n, HISTORY, 4] the columns
     item, category, behaviour and timestamp, oldest first; candidates [n, CANDIDATES] item ids, each once;
-    rows [n, ROW] the same as rows of the model's tables.
+    rows [n, ROW] what a network is shown of them, as rows of the model's tables.
     """
 
     users: Int64
@@ -92,6 +96,16 @@ class Sessions:
 
     def __len__(self) -> int:
         return len(self.users)
+
+    @property
+    def shown(self) -> Int32:
+        """How many events of each history a network is shown, [n]."""
+        return payload.tensors(self.rows)["lengths"]
+
+    def of(self, part: int, parts: int) -> Sessions:
+        """The lists of some of the users."""
+        some = self.users % parts == part
+        return Sessions(*(getattr(self, name)[some] for name in self.__slots__))
 
     def requests(self, lists: int) -> list[Int32]:
         """As servers get them: [lists, ROW] each."""
@@ -112,22 +126,32 @@ class Sessions:
             return cls(*(arrays[name] for name in cls.__slots__))
 
     @classmethod
-    def of(
-        cls, log: Events, vocabulary: Vocabulary, *, seed: int, active: int = ACTIVE, clicks: int = CLICKS
+    def drawn(
+        cls,
+        log: Events,
+        vocabulary: Vocabulary,
+        *,
+        seed: int,
+        hop: int = 0,
+        active: int = ACTIVE,
+        clicks: int = CLICKS,
+        times: int = TIMES,
     ) -> Sessions:
-        """`active` users, of `clicks` clicks each where the log goes on for so long."""
+        """`times` times `active` users, of `clicks` clicks each where the log goes on for so long; histories
+        shown from their anchors on (`features.anchor`)."""
         rng = np.random.default_rng(seed)
         by_user = np.argsort(log.users, kind="stable")
         users = log.users[by_user]
         starts = np.searchsorted(users, users)  # where the user of each event begins
         left = np.searchsorted(users, users, side="right") - np.arange(len(users))
         able = np.flatnonzero(left >= min(clicks, int(left.max())))
-        first = rng.choice(able, active, replace=len(able) < active)
         session, click = [], []
-        for turn in range(clicks):
-            going = rng.permutation(np.flatnonzero(left[first] > turn))
-            session.append(going)
-            click.append(first[going] + turn)
+        for time in range(times):
+            first = rng.choice(able, active, replace=len(able) < active)
+            for turn in range(clicks):
+                going = rng.permutation(np.flatnonzero(left[first] > turn))
+                session.append(going + time * active)
+                click.append(first[going] + turn)
         last = np.concatenate(click)
         lengths = np.minimum(last - starts[last] + 1, HISTORY)
         back = np.arange(HISTORY) - lengths[:, None] + 1
@@ -135,7 +159,7 @@ class Sessions:
         columns = (log.items, log.categories, log.behaviors, log.timestamps)
         events = np.where((back <= 0)[..., None], np.stack([column[at] for column in columns], axis=2), 0)
         candidates = _candidates(log.items, len(last), rng)
-        rows = _rows(events, lengths, candidates, vocabulary)
+        rows = _rows(events, lengths, candidates, vocabulary, hop)
         return cls(np.concatenate(session), lengths, events, candidates, rows)
 
 
@@ -150,13 +174,14 @@ def _candidates(items: Int64, lists: int, rng: np.random.Generator) -> Int64:
     return chosen
 
 
-def _rows(events: Int64, lengths: Int64, candidates: Int64, vocabulary: Vocabulary) -> Int32:
+def _rows(events: Int64, lengths: Int64, candidates: Int64, vocabulary: Vocabulary, hop: int) -> Int32:
     """[n, ROW], as `features.encoding` has it for the network."""
     flat = events[np.arange(HISTORY) < lengths[:, None]].T
-    arrays = encode_histories(SequenceBatch(lengths, *flat), vocabulary, HISTORY).tensors()
+    shown = from_anchors(SequenceBatch(lengths, *flat), HISTORY, hop)
+    arrays = encode_histories(shown, vocabulary, HISTORY).tensors()
     columns: list[npt.NDArray[Any]] = [arrays[name] for name in COLUMNS]
     columns += [
-        lengths[:, None],
+        shown.lengths[:, None],
         vocabulary.item_rows_of(candidates),
         vocabulary.category_rows_of_items(candidates),
     ]
