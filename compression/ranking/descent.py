@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import torch
@@ -46,6 +47,11 @@ class Effort:
     def samples(self, items: int) -> bool:
         """Whether a catalogue is too large to be compared whole; then its table learns row by row."""
         return items > self.full_softmax_items
+
+
+FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
+TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
+"""For what has been trained and was made smaller."""
 
 
 @flushed()

@@ -8,10 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from compression.ranking.weights import untrained
 from infra.bench.attention import attention
 from infra.bench.table1 import steps as making
 from infra.bench.table1.command import folder_of, table1
-from infra.bench.table1.shapes import QUICK, untrained
+from infra.bench.table1.shapes import QUICK
 from infra.bench.table1.steps import COURSE, METHODS, TRAINED_ON, Progress, Steps, data
 
 

@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,22 +29,21 @@ from compression.logs.dataset import Sequences, build_vocabulary, read_log
 from compression.logs.dataset import split as split_sequences
 from compression.logs.item_lists import is_item_lists
 from compression.logs.synth import SynthSettings, synthesize, write_log
+from compression.ranking.descent import FROM_SCRATCH, TUNING, Effort
 from compression.ranking.judging import Data, Ranks
 from compression.ranking.network import CandidateRanker
-from compression.ranking.training import Effort, fit
+from compression.ranking.training import fit
+from compression.ranking.weights import TABLE, copy, count, load, narrow_table, untrained
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.smaller import packed, pruning, structured
 from compression.smaller.quantization import Grid, aware
 from compression.training.checkpoint import Checkpoints
-from infra.bench.table1.shapes import EIGHT, Shape, untrained
+from infra.bench.table1.shapes import EIGHT, Shape
 
 Say = Callable[[str], None]
-FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
-TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
-TABLE: Final = "network.items"
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,34 +371,3 @@ def grids_of(ranker: CandidateRanker, table: Grid) -> dict[str, Grid]:
         if isinstance(module, nn.Linear) and name.startswith("network.layers")
     }
     return linear | {TABLE: table}
-
-
-@torch.no_grad()
-def narrow_table(student: CandidateRanker, teacher: CandidateRanker) -> None:
-    """Let the student's table begin as the teacher's in its directions of most variance."""
-    table = teacher.network.items.weight
-    _, _, directions = torch.linalg.svd(table.T @ table)
-    student.network.items.weight.copy_(table @ directions[: student.network.config.dim].T)
-
-
-def load(path: Path, config: NetworkConfig) -> CandidateRanker:
-    """A stored ranker; its layers may be smaller than the configuration says."""
-    weights = packed.read(path)
-    ranker = CandidateRanker(RetrievalNetwork(config))
-    own = {name.removeprefix("network."): one for name, one in weights.items() if name.startswith("network.")}
-    structured.fit_to(ranker.network, own)
-    ranker.load_state_dict(weights)
-    return ranker.eval()
-
-
-def copy(ranker: CandidateRanker) -> CandidateRanker:
-    weights: Mapping[str, torch.Tensor] = ranker.state_dict()
-    made = CandidateRanker(RetrievalNetwork(ranker.network.config))
-    own = {name.removeprefix("network."): one for name, one in weights.items() if name.startswith("network.")}
-    structured.fit_to(made.network, own)
-    made.load_state_dict(weights)
-    return made
-
-
-def count(ranker: CandidateRanker) -> int:
-    return sum(parameter.numel() for parameter in ranker.parameters())

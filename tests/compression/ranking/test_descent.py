@@ -6,10 +6,11 @@ import torch
 
 from compression.ranking.descent import Effort, descend
 from compression.ranking.training import fit
+from compression.ranking.weights import untrained
 from compression.smaller.quantization import Grid, aware
 from compression.training.checkpoint import Checkpoints
 from compression.training.optimizer import MAX_NORM, clip
-from infra.bench.table1.shapes import QUICK, untrained
+from infra.bench.table1.shapes import QUICK
 from infra.bench.table1.steps import data
 
 SAMPLED = Effort(epochs=99.0, max_steps=60, learning_rate=5e-3, negatives=64, full_softmax_items=0)
