@@ -48,9 +48,9 @@ MOST_ITEMS: Final = 200_000  # of a log
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """The Baseline's learning rate and dropout; a student's dropout; and how long what is made smaller is
+    """The Baseline's learning rate and dropout; a student's dropout; how long what is made smaller is
     trained, by the Baseline's epochs: after each step of pruning, while weights are rounded, a student, and
-    while a student's weights are rounded."""
+    while a student's weights are rounded; and what share of every window a student does not see."""
 
     learning_rate: float
     dropout: float
@@ -59,11 +59,14 @@ class Course:
     rounding: float
     student: float
     student_rounding: float
+    student_thinned: float = 0.0
 
     @property
     def digest(self) -> str:
         """Six letters that another course does not share."""
-        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:6]
+        # What was trained before windows were thinned is found again.
+        told = astuple(self) if self.student_thinned else astuple(self)[:-1]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
 
 
 COURSE: Final = Course(2e-3, 0.1, 0.1, 0.08, 0.08, 0.6, 0.08)
@@ -219,16 +222,24 @@ class Steps:
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
+        course = self._course
         config = self._shape.student(self._rows)
-        config = config.model_copy(update={"dropout": self._course.student_dropout})
+        config = config.model_copy(update={"dropout": course.student_dropout})
         student = untrained(config, self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, self._course.student, FROM_SCRATCH, teacher=baseline.ranker)
+        effort = replace(FROM_SCRATCH, thinned=course.student_thinned)
+        self._fit(student, course.student, effort, teacher=baseline.ranker)
         grid = Grid(self._shape.student_bits, per_row=True)
-        return self._rounded(student, grid, baseline.ranker, self._course.student_rounding)
+        effort = replace(TUNING, thinned=course.student_thinned)
+        return self._rounded(student, grid, baseline.ranker, course.student_rounding, effort)
 
     def _rounded(
-        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker, part: float
+        self,
+        ranker: CandidateRanker,
+        table: Grid,
+        teacher: CandidateRanker,
+        part: float,
+        effort: Effort = TUNING,
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -239,7 +250,7 @@ class Steps:
             self._fit(
                 ranker,
                 part,
-                TUNING,
+                effort,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
             )
