@@ -8,7 +8,6 @@ candidates as its teacher. What is left in the end is a running mean of the weig
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -17,48 +16,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compression.denormals import flushed
 from compression.evaluation.scoring import to_history
-from compression.logs.dataset import batches, before_last, training_windows
+from compression.logs.dataset import before_last
+from compression.ranking.descent import Effort, descend
 from compression.ranking.judging import Data
 from compression.ranking.losses import taught_softmax
 from compression.ranking.network import CandidateRanker
-from compression.ranking.opinions import KeptStates
-from compression.retrieval.averaging import RunningMean
+from compression.ranking.opinions import MOST_BYTES, KeptStates
 from compression.retrieval.losses import Negatives, full_softmax, shared_negatives
 from compression.retrieval.network import RetrievalNetwork
 from compression.retrieval.step import multiplies_bf16
 from compression.smaller.distil import maps_divergence, opinion_divergence
 from compression.training.checkpoint import Checkpoints
 from compression.training.model import MASKED, History
-from features.encoding import HistoryArrays, encode_histories
+from features.encoding import HistoryArrays
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 OWN = 5  # of a target's rivals are the user's own earlier items
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """How long and how hard. Catalogues up to `full_softmax_items` are compared whole, larger ones by
-    `negatives`; every so many steps (`candidates_every`) candidates compete. Of a teacher: `taught` is its
-    share in what the whole softmax is to be, `opinions` and `maps` weigh what it says of candidates (and
-    negatives) and where it looks. `mean` is the decay of the running mean of weights, a step."""
-
-    epochs: float = 1.0
-    max_steps: int = 10**9
-    learning_rate: float = 2e-3
-    batch_windows: int = 16
-    full_softmax_items: int = 20_000
-    negatives: int = 1_024
-    candidates_every: int = 4
-    positions: int = 2
-    rivals: int = 15
-    taught: float = 0.7
-    opinions: float = 1.0
-    maps: float = 0.1
-    mean: float = 0.99
-    bf16: bool = True
 
 
 def fit(
@@ -91,6 +66,7 @@ def fit(
         progress=progress,
         rng=rng,
         checkpoints=checkpoints,
+        by_rows=_by_rows(ranker.network, data, effort),
     )
     if teacher is not None:
         _keep_maps(ranker, False)
@@ -108,72 +84,13 @@ def fit_retrieval(network: RetrievalNetwork, data: Data, effort: Effort, *, seed
             users = network(history)
         return catalogue(network, users, targets, inside, None)
 
-    return descend(network, loss, data, effort, length=network.config.max_history, rng=rng)
+    length, by_rows = network.config.max_history, _by_rows(network, data, effort)
+    return descend(network, loss, data, effort, length=length, rng=rng, by_rows=by_rows)
 
 
-@flushed()
-def descend(
-    model: nn.Module,
-    loss_of: Callable[[HistoryArrays, int], Tensor],
-    data: Data,
-    effort: Effort,
-    *,
-    length: int,
-    rng: np.random.Generator,
-    after_step: Callable[[], None] = lambda: None,
-    progress: Callable[[int, int], None] = lambda taken, last: None,
-    checkpoints: Checkpoints | None = None,
-) -> int:
-    """Train for the epochs, windows in new order in each; the steps that were taken. The learning rate
-    rises over the first steps and falls to nothing with the last. `loss_of` is told the step's number, from
-    1 on."""
-    torch.manual_seed(int(rng.integers(2**62)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=effort.learning_rate, weight_decay=0.0, fused=True)
-    mean = RunningMean(model, effort.mean)
-    checkpoints = checkpoints or Checkpoints()
-    at = checkpoints.restore(model, [optimizer])
-    steps: int = sum(epoch["steps"] for epoch in at.done) + at.step
-    if at.kept:
-        mean.load(at.kept["mean"], steps)
-    at.kept = {"mean": mean.weights}
-    last = at.done[0]["last"] if at.done else steps + 1
-    model.train()
-    while steps < last:
-        at.begin_epoch(rng)
-        starts, ends = training_windows(data.sequences, data.split.train_ends, length, rng)
-        if not at.done:
-            a_pass = -(-len(starts) // effort.batch_windows)
-            last = min(effort.max_steps, max(1, round(effort.epochs * a_pass)))
-        order = list(batches(starts, ends, effort.batch_windows, rng))
-        checkpoints.resume_rng(rng)
-        for batch_starts, batch_ends in order[at.step : at.step + last - steps]:
-            steps += 1
-            warm, left = steps / min(50, 1 + last // 10), (last - steps + 1) / last
-            for group in optimizer.param_groups:
-                group["lr"] = effort.learning_rate * min(1.0, warm) * left
-            width = int((batch_ends - batch_starts).max())
-            windows = encode_histories(
-                data.sequences.windows(batch_starts, batch_ends), data.vocabulary, width
-            )
-            loss = loss_of(windows, steps)
-            optimizer.zero_grad(set_to_none=True)
-            torch.autograd.backward(loss)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            after_step()
-            mean.update()
-            at.step += 1
-            progress(steps, last)
-            if steps < last:
-                checkpoints.offer(model, [optimizer], rng, at)
-        at.done.append({"steps": at.step, "last": last})
-        at.end_epoch()
-    checkpoints.keep(model, [optimizer], rng, at)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.copy_(mean.weights[name])
-    model.eval()
-    return steps
+def _by_rows(network: RetrievalNetwork, data: Data, effort: Effort) -> nn.Embedding | None:
+    """The table, where a step touches few of its rows."""
+    return network.items if effort.samples(data.known) and isinstance(network.items, nn.Embedding) else None
 
 
 def _autocast(effort: Effort) -> torch.autocast:
@@ -197,7 +114,7 @@ class _Catalogue:
         self._effort, self._rng = effort, rng
         self._rows = torch.arange(1, data.known + 1)
         self.low = torch.bfloat16 if effort.bf16 and multiplies_bf16() else torch.float32
-        self._whole = data.known <= effort.full_softmax_items
+        self._whole = not effort.samples(data.known)
         self._negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
 
     def draw(self) -> Tensor:
@@ -223,12 +140,14 @@ class _Catalogue:
             known = (teacher[1][inside].float(), teacher[0].items.weight[1 : len(self._rows) + 1])
             return taught_softmax(asked, table, places, known, share=self._effort.taught, low=self.low)
         drawn = self._negatives.draw(self._rng)
-        table = network.items.weight[1 : len(self._rows) + 1]
-        loss = shared_negatives(asked, table, places, drawn, self._negatives.log_expected)
+        wanted, found = torch.unique(torch.cat([places, drawn]), return_inverse=True)
+        table = network.items(wanted + 1)
+        own, others = found.split([len(places), len(drawn)])
+        loss = shared_negatives(asked, table, own, others, self._negatives.log_expected[wanted])
         if teacher is None:
             return loss
         opinion = teacher[1][inside].float() @ teacher[0].items.weight[drawn + 1].T
-        said = opinion_divergence(asked @ network.items(drawn + 1).T, opinion)
+        said = opinion_divergence(asked @ table[others].T, opinion)
         return loss + self._effort.opinions * said
 
 
@@ -241,7 +160,10 @@ class _Losses:
         self._effort, self._rng, self._known = effort, rng, data.known
         self._catalogue = _Catalogue(data, effort, rng)
         self._teacher = teacher
-        self._states = None if teacher is None else KeptStates(teacher.network, self._catalogue.low)
+        self._states = None
+        if teacher is not None:
+            room = 0 if effort.thinned else MOST_BYTES  # no window comes again
+            self._states = KeptStates(teacher.network, self._catalogue.low, room)
 
     def __call__(self, ranker: CandidateRanker, windows: HistoryArrays, step: int) -> Tensor:
         history, targets, inside, events = _asked(windows, self._known)

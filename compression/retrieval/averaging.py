@@ -25,10 +25,10 @@ def mean(of: Sequence[Weights]) -> Weights:
 
 class RunningMean:
     """mean ← decay · mean + (1 - decay) · weights after every step; over the first steps the decay is
-    lower, so that where training began is soon forgotten."""
+    lower, so that where training began is soon forgotten. Of what is `left_out` no mean is taken."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        self._live = dict(network.named_parameters())
+    def __init__(self, network: nn.Module, decay: float, left_out: Tensor | None = None) -> None:
+        self._live = {name: one for name, one in network.named_parameters() if one is not left_out}
         self.weights = {name: tensor.detach().clone() for name, tensor in self._live.items()}
         self._decay = decay
         self.steps = 0

@@ -51,7 +51,7 @@ class Optimizer:
         """Apply the gradients, and return the `numbers` summed over the processes. `touched`: rows of the
         item table that have a gradient in any process, ascending; None: all of them."""
         told = self._summed(touched, numbers) if self._group.size > 1 else [float(one) for one in numbers]
-        self._clip()
+        clip(list(self._model.parameters()), self._table if self._by_rows else None)
         for part in self.parts:
             part.step()
         return told
@@ -89,18 +89,20 @@ class Optimizer:
         found = torch.zeros(len(rows), table.shape[1], dtype=table.dtype, device=table.device)
         return found.index_copy_(0, torch.searchsorted(rows, ours.indices()[0]), ours.values())
 
-    def _clip(self) -> None:
-        if not self._by_rows:
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), MAX_NORM)
-            return
-        assert self._table.grad is not None
-        self._table.grad = self._table.grad.coalesce()
-        rest = [p for p in self._model.parameters() if p is not self._table]
-        dense = [p.grad for p in rest if p.grad is not None]
-        values = self._table.grad.values()
-        norm = math.hypot(float(torch.nn.utils.get_total_norm(dense)), float(values.norm()))
-        torch.nn.utils.clip_grads_with_norm_(rest, MAX_NORM, torch.tensor(norm))
-        values.mul_(min(1.0, MAX_NORM / (norm + 1e-6)))
+
+def clip(parameters: Sequence[torch.nn.Parameter], by_rows: Tensor | None) -> None:
+    """All gradients made smaller alike where their norm is above `MAX_NORM`; that of `by_rows` is sparse."""
+    if by_rows is None:
+        torch.nn.utils.clip_grad_norm_(parameters, MAX_NORM)
+        return
+    assert by_rows.grad is not None
+    by_rows.grad = by_rows.grad.coalesce()
+    rest = [p for p in parameters if p is not by_rows]
+    dense = [p.grad for p in rest if p.grad is not None]
+    values = by_rows.grad.values()
+    norm = math.hypot(float(torch.nn.utils.get_total_norm(dense)), float(values.norm()))
+    torch.nn.utils.clip_grads_with_norm_(rest, MAX_NORM, torch.tensor(norm))
+    values.mul_(min(1.0, MAX_NORM / (norm + 1e-6)))
 
 
 def _parameter_groups(model: Recommender, recipe: Recipe, left_out: Tensor | None) -> list[dict[str, object]]:

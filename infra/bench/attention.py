@@ -14,7 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from compression.attention.variants import Variant, all_variants
-from compression.ranking.training import Effort, fit_retrieval
+from compression.ranking.descent import Effort
+from compression.ranking.training import fit_retrieval
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from infra.bench import options as bench_options
 from infra.bench import report

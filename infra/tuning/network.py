@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from compression.attention.full import FullAttention
 from compression.errors import ArtefactInvalid
+from compression.ranking.descent import FROM_SCRATCH, TUNING
 from compression.ranking.graph import Form, graph
 from compression.ranking.judging import Data
 from compression.ranking.network import CandidateRanker
 from compression.ranking.training import fit
+from compression.ranking.weights import TABLE, copy, narrow_table, untrained
 from compression.retrieval.network import Layer
 from compression.smaller import packed, product_codes, pruning, structured
 from compression.smaller.quantization import Grid, aware
-from infra.bench.table1.shapes import untrained
-from infra.bench.table1.steps import FROM_SCRATCH, TABLE, TUNING, copy, narrow_table
 from infra.tuning.recipe import Recipe
 
 _TIMED: Final = 15

@@ -8,10 +8,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from compression.ranking.weights import untrained
 from infra.bench.attention import attention
 from infra.bench.table1 import steps as making
 from infra.bench.table1.command import folder_of, table1
-from infra.bench.table1.shapes import QUICK, untrained
+from infra.bench.table1.shapes import QUICK
 from infra.bench.table1.steps import COURSE, METHODS, TRAINED_ON, Progress, Steps, data
 
 
@@ -41,6 +42,8 @@ def test_what_was_trained_otherwise_is_kept_elsewhere(monkeypatch):
     assert folder_of("quick", None, 2, 1) != before
     monkeypatch.undo()
     assert folder_of("quick", None, 2, 1) == before
+    # What was trained before a course could say how windows are thinned is still found.
+    assert COURSE.digest == "73a07f" != replace(COURSE, student_thinned=0.1).digest
 
 
 def test_steps_that_were_taken_are_not_taken_again(steps):

@@ -9,8 +9,9 @@ from optuna.trial import TrialState
 
 from compression.errors import ArtefactInvalid
 from compression.ranking.graph import FORMS
-from infra.bench.table1.shapes import QUICK, untrained
-from infra.bench.table1.steps import TABLE, Steps, data
+from compression.ranking.weights import TABLE, untrained
+from infra.bench.table1.shapes import QUICK
+from infra.bench.table1.steps import Steps, data
 from infra.commands.tune import tune
 from infra.tuning import network
 from infra.tuning.recipe import Recipe

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-import torch
-
-from compression.attention.full import FullAttention
-from compression.ranking.network import CandidateRanker
-from compression.retrieval.network import NetworkConfig, RetrievalNetwork
+from compression.retrieval.network import NetworkConfig
 from compression.smaller.quantization import Grid
 
 
@@ -75,11 +71,3 @@ QUICK: Final = Shape(
 SHAPES: Final = {shape.name: shape for shape in (FULL, SMALL, QUICK)}
 
 EIGHT: Final = Grid(8, per_row=True)
-
-
-def untrained(config: NetworkConfig, seed: int) -> CandidateRanker:
-    """Random weights: enough for all that does not depend on what was learned."""
-    torch.manual_seed(seed)
-    ranker = CandidateRanker(RetrievalNetwork(config))
-    assert all(isinstance(layer.attention, FullAttention) for layer in ranker.layers)
-    return ranker.eval()

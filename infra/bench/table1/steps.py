@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -29,29 +29,28 @@ from compression.logs.dataset import Sequences, build_vocabulary, read_log
 from compression.logs.dataset import split as split_sequences
 from compression.logs.item_lists import is_item_lists
 from compression.logs.synth import SynthSettings, synthesize, write_log
+from compression.ranking.descent import FROM_SCRATCH, TUNING, Effort
 from compression.ranking.judging import Data, Ranks
 from compression.ranking.network import CandidateRanker
-from compression.ranking.training import Effort, fit
+from compression.ranking.training import fit
+from compression.ranking.weights import TABLE, copy, count, load, narrow_table, untrained
 from compression.retrieval.network import NetworkConfig, RetrievalNetwork
 from compression.smaller import packed, pruning, structured
 from compression.smaller.quantization import Grid, aware
 from compression.training.checkpoint import Checkpoints
-from infra.bench.table1.shapes import EIGHT, Shape, untrained
+from infra.bench.table1.shapes import EIGHT, Shape
 
 Say = Callable[[str], None]
-FROM_SCRATCH: Final = Effort(learning_rate=2e-3, batch_windows=16)
-TUNING: Final = Effort(learning_rate=1e-3, batch_windows=32)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
-TABLE: Final = "network.items"
 
 
 @dataclass(frozen=True, slots=True)
 class Course:
-    """The Baseline's learning rate and dropout; a student's dropout; and how long what is made smaller is
+    """The Baseline's learning rate and dropout; a student's dropout; how long what is made smaller is
     trained, by the Baseline's epochs: after each step of pruning, while weights are rounded, a student, and
-    while a student's weights are rounded."""
+    while a student's weights are rounded; and what share of every window a student does not see."""
 
     learning_rate: float
     dropout: float
@@ -60,11 +59,14 @@ class Course:
     rounding: float
     student: float
     student_rounding: float
+    student_thinned: float = 0.0
 
     @property
     def digest(self) -> str:
         """Six letters that another course does not share."""
-        return hashlib.sha256(repr(astuple(self)).encode()).hexdigest()[:6]
+        # What was trained before windows were thinned is found again.
+        told = astuple(self) if self.student_thinned else astuple(self)[:-1]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
 
 
 COURSE: Final = Course(2e-3, 0.1, 0.1, 0.08, 0.08, 0.6, 0.08)
@@ -220,16 +222,24 @@ class Steps:
 
     def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
+        course = self._course
         config = self._shape.student(self._rows)
-        config = config.model_copy(update={"dropout": self._course.student_dropout})
+        config = config.model_copy(update={"dropout": course.student_dropout})
         student = untrained(config, self._seed + 1)
         narrow_table(student, baseline.ranker)
-        self._fit(student, self._course.student, FROM_SCRATCH, teacher=baseline.ranker)
+        effort = replace(FROM_SCRATCH, thinned=course.student_thinned)
+        self._fit(student, course.student, effort, teacher=baseline.ranker)
         grid = Grid(self._shape.student_bits, per_row=True)
-        return self._rounded(student, grid, baseline.ranker, self._course.student_rounding)
+        effort = replace(TUNING, thinned=course.student_thinned)
+        return self._rounded(student, grid, baseline.ranker, course.student_rounding, effort)
 
     def _rounded(
-        self, ranker: CandidateRanker, table: Grid, teacher: CandidateRanker, part: float
+        self,
+        ranker: CandidateRanker,
+        table: Grid,
+        teacher: CandidateRanker,
+        part: float,
+        effort: Effort = TUNING,
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -240,7 +250,7 @@ class Steps:
             self._fit(
                 ranker,
                 part,
-                TUNING,
+                effort,
                 teacher=teacher,
                 after_step=lambda: pruning.apply(ranker, kept),
             )
@@ -372,34 +382,3 @@ def grids_of(ranker: CandidateRanker, table: Grid) -> dict[str, Grid]:
         if isinstance(module, nn.Linear) and name.startswith("network.layers")
     }
     return linear | {TABLE: table}
-
-
-@torch.no_grad()
-def narrow_table(student: CandidateRanker, teacher: CandidateRanker) -> None:
-    """Let the student's table begin as the teacher's in its directions of most variance."""
-    table = teacher.network.items.weight
-    _, _, directions = torch.linalg.svd(table.T @ table)
-    student.network.items.weight.copy_(table @ directions[: student.network.config.dim].T)
-
-
-def load(path: Path, config: NetworkConfig) -> CandidateRanker:
-    """A stored ranker; its layers may be smaller than the configuration says."""
-    weights = packed.read(path)
-    ranker = CandidateRanker(RetrievalNetwork(config))
-    own = {name.removeprefix("network."): one for name, one in weights.items() if name.startswith("network.")}
-    structured.fit_to(ranker.network, own)
-    ranker.load_state_dict(weights)
-    return ranker.eval()
-
-
-def copy(ranker: CandidateRanker) -> CandidateRanker:
-    weights: Mapping[str, torch.Tensor] = ranker.state_dict()
-    made = CandidateRanker(RetrievalNetwork(ranker.network.config))
-    own = {name.removeprefix("network."): one for name, one in weights.items() if name.startswith("network.")}
-    structured.fit_to(made.network, own)
-    made.load_state_dict(weights)
-    return made
-
-
-def count(ranker: CandidateRanker) -> int:
-    return sum(parameter.numel() for parameter in ranker.parameters())

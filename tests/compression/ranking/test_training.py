@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from compression.ranking.descent import Effort
 from compression.ranking.network import CandidateRanker
-from compression.ranking.training import Effort, fit, fit_retrieval
+from compression.ranking.training import fit, fit_retrieval
+from compression.ranking.weights import untrained
 from compression.retrieval.network import RetrievalNetwork
 from compression.training.checkpoint import Checkpoints
-from infra.bench.table1.shapes import QUICK, untrained
+from infra.bench.table1.shapes import QUICK
 from infra.bench.table1.steps import data
 
 EFFORT = Effort(epochs=99.0, max_steps=60, learning_rate=5e-3, negatives=128)
