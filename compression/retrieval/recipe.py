@@ -152,14 +152,21 @@ RECIPES: Final = {
     ),
     "full": RetrievalRecipe(),
     "laptop": RetrievalRecipe(epochs=20, max_core_minutes=4.0, max_history=100, averaged=3, patience=4),
-    # What serves a click by appending it: no positions, and no more events than a worker keeps of a user.
+    # What serves a click by appending it, and people who come back: no positions, no more events than a
+    # worker keeps of a user, attention that begins as a mean of recent events, judged with items seen before.
     "stream": RetrievalRecipe(
         positions=False,
         behaviors=True,
         gaps=True,
-        epochs=20,
+        recency=1.0,
+        seen="ranked",
+        counts=None,
+        batch_windows=16,
+        learning_rate=2e-3,
+        epochs=8,
         max_core_minutes=4.0,
         max_history=100,
+        judge_limit=2_000,
         averaged=3,
         patience=4,
     ),

@@ -1,9 +1,11 @@
-"""A released version of two retrieval networks with random weights, over the vocabulary of these tests."""
+"""Released versions of retrieval networks with random weights, over the vocabulary of these tests: of two,
+and of one that events are appended to."""
 
 from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,15 +17,22 @@ from features.fusion import Fusion
 from tests.inference.conftest import ITEMS, MAX_HISTORY, vocabulary
 
 NAME = "20260303T000000-both"
+BOTH: tuple[dict[str, Any], ...] = (
+    {"dim": 16, "heads": 2},
+    {"dim": 8, "layers": 1, "activation": "relu", "gaps": True},
+)
+ONE: tuple[dict[str, Any], ...] = (
+    {"dim": 16, "heads": 2, "positions": False, "gaps": True, "behaviors": True},
+)
 
 
-def retriever(seed: int = 3) -> Retriever:
-    """Networks of two shapes whose scores are as far apart as those of trained ones."""
+def retriever(sizes: tuple[dict[str, Any], ...] = BOTH, seed: int = 3) -> Retriever:
+    """Networks whose scores are as far apart as those of trained ones."""
     torch.manual_seed(seed)
     rows = vocabulary().item_rows
     networks = [
-        RetrievalNetwork(NetworkConfig(**sizes, ffn=24, max_history=MAX_HISTORY, item_rows=rows))
-        for sizes in ({"dim": 16, "heads": 2}, {"dim": 8, "layers": 1, "activation": "relu", "gaps": True})
+        RetrievalNetwork(NetworkConfig(**one, ffn=24, max_history=MAX_HISTORY, item_rows=rows))
+        for one in sizes
     ]
     with torch.no_grad():
         for network in networks:
@@ -34,11 +43,17 @@ def retriever(seed: int = 3) -> Retriever:
     return Retriever(networks).eval()
 
 
-def publish(root: Path, name: str = NAME, *, fusion: Fusion | None = None) -> Retriever:
+def publish(
+    root: Path,
+    name: str = NAME,
+    sizes: tuple[dict[str, Any], ...] = BOTH,
+    *,
+    fusion: Fusion | None = None,
+) -> Retriever:
     """Publish it without promoting."""
-    made, words = retriever(), vocabulary()
-    first, second = (network.config for network in made.members)
-    config = RetrievalConfig(network=first, more=(second,), counts=None, fusion_weight=0.0, fitted="train")
+    made, words = retriever(sizes), vocabulary()
+    first, *more = (network.config for network in made.members)
+    config = RetrievalConfig(network=first, more=tuple(more), counts=None, fusion_weight=0.0, fitted="train")
     with tempfile.TemporaryDirectory() as folder:
         graphs = stage(made, config, words, Path(folder))
         manifest = Manifest(

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 from compression.releases.registry import ModelShape, Registry
-from features.sequence import NARROW, NARROW_EVENT, WIDE, count_events, newest_events, pack_event, pack_fence
+from features.anchor import anchors
+from features.sequence import (
+    NARROW,
+    NARROW_EVENT,
+    WIDE,
+    count_events,
+    newest_events,
+    pack_event,
+    pack_fence,
+    unpack,
+)
 from features.statistics import ItemStatistics
 from inference import metrics
 from inference.derived import Derived
@@ -22,6 +32,7 @@ from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
 from inference.user_cache import UserCache
 from tests.inference.conftest import ITEMS, MAX_HISTORY, NOW_S
+from topics.messages import BEHAVIORS
 
 SETTINGS = InferenceSettings(
     engine="onnx",
@@ -40,8 +51,8 @@ OUTCOMES = ("hit", "append", "miss")
 class Version:
     """A ranker on one engine, for which appending is declared to be cheap, or not to be."""
 
-    def __init__(self, root: Path, *, cache_mb: float = 16.0, alias: str = "serving") -> None:
-        settings = SETTINGS.model_copy(update={"cache_mb": cache_mb})
+    def __init__(self, root: Path, *, cache_mb: float = 16.0, alias: str = "serving", hop: int = 0) -> None:
+        settings = SETTINGS.model_copy(update={"cache_mb": cache_mb, "history_hop": hop})
         self.ranker = Ranker.open(root, alias, settings=settings)
         warmed = self.ranker.warm("onnx")
         cost_s = {
@@ -211,6 +222,44 @@ def test_whatever_is_not_the_same_history_or_a_longer_one_is_encoded(
     assert outcomes() == {"hit": 0, "append": 1, "miss": 1}
     cached.rank([ask(3, full)], statistics)
     assert outcomes() == {"hit": 0, "append": 0, "miss": 1}
+
+
+def test_a_window_that_slides_is_appended_to_where_it_starts_at_an_anchor(
+    registry: Registry, statistics: ItemStatistics, outcomes: Any
+) -> None:
+    """The same is shown, whether anything is kept or not."""
+    hop, users, clicks = MAX_HISTORY // 2, 12, 60
+    cached, plain = (Version(registry.root, cache_mb=cache_mb, hop=hop) for cache_mb in (16.0, 0.0))
+    made = events(np.random.default_rng(13), (users, MAX_HISTORY + clicks))
+    for number in range(clicks):
+        requests = [
+            ask(user, made[user, number : MAX_HISTORY + number], candidates=ASKED[:: 1 - 2 * (number % 2)])
+            for user in range(users)
+        ]
+        scores = cached.scores(requests, statistics)
+        assert np.abs(scores - plain.scores(requests, statistics)).max() <= EXACT
+    counted = outcomes()
+    assert counted["append"] > 0.85 * users * (clicks - 1), counted
+
+
+def test_what_was_bought_before_the_anchor_is_not_recommended(
+    registry: Registry, statistics: ItemStatistics
+) -> None:
+    version = Version(registry.root, hop=MAX_HISTORY // 2)
+    rng = np.random.default_rng(17)
+    for _ in range(40):
+        made = events(rng, MAX_HISTORY)
+        made["item"] = rng.choice(ITEMS, MAX_HISTORY)
+        made["category_behavior"] &= 2**30 - 1
+        if anchors(unpack([packed(made)]), MAX_HISTORY, MAX_HISTORY // 2)[0]:
+            break
+    (before,) = version.rank([ask(1, made, candidates=None, k=200)], statistics)
+    best = next(place for place, item in enumerate(made["item"]) if item in before.items)
+    made["item"][0] = made["item"][best]
+    made["category_behavior"][0] |= BEHAVIORS.index("buy") << 30
+    (after,) = version.rank([ask(1, made, candidates=None, k=200)], statistics)
+    assert made["item"][0] in before.items
+    assert made["item"][0] not in after.items
 
 
 def test_the_clicks_of_one_user_in_one_batch_each_have_their_own_scores(

@@ -22,10 +22,12 @@ import pytest
 from aiohttp import web
 
 from compression.releases.registry import Registry
+from features.anchor import from_anchors
 from features.encoding import encode_histories
 from features.sequence import unpack
 from inference.buckets import HISTORIES
 from inference.engines.base import TOLERANCE
+from inference.settings import InferenceSettings
 from infra.bench.serve import payload
 from infra.bench.serve.arms import Arm, NoServer, OurServer, Served, spawn_server
 from infra.bench.serve.arrivals import BURST_S, bursty
@@ -279,10 +281,15 @@ async def test_a_grpc_call_that_fails_has_no_answer() -> None:
 # Arms --------------------------------------------------------------------------------------------
 
 
+HOP = InferenceSettings().history_hop
+
+
 @pytest.fixture(scope="module")
 def sessions(registry: Path) -> Sessions:
     vocabulary = Registry(registry).open().vocabulary()
-    return Sessions.drawn(Events.drawn(vocabulary, seed=1), vocabulary, seed=1, active=200, clicks=5, times=1)
+    return Sessions.drawn(
+        Events.drawn(vocabulary, seed=1), vocabulary, seed=1, hop=HOP, active=200, clicks=5, times=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +338,8 @@ def test_every_arm_asks_for_the_same_lists(registry: Path, sessions: Sessions) -
     """What the servers get as table rows, the in-process path gets as ids; both mean the same."""
     vocabulary = Registry(registry).open().vocabulary()
     tensors = payload.tensors(sessions.rows)
-    histories = encode_histories(unpack(list(sessions.sequences())), vocabulary, HISTORY)
+    shown = from_anchors(unpack(list(sessions.sequences())), HISTORY, HOP)
+    histories = encode_histories(shown, vocabulary, HISTORY)
     for name in ("items", "categories", "behaviors", "gaps", "lengths"):
         assert np.array_equal(getattr(histories, name), tensors[name]), name
     assert np.array_equal(vocabulary.item_rows_of(sessions.candidates), tensors["candidates"])
@@ -355,7 +363,7 @@ def test_the_path_without_a_server_answers_under_load(
     registry: Path, sessions_file: Path, cache_mb: float
 ) -> None:
     arm = NoServer("in-process", cache_mb=cache_mb)
-    with running(arm, registry, sessions_file, lists=4, workers=1) as up:
+    with running(arm, registry, sessions_file, lists=4, workers=2) as up:
         found = up.step(200, seconds=1.0, seed=1)
     assert up.difference <= TOLERANCE[arm.precision]
     assert found.requests > 20
@@ -466,3 +474,18 @@ def test_a_rival_that_cannot_be_installed_is_named(tmp_path: Path, monkeypatch: 
     with pytest.raises(CannotInstall, match=r"nobody cannot be installed: .*no-such-package"):
         ensure("nobody", [f"{tmp_path}/no-such-package"])
     assert not (tmp_path / "rivals" / "nobody" / "installed").exists()
+
+
+def test_processes_share_the_users_and_a_schedule(sessions: Sessions) -> None:
+    parts = [sessions.of(part, 3) for part in range(3)]
+    assert sum(map(len, parts)) == len(sessions)
+    assert not set(parts[0].users.tolist()) & set(parts[1].users.tolist())
+    steps = [
+        Step(100.0, 90.0, 50, 0, 2.0, 9.0, 1.0, client_cpu_us=10.0),
+        Step(100.0, 40.0, 50, 30, 5.0, 70.0, 0.5, client_cpu_us=45.0),
+    ]
+    both = Step.together(steps)
+    assert (both.lists_per_s, both.goodput, both.requests, both.failed) == (200.0, 130.0, 100, 30)
+    assert (both.p50_ms, both.p99_ms, both.behind_p99_ms) == (5.0, 70.0, 1.0)
+    assert both.client_cpu_us == 20.0
+    assert not both.kept_up
