@@ -196,6 +196,7 @@ def retrain(
     tailrace retrain --log clicks.csv
     tailrace retrain --log UserBehavior.csv.gz --recipe full --max-minutes 30
     tailrace retrain --log clicks.csv --compress all
+    tailrace retrain --log clicks.csv --network retrieval --recipe stream
     tailrace retrain --log ratings.txt --network retrieval --recipe ml-1m
     tailrace retrain --log clicks.csv --goal buy=4 --goal cart=2 --processes 2
     torchrun --nproc-per-node 2 -m -- infra.cli retrain --log clicks.csv
