@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from compression.releases.registry import Artefact, FileEntry
 from features.encoding import Vocabulary
 from inference.engines.model_file import check_graph, read_graph
+from inference.settings import InferenceSettings
 from infra.export import onnxruntime_web, vocabulary_file
 from infra.export.folder import MANIFEST, ExportFailed, check_free, entries, write_folder
 from infra.export.parity import Run, rank_inputs, reference
@@ -58,6 +59,8 @@ class EdgeManifest(BaseModel):
     released_manifest_sha256: str
     graph: str = GRAPH
     max_history: int
+    history_hop: int = 0
+    """By how many events a full history may start later (`features.anchor`)."""
     behaviors: tuple[str, ...] = BEHAVIORS
     numbers: Numbers
     items: int
@@ -100,6 +103,7 @@ def export(
         version=artefact.version,
         released_manifest_sha256=artefact.manifest_sha256,
         max_history=longest,
+        history_hop=InferenceSettings().hop_of(artefact.manifest, longest),
         numbers=numbers,
         items=len(kept.item_ids),
         max_difference=difference,

@@ -78,8 +78,8 @@ export class Ranker {
   }
 
   #inputs(history, asked) {
-    const { max_history, behaviors } = this.manifest;
-    const events = history.slice(-max_history);
+    const { max_history, history_hop = 0, behaviors } = this.manifest;
+    const events = fromAnchor(history.slice(-max_history), max_history, history_hop);
     const slots = Math.max(1, events.length);
     const row = () => new Int32Array(slots);
     const columns = { items: row(), categories: row(), behaviors: row(), gaps: row() };
@@ -151,6 +151,26 @@ function mix(id) {
   x = u64((x ^ (x >> 30n)) * 0xbf58476d1ce4e5b9n);
   x = u64((x ^ (x >> 27n)) * 0x94d049bb133111ebn);
   return (x ^ (x >> 31n)) >> 1n;
+}
+
+// A full history starts at the event with the lowest hash among the oldest `hop` + 1, as the server's does.
+function fromAnchor(events, longest, hop) {
+  if (hop === 0 || events.length < longest) return events;
+  let start = 0;
+  let lowest = null;
+  events.slice(0, hop + 1).forEach((event, place) => {
+    const hash = hashOf(asId(event.item_id), BigInt(asTime(event.timestamp)));
+    if (lowest === null || hash < lowest) [start, lowest] = [place, hash];
+  });
+  return events.slice(start);
+}
+
+function hashOf(item, timestamp) {
+  const u64 = (x) => BigInt.asUintN(64, x);
+  let x = u64(item * 0x9e3779b97f4a7c15n);
+  x = u64((x ^ (x >> 29n)) + timestamp);
+  x = u64(x * 0xc2b2ae3d27d4eb4fn);
+  return x ^ (x >> 29n);
 }
 
 // 1 + floor(log2(1 + gap)), at most 31; 0 for the first event. A clock that ran backwards is no gap.

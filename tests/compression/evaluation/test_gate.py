@@ -127,7 +127,7 @@ def test_a_slow_version_is_refused_for_its_latency(served, tmp_path):
 
 
 def test_a_version_that_has_become_nan_is_refused_before_it_is_compared(served, tmp_path, monkeypatch):
-    from compression.retraining import pipeline
+    from compression.retraining import steps
 
     def spoilt(model, vocabulary, folder, **how):
         graphs = stage(model, vocabulary, folder, **how)
@@ -136,8 +136,8 @@ def test_a_version_that_has_become_nan_is_refused_before_it_is_compared(served, 
         np.save(folder / "item_table.npy", table)
         return graphs
 
-    stage = pipeline.stage
-    monkeypatch.setattr(pipeline, "stage", spoilt)
+    stage = steps.stage
+    monkeypatch.setattr(steps, "stage", spoilt)
     error, _ = again(served, tmp_path)
     assert isinstance(error, GateRefused)
     assert error.verdict.refusals == ["finite: 1 numbers that are not finite"]
