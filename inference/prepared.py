@@ -167,9 +167,13 @@ def _make(folder: Path, artefact: Artefact, wanted: Wanted, made_from: Mapping[s
         artefact.read_all()  # what was not read above
         files = {str(path.relative_to(work)): _entry(path) for path in _files(work)}
         (work / RECORD).write_text(json.dumps({"made_from": made_from, "files": files}, indent=1))
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            work.rename(folder)
+        if not _is_whole(folder, made_from):  # another process was faster
+            shutil.rmtree(folder, ignore_errors=True)
+            try:
+                work.rename(folder)
+            except OSError:  # within this moment, and so that the folder is not empty
+                if not _is_whole(folder, made_from):
+                    raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -16,7 +16,7 @@ import onnx
 import psutil
 import pytest
 
-from compression.releases.registry import Registry
+from compression.releases.registry import Artefact, Registry
 from features.settings import FeatureSettings
 from inference import engines, plane, preparing
 from inference import prepared as prepared_versions
@@ -109,6 +109,38 @@ def test_what_is_whole_is_not_made_again(wanted, made, tmp_path):
     prepare(replace(wanted, exact_until=200), tmp_path / "cache")
     prepare(replace(wanted, engines=(("onnx", EngineOptions(threads=2)),)), tmp_path / "cache")
     assert len(made) == 3
+
+
+@pytest.mark.parametrize("moment", ["before it looks", "before it renames"])
+def test_two_processes_that_begin_together_both_have_what_the_faster_one_made(
+    wanted, tmp_path, monkeypatch, moment
+):
+    """Two workers that start with nothing prepared: to rename onto a folder that is not empty is an error."""
+    cache, others = tmp_path / "cache", []
+    read_all, rmtree = Artefact.read_all, shutil.rmtree
+
+    def meanwhile() -> None:
+        monkeypatch.undo()
+        others.append(prepare(wanted, cache))
+
+    def read(artefact: Artefact) -> None:
+        read_all(artefact)
+        meanwhile()
+
+    def tidied(folder: Path, **how: bool) -> None:
+        rmtree(folder, **how)
+        meanwhile()
+
+    if moment == "before it looks":
+        monkeypatch.setattr(Artefact, "read_all", read)
+    else:
+        monkeypatch.setattr(shutil, "rmtree", tidied)
+    mine = prepare(wanted, cache)
+    assert others == [mine]
+    assert prepared_versions._is_whole(
+        mine.folder, prepared_versions._made_from(Registry(wanted.registry).open(), wanted)
+    )
+    assert sorted(mine.folder.parent.iterdir()) == [mine.folder]
 
 
 @pytest.mark.parametrize("damage", ["changed", "longer", "added", "removed", "no record", "a link", "claims"])
