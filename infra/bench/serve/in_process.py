@@ -2,9 +2,9 @@
 
 python -m infra.bench.serve.in_process REGISTRY SESSIONS LISTS CACHE_MB PART PARTS. One of several processes
 with one lane each, as `tailrace worker --workers` has them: its users are its own, as those of a partition
-are. The first line it writes says how far its scores lie from ONNX Runtime's; steps and results follow as
-`driver` says. It does more than the servers do: it starts from packed histories and item ids, and ends
-with ordered lists.
+are, and of the candidates it lists as many as the stream does. The first line it writes says how far its
+scores lie from ONNX Runtime's; steps and results follow as `driver` says. It does more than the servers do:
+it starts from packed histories and item ids, and ends with ordered lists.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import uvloop
@@ -33,6 +34,9 @@ from infra.bench.serve.driver import Done, drive
 from infra.bench.serve.parity import COMPARED, difference, expected_scores
 from infra.bench.serve.sessions import ACTIVE, Sessions
 from infra.bench.serve.shape import CANDIDATES, MAX_LISTS
+from stream.settings import StreamSettings
+
+LISTED: Final = StreamSettings().k
 
 
 class InProcess:
@@ -50,13 +54,13 @@ class InProcess:
         self._sessions = 1 + max(self._users)
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def requests(self, number: int) -> list[RankRequest]:
+    def requests(self, number: int, k: int = LISTED) -> list[RankRequest]:
         turn, place = divmod(number, len(self._users) // self._lists)
         return [
             RankRequest(
                 self._users[at] + turn * self._sessions,
                 self._sequences[at],
-                CANDIDATES,
+                k,
                 self._candidates[at],
             )
             for at in range(place * self._lists, (place + 1) * self._lists)
@@ -76,7 +80,7 @@ class InProcess:
 
     async def scores(self, number: int) -> payload.Float32:
         """[lists, CANDIDATES] in the order asked; without a score where there is no answer."""
-        asked = self.requests(number)
+        asked = self.requests(number, CANDIDATES)
         answers = await self._plane.rank(asked, self._version)
         return np.array(
             [
