@@ -14,7 +14,6 @@ from compression.denormals import flushed
 from compression.logs.dataset import batches, training_windows
 from compression.ranking.judging import Data
 from compression.retrieval.averaging import RunningMean
-from compression.retrieval.step import without
 from compression.training.checkpoint import Checkpoints
 from compression.training.optimizer import clip
 from features.encoding import HistoryArrays, encode_histories
@@ -25,8 +24,9 @@ class Effort:
     """How long and how hard. Catalogues up to `full_softmax_items` are compared whole, larger ones by
     `negatives`; every so many steps (`candidates_every`) candidates compete. Of a teacher: `taught` is its
     share in what the whole softmax is to be, `opinions` and `maps` weigh what it says of candidates (and
-    negatives) and where it looks. `mean` is the decay of the running mean of weights, a step. Of every window
-    a share (`thinned`) of events is left out, others each time."""
+    negatives) and where it looks; where a catalogue is too large to be compared whole, of so many events of a
+    step (`listed`) it says which items come first. `mean` is the decay of the running mean of weights, a
+    step."""
 
     epochs: float = 1.0
     max_steps: int = 10**9
@@ -41,7 +41,7 @@ class Effort:
     opinions: float = 1.0
     maps: float = 0.1
     mean: float = 0.99
-    thinned: float = 0.0
+    listed: int = 0
     bf16: bool = True
 
     def samples(self, items: int) -> bool:
@@ -111,7 +111,7 @@ def descend(
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = effort.learning_rate * min(1.0, warm) * left
-            events = without(data.sequences.windows(batch_starts, batch_ends), effort.thinned, rng)
+            events = data.sequences.windows(batch_starts, batch_ends)
             windows = encode_histories(events, data.vocabulary, int(events.lengths.max()))
             loss = loss_of(windows, steps)
             model.zero_grad(set_to_none=True)

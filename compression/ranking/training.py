@@ -7,7 +7,7 @@ candidates as its teacher. What is left in the end is a running mean of the weig
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import numpy as np
@@ -33,6 +33,7 @@ from features.encoding import HistoryArrays
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
+LISTED = 128  # items of a teacher that are compared one by one
 OWN = 5  # of a target's rivals are the user's own earlier items
 
 
@@ -42,18 +43,21 @@ def fit(
     effort: Effort,
     *,
     teacher: CandidateRanker | None = None,
+    beside: Sequence[CandidateRanker] = (),
     after_step: Callable[[], None] = lambda: None,
     progress: Callable[[int, int], None] = lambda taken, last: None,
     seed: int = 1,
     checkpoints: Checkpoints | None = None,
 ) -> int:
-    """Train a ranker, by a teacher where there is one; the steps that were taken. With `checkpoints` a
-    training that was killed goes on, and one that is whole is not taken again. After every step `progress`
-    is told its number and that of the last."""
+    """Train a ranker, by a teacher where there is one; the steps that were taken. Teachers `beside` it say
+    what they think, too: the mean of all logits counts; where to look is said by the first alone. With
+    `checkpoints` a training that was killed goes on, and one that is whole is not taken again. After every
+    step `progress` is told its number and that of the last."""
     rng = np.random.default_rng(seed)
-    loss = _Losses(data, effort, rng, teacher)
+    loss = _Losses(data, effort, rng, () if teacher is None else (teacher, *beside))
     if teacher is not None:
-        teacher.eval()
+        for one in (teacher, *beside):
+            one.eval()
         _keep_maps(teacher, True)
         _keep_maps(ranker, True)
     steps = descend(
@@ -127,43 +131,81 @@ class _Catalogue:
         users: Tensor,
         targets: Int64,
         inside: Tensor,
-        teacher: tuple[RetrievalNetwork, Tensor] | None,
+        taught: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
-        """`users` [B, L, d], of the teacher too."""
+        """`users` [B, L, d]; `taught`: the teachers' user vectors [B, L, e] and item table [rows, e]."""
         places = torch.from_numpy(targets)[inside] - 1
         asked = users[inside].float()
         if self._whole:
             # Looked up, not sliced: a table that is being rounded is rounded here, too.
             table = network.items(self._rows)
-            if teacher is None:
+            if taught is None:
                 return full_softmax(asked, table, places, low=self.low)
-            known = (teacher[1][inside].float(), teacher[0].items.weight[1 : len(self._rows) + 1])
+            known = (taught[0][inside].float(), taught[1][1 : len(self._rows) + 1])
             return taught_softmax(asked, table, places, known, share=self._effort.taught, low=self.low)
         drawn = self._negatives.draw(self._rng)
         wanted, found = torch.unique(torch.cat([places, drawn]), return_inverse=True)
         table = network.items(wanted + 1)
         own, others = found.split([len(places), len(drawn)])
         loss = shared_negatives(asked, table, own, others, self._negatives.log_expected[wanted])
-        if teacher is None:
+        if taught is None:
             return loss
-        opinion = teacher[1][inside].float() @ teacher[0].items.weight[drawn + 1].T
-        said = opinion_divergence(asked @ table[others].T, opinion)
+        if self._effort.listed:
+            said = self._lists(network, asked, taught[0][inside].float(), taught[1], table, others, drawn)
+        else:
+            opinion = taught[0][inside].float() @ taught[1][drawn + 1].T
+            said = opinion_divergence(asked @ table[others].T, opinion)
         return loss + self._effort.opinions * said
+
+    def _lists(
+        self,
+        network: RetrievalNetwork,
+        asked: Tensor,
+        known: Tensor,
+        their_table: Tensor,
+        table: Tensor,
+        others: Tensor,
+        drawn: Tensor,
+    ) -> Tensor:
+        """How far some of the `asked` [N, d] are from a teacher's opinion of all items: what it (`known`
+        [N, e]) would list is compared one by one, the rest by the drawn ones, which count the more the
+        seldomer they are drawn (logQ)."""
+        some = torch.from_numpy(self._rng.permutation(len(asked))[: self._effort.listed])
+        asked, known = asked[some], known[some]
+        with torch.no_grad():
+            all_items = known.to(self.low) @ their_table[1 : len(self._rows) + 1].to(self.low).T
+            theirs, places = all_items.float().topk(min(LISTED, len(self._rows)), -1)
+            correction = self._negatives.log_expected[drawn]
+            tail = known @ their_table[drawn + 1].T - correction
+            hidden = (places[:, :, None] == drawn).any(1)
+        rows, found = torch.unique(places, return_inverse=True)
+        listed = network.items(rows + 1)[found]
+        ours = torch.cat([(listed @ asked[..., None])[..., 0], asked @ table[others].T - correction], 1)
+        theirs = torch.cat([theirs, tail], 1)
+        hidden = torch.cat([torch.zeros_like(places, dtype=torch.bool), hidden], 1)
+        return opinion_divergence(ours.masked_fill(hidden, MASKED), theirs.masked_fill(hidden, MASKED))
 
 
 class _Losses:
-    """Catalogue and candidates of a batch of windows, and what the teacher says of both."""
+    """Catalogue and candidates of a batch of windows, and what teachers say of both."""
 
     def __init__(
-        self, data: Data, effort: Effort, rng: np.random.Generator, teacher: CandidateRanker | None
+        self,
+        data: Data,
+        effort: Effort,
+        rng: np.random.Generator,
+        teachers: Sequence[CandidateRanker],
     ) -> None:
         self._effort, self._rng, self._known = effort, rng, data.known
         self._catalogue = _Catalogue(data, effort, rng)
-        self._teacher = teacher
-        self._states = None
-        if teacher is not None:
-            room = 0 if effort.thinned else MOST_BYTES  # no window comes again
-            self._states = KeptStates(teacher.network, self._catalogue.low, room)
+        self._teachers = teachers
+        self._states = [
+            KeptStates(one.network, self._catalogue.low, MOST_BYTES // len(teachers)) for one in teachers
+        ]
+        if teachers:
+            # Side by side, so that the product with user vectors side by side is the mean of all logits.
+            tables = [one.network.items.weight.detach() for one in teachers]
+            self._table = torch.cat(tables, 1).div_(len(tables))
 
     def __call__(self, ranker: CandidateRanker, windows: HistoryArrays, step: int) -> Tensor:
         history, targets, inside, events = _asked(windows, self._known)
@@ -171,10 +213,9 @@ class _Losses:
             with _autocast(self._effort):
                 users = ranker.network(history)
                 taught = None
-                if self._states is not None:
-                    taught = (self._states.network, self._states(history))
+                if self._teachers:
+                    taught = (torch.cat([kept(history) for kept in self._states], 2), self._table)
             return self._catalogue(ranker.network, users, targets, inside, taught)
-        teacher = self._teacher
         candidates, seen = self._candidates(windows.items[:, :-1], targets, events)
         flat = candidates.flatten(1)
         turns = seen[..., None].expand_as(candidates).flatten(1)
@@ -182,13 +223,15 @@ class _Losses:
             users, scores, maps = ranker(history, flat, turns)
         scores = _without_repeats(scores.float().view(candidates.shape), candidates).flatten(0, 1)
         first = torch.zeros(len(scores), dtype=torch.long)
-        if teacher is None:
+        if not self._teachers:
             among = F.cross_entropy(scores, first)
             return self._catalogue(ranker.network, users, targets, inside, None) + among
         with torch.no_grad(), _autocast(self._effort):
-            their_users, their_scores, their_maps = teacher(history, flat, turns)
-        theirs = _without_repeats(their_scores.float().view(candidates.shape), candidates).flatten(0, 1)
-        loss = self._catalogue(ranker.network, users, targets, inside, (teacher.network, their_users))
+            said = [teacher(history, flat, turns) for teacher in self._teachers]
+        their_users, their_maps = torch.cat([one[0] for one in said], 2), said[0][2]
+        their_scores = torch.stack([one[1].float() for one in said]).mean(0)
+        theirs = _without_repeats(their_scores.view(candidates.shape), candidates).flatten(0, 1)
+        loss = self._catalogue(ranker.network, users, targets, inside, (their_users, self._table))
         among = F.cross_entropy(scores, first) + self._effort.opinions * opinion_divergence(scores, theirs)
         there = torch.cat([inside, torch.ones_like(flat, dtype=torch.bool)], 1).float()
         copied = maps_divergence(cast(list[Tensor], maps), cast(list[Tensor], their_maps), there)

@@ -42,8 +42,8 @@ def test_what_was_trained_otherwise_is_kept_elsewhere(monkeypatch):
     assert folder_of("quick", None, 2, 1) != before
     monkeypatch.undo()
     assert folder_of("quick", None, 2, 1) == before
-    # What was trained before a course could say how windows are thinned is still found.
-    assert COURSE.digest == "73a07f" != replace(COURSE, student_thinned=0.1).digest
+    # What was trained before a course could have several teachers is still found.
+    assert COURSE.digest == "73a07f" != replace(COURSE, teachers=2).digest
 
 
 def test_steps_that_were_taken_are_not_taken_again(steps):

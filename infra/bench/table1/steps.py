@@ -15,7 +15,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -41,6 +41,10 @@ from compression.training.checkpoint import Checkpoints
 from infra.bench.table1.shapes import EIGHT, Shape
 
 Say = Callable[[str], None]
+BY_SEVERAL: Final = replace(TUNING, batch_windows=16, taught=0.9)
+"""For a student that several teach while it is rounded."""
+LISTS: Final = replace(TUNING, listed=256, opinions=4.0)
+"""Where the catalogue is too large to be compared whole: without the teacher's lists, NDCG falls (LOG.md)."""
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -50,7 +54,8 @@ MOST_ITEMS: Final = 200_000  # of a log
 class Course:
     """The Baseline's learning rate and dropout; a student's dropout; how long what is made smaller is
     trained, by the Baseline's epochs: after each step of pruning, while weights are rounded, a student, and
-    while a student's weights are rounded; and what share of every window a student does not see."""
+    while a student's weights are rounded; and how many teach it: the Baseline, the one trained on, the pruned
+    one."""
 
     learning_rate: float
     dropout: float
@@ -59,20 +64,20 @@ class Course:
     rounding: float
     student: float
     student_rounding: float
-    student_thinned: float = 0.0
+    teachers: int = 1
 
     @property
     def digest(self) -> str:
         """Six letters that another course does not share."""
-        # What was trained before windows were thinned is found again.
-        told = astuple(self) if self.student_thinned else astuple(self)[:-1]
+        # What was trained before there could be several teachers is found again.
+        told = astuple(self) if self.teachers > 1 else astuple(self)[:-1]
         return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
 
 
 COURSE: Final = Course(2e-3, 0.1, 0.1, 0.08, 0.08, 0.6, 0.08)
 # What people do is harder to learn again than what was drawn from a few numbers, and a wide network is better
 # at half the rate (LOG.md).
-COURSE_OF_LOGS: Final = Course(1e-3, 0.1, 0.0, 0.25, 0.16, 1.5, 0.16)
+COURSE_OF_LOGS: Final = Course(1e-3, 0.1, 0.0, 0.25, 0.16, 1.5, 0.16, teachers=3)
 
 
 def course_of(log: Path | None) -> Course:
@@ -155,14 +160,22 @@ class Steps:
             lambda: self._pruned_quantized(pruned, baseline),
             baseline.ranker.network.config,
         )
+        teachers = [baseline.ranker]
+        if self._course.teachers > 1:
+            others = [self.trained_on(baseline).ranker, pruned.ranker]
+            teachers += others[: self._course.teachers - 1]
         distilled = self._step(
-            "Distilled", lambda: self._distilled(baseline), self._shape.student(self._rows)
+            "Distilled", lambda: self._distilled(teachers), self._shape.student(self._rows)
         )
         return [baseline, quantized, pruned, both, distilled]
 
     def trained_on(self, baseline: Made) -> Made:
         """The Baseline after as many more epochs as any other method has had after it, by the log alone."""
         return self._step(TRAINED_ON, lambda: self._trained_on(baseline), baseline.ranker.network.config)
+
+    @property
+    def _tuning(self) -> Effort:
+        return LISTS if LISTS.samples(self.items) else TUNING
 
     @property
     def items(self) -> int:
@@ -203,7 +216,7 @@ class Steps:
             self._fit(
                 ranker,
                 self._course.round,
-                TUNING,
+                self._tuning,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
             )
@@ -218,20 +231,20 @@ class Steps:
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding)
+        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding, self._tuning)
 
-    def _distilled(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
-        """From the teacher's table in fewer dimensions, by its maps and opinions, then rounded."""
-        course = self._course
+    def _distilled(self, teachers: Sequence[CandidateRanker]) -> tuple[CandidateRanker, dict[str, Grid]]:
+        """From the first teacher's table in fewer dimensions, by its maps and what all of them think, then
+        rounded."""
+        course, (first, *beside) = self._course, teachers
         config = self._shape.student(self._rows)
         config = config.model_copy(update={"dropout": course.student_dropout})
         student = untrained(config, self._seed + 1)
-        narrow_table(student, baseline.ranker)
-        effort = replace(FROM_SCRATCH, thinned=course.student_thinned)
-        self._fit(student, course.student, effort, teacher=baseline.ranker)
+        narrow_table(student, first)
+        self._fit(student, course.student, FROM_SCRATCH, teacher=first, beside=beside)
         grid = Grid(self._shape.student_bits, per_row=True)
-        effort = replace(TUNING, thinned=course.student_thinned)
-        return self._rounded(student, grid, baseline.ranker, course.student_rounding, effort)
+        rounding = BY_SEVERAL if beside else self._tuning
+        return self._rounded(student, grid, first, course.student_rounding, rounding, beside)
 
     def _rounded(
         self,
@@ -239,7 +252,8 @@ class Steps:
         table: Grid,
         teacher: CandidateRanker,
         part: float,
-        effort: Effort = TUNING,
+        effort: Effort,
+        beside: Sequence[CandidateRanker] = (),
     ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Quantization-aware training of a copy; what is zero stays zero."""
         ranker = copy(ranker)
@@ -252,6 +266,7 @@ class Steps:
                 part,
                 effort,
                 teacher=teacher,
+                beside=beside,
                 after_step=lambda: pruning.apply(ranker, kept),
             )
         return ranker, grids
@@ -299,6 +314,7 @@ class Steps:
         effort: Effort,
         *,
         teacher: CandidateRanker | None = None,
+        beside: Sequence[CandidateRanker] = (),
         after_step: Callable[[], None] = lambda: None,
     ) -> None:
         if not self._epochs:
@@ -312,6 +328,7 @@ class Steps:
             self._of_log(),
             effort,
             teacher=teacher,
+            beside=beside,
             after_step=after_step,
             progress=Progress(self._say),
             seed=self._seed,

@@ -1,10 +1,9 @@
 """Large tables learn by the rows that a step looks up, windows lose events anew each time."""
 
-import numpy as np
 import pytest
 import torch
 
-from compression.ranking.descent import Effort, descend
+from compression.ranking.descent import Effort
 from compression.ranking.training import fit
 from compression.ranking.weights import untrained
 from compression.smaller.quantization import Grid, aware
@@ -90,22 +89,3 @@ def test_sparse_and_dense_gradients_are_made_smaller_alike():
         norm = float(torch.cat([of_table.flatten(), other.grad]).norm())
         assert norm == pytest.approx(MAX_NORM, rel=1e-4)
         assert float(of_table[1, 0] / other.grad[0]) == pytest.approx(60 / 40)
-
-
-def test_every_pass_over_the_log_leaves_other_events_out(log):
-    network = torch.nn.Linear(1, 1)
-    passes = {}
-    for thinned in (0.0, 0.4):
-        seen = []
-
-        def loss(windows, step, seen=seen):
-            seen.append(int(windows.lengths.sum()))
-            assert windows.items.shape[1] == windows.lengths.max()
-            return network.weight.sum()
-
-        effort = Effort(epochs=2.0, batch_windows=10_000, thinned=thinned)
-        descend(network, loss, log, effort, length=QUICK.history, rng=np.random.default_rng(1))
-        passes[thinned] = seen
-    assert passes[0.0][0] == passes[0.0][1]
-    assert passes[0.4][0] != passes[0.4][1]
-    assert sum(passes[0.4]) == pytest.approx(0.6 * sum(passes[0.0]), rel=0.15)

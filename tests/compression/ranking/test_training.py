@@ -1,5 +1,8 @@
 """A ranker learns a log's structure, and a student what its teacher knows."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 
@@ -63,6 +66,51 @@ def test_a_network_learns_the_catalogue_alone():
     assert fit_retrieval(network, log, EFFORT) == 60
     assert log.judge_retrieval(network)["hr@50"] > 2 * before
     assert log.judge(CandidateRanker(network))["hr@50"] > 2 * before
+
+
+def test_a_student_lists_what_its_teacher_lists_where_the_catalogue_is_too_large_to_be_compared_whole():
+    log = data(QUICK, 1)
+    rows = log.vocabulary.item_rows
+    effort = replace(EFFORT, full_softmax_items=10, negatives=16, opinions=4.0)
+    teacher = untrained(QUICK.config(rows), 1)
+    fit(teacher, log, EFFORT)
+    alike = {}
+    for listed in (0, 64):
+        student = untrained(QUICK.student(rows), 2)
+        fit(student, log, replace(effort, listed=listed), teacher=teacher)
+        alike[listed] = _shared(_lists(log, student), _lists(log, teacher))
+    assert alike[64] > alike[0] + 0.03
+
+
+def test_teachers_beside_the_first_say_what_they_think_too():
+    log = data(QUICK, 1)
+    rows = log.vocabulary.item_rows
+    teachers = [untrained(QUICK.config(rows), seed) for seed in (1, 2)]
+    for teacher in teachers:
+        fit(teacher, log, EFFORT)
+    effort = replace(EFFORT, taught=1.0)
+    alike = {}
+    for beside in ([], teachers[1:]):
+        student = untrained(QUICK.student(rows), 3)
+        fit(student, log, effort, teacher=teachers[0], beside=beside)
+        alike[len(beside)] = _shared(_lists(log, student), _lists(log, teachers[1]))
+    assert alike[1] > alike[0] + 0.03
+    assert not any(layer.attention.keep_map for layer in student.layers)
+
+
+def _lists(log, ranker):
+    """The ten items that come first for each user [N, 10]."""
+    from compression.evaluation.targets import histories_before
+    from compression.ranking.judging import _RankingScorer
+
+    scorer = _RankingScorer(ranker.eval())
+    histories = histories_before(log.sequences, log.vocabulary, QUICK.history)(log.targets.positions)
+    scores = scorer.user_vectors(histories) @ scorer.item_table()[1 : log.known + 1].T
+    return np.argsort(-scores, 1)[:, :10]
+
+
+def _shared(lists, others):
+    return float((lists[:, :, None] == others[:, None]).any(2).mean())
 
 
 def _history(log):
