@@ -302,13 +302,23 @@ def sessions_file(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_click_adds_one_event_to_its_users_history(sessions: Sessions) -> None:
     assert len(sessions) == 200 * 5
     histories = list(sessions.sequences())
-    for user in range(200):
+    for user in np.unique(sessions.users):
         clicks = np.flatnonzero(sessions.users == user)
-        assert (np.diff(clicks) > 1).any()  # others come between
+        assert len(clicks) == 1 or (np.diff(clicks) > 1).any()  # others come between
         for before, after in pairwise(clicks):
             old, new = (unpack([histories[at]]).items.tolist() for at in (before, after))
             assert len(new) == min(HISTORY, len(old) + 1)
             assert new[:-1] == old[len(old) + 1 - len(new) :]
+
+
+def test_somebody_new_comes_at_every_turn(sessions: Sessions) -> None:
+    known: set[int] = set()
+    for turn in range(5):
+        users = set(sessions.users[200 * turn : 200 * (turn + 1)].tolist())
+        assert len(users) == 200
+        if turn:
+            assert len(users - known) == 200 // 5
+        known |= users
 
 
 def test_histories_are_of_many_lengths_and_candidates_differ(sessions: Sessions) -> None:

@@ -211,9 +211,9 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
         "first requests lie from ONNX Runtime's."
     )
     report.note(
-        f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, then "
-        f"as many others; histories of {lengths.mean():.0f} events on average, {_full(lengths):.0%} of "
-        f"{HISTORY}. {MAY_USE}"
+        f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, as "
+        f"many leaving as coming; histories of {lengths.mean():.0f} events on average, {_full(lengths):.0%} "
+        f"of {HISTORY}. {MAY_USE}"
     )
     report.write(
         json_path,

@@ -1,9 +1,10 @@
 """What users of a site ask for, the same for every arm: a list at every click, with the history as of it.
 
 Sessions begin at clicks drawn from a log, so a history is as long as that of somebody who clicks is, and
-go on for a few clicks: each adds one event. All users of a time are active together, in a new order at
-each turn, so that as many others as there are sessions come between two clicks of one user. Times follow
-one another, so many that a cache has forgotten the first when the lists are asked for over again.
+go on for a few clicks: each adds one event. Equally many are active at any time, in a new order at each
+turn, so that about as many others come between two clicks of one user; and at each turn equally many leave
+and somebody new comes, as sessions of different people do not begin together. So many follow one another
+that a cache has forgotten the first when the lists are asked for over again.
 """
 
 from __future__ import annotations
@@ -137,21 +138,23 @@ class Sessions:
         clicks: int = CLICKS,
         times: int = TIMES,
     ) -> Sessions:
-        """`times` times `active` users, of `clicks` clicks each where the log goes on for so long; histories
-        shown from their anchors on (`features.anchor`)."""
+        """`times` times `clicks` turns of `active` users, of `clicks` clicks each where the log goes on for
+        so long; when the first turn begins sessions have come more or less far. Histories are shown from
+        their anchors on (`features.anchor`)."""
         rng = np.random.default_rng(seed)
         by_user = np.argsort(log.users, kind="stable")
         users = log.users[by_user]
         starts = np.searchsorted(users, users)  # where the user of each event begins
         left = np.searchsorted(users, users, side="right") - np.arange(len(users))
         able = np.flatnonzero(left >= min(clicks, int(left.max())))
+        first = np.stack([rng.choice(able, active, replace=len(able) < active) for _ in range(times + 1)])
         session, click = [], []
-        for time in range(times):
-            first = rng.choice(able, active, replace=len(able) < active)
-            for turn in range(clicks):
-                going = rng.permutation(np.flatnonzero(left[first] > turn))
-                session.append(going + time * active)
-                click.append(first[going] + turn)
+        for turn in range(times * clicks):
+            time, since = np.divmod(turn + np.arange(active) % clicks, clicks)
+            began = first[time, np.arange(active)]
+            going = rng.permutation(np.flatnonzero(left[began] > since))
+            session.append(going + time[going] * active)
+            click.append((began + since)[going])
         last = np.concatenate(click)
         lengths = np.minimum(last - starts[last] + 1, HISTORY)
         back = np.arange(HISTORY) - lengths[:, None] + 1
