@@ -365,7 +365,7 @@ def _serve(
 def _need_training_extra() -> None:
     from importlib.util import find_spec
 
-    needed = ("torch", "onnx", "onnxruntime", "safetensors", "matplotlib")
+    needed = ("torch", "onnx", "onnxruntime", "safetensors", "scipy", "matplotlib")
     missing = [name for name in needed if not find_spec(name)]
     if missing:
         raise click.ClickException(
