@@ -9,7 +9,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from typing import Any, Final, Literal, TypeVar
 
 import numpy as np
@@ -152,26 +151,22 @@ class Buckets:
         return plan
 
     def _best(self, ends: tuple[int, ...], work: Work) -> tuple[int, ...]:
-        last = len(self.histories) - 1
-        plans = (
-            self._emptied(ends, kept)
-            for count in range(last + 1)
-            for kept in combinations(range(last), count)
-        )
-        return min(plans, key=lambda plan: self._cost(plan, work))
-
-    @staticmethod
-    def _emptied(ends: tuple[int, ...], kept: Sequence[int]) -> tuple[int, ...]:
-        plan, start = [], 0
-        for bucket, end in enumerate(ends):
-            if bucket in kept or bucket == len(ends) - 1:
-                start = end
-            plan.append(start)
+        """Bucket by bucket, what all up to it cost at least if it is not emptied."""
+        starts = (0, *ends)
+        least, after = [0.0], [0]  # and after which bucket that leaves the others empty
+        for bucket, history in enumerate(self.histories):
+            costs = [
+                least[other] + self._split(ends[bucket] - starts[other], history, work)[0]
+                for other in range(bucket + 1)
+            ]
+            after.append(min(range(bucket + 1), key=costs.__getitem__))
+            least.append(costs[after[-1]])
+        plan, bucket = list(ends), len(ends)
+        while bucket:
+            other = after[bucket]
+            plan[other : bucket - 1] = [starts[other]] * (bucket - 1 - other)
+            bucket = other
         return tuple(plan)
-
-    def _cost(self, plan: tuple[int, ...], work: Work) -> float:
-        ends = zip(self.histories, (0, *plan[:-1]), plan, strict=True)
-        return sum(self._split(end - start, history, work)[0] for history, start, end in ends)
 
     def _split(self, users: int, history: int, work: Work) -> tuple[float, tuple[int, ...]]:
         """The cheapest warmed batch sizes that hold so many users, and their cost."""

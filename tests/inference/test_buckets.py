@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache
+from itertools import combinations
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -37,6 +40,30 @@ def test_what_was_measured_decides_whether_short_histories_travel_alone() -> Non
     lengths = np.array([2, 3, 100, 1])
     assert [cut.history for cut in measured(1e-4, 1e-5).cuts(lengths)] == [4, 4, 100]
     assert [(cut.history, cut.batch) for cut in measured(1e-9, 1.0).cuts(lengths)] == [(100, 4)]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 25), min_size=1, max_size=12),
+    costs=st.lists(st.floats(1e-6, 1e-2), min_size=24, max_size=24),
+)
+def test_no_other_length_to_cut_at_costs_less(lengths: list[int], costs: list[float]) -> None:
+    sizes = Buckets((4, 10, 25), (50,), (1, 2, 4))
+    buckets = sizes.with_costs(dict(zip(sizes.shapes(), costs, strict=False)))
+    cost = sum(buckets.cost(cut.batch, cut.history) for cut in buckets.cuts(np.array(lengths)))
+
+    @cache
+    def split(users: int, history: int) -> float:
+        after = (
+            buckets.cost(batch, history) + split(max(0, users - batch), history) for batch in buckets.batches
+        )
+        return min(after) if users else 0.0
+
+    ways = []
+    for count in range(3):
+        for kept in combinations((4, 10), count):
+            ends = [sum(length <= history for length in lengths) for history in kept] + [len(lengths)]
+            ways.append(sum(map(split, np.diff([0, *ends]).tolist(), (*kept, 25))))
+    assert cost == pytest.approx(min(ways))
 
 
 def test_the_shapes_are_every_combination_and_stop_at_what_a_model_takes() -> None:
