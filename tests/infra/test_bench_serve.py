@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -326,6 +326,16 @@ def test_histories_are_of_many_lengths_and_candidates_differ(sessions: Sessions)
     assert sessions.lengths.max() == HISTORY
     assert 40 < sessions.lengths.mean() < 80
     assert all(len(set(asked)) == CANDIDATES for asked in sessions.candidates.tolist())
+
+
+def test_of_those_who_have_come_for_long_every_history_is_full(registry: Path) -> None:
+    vocabulary = Registry(registry).open().vocabulary()
+    log = Events.drawn(vocabulary, seed=1, full=True)
+    made = Sessions.drawn(log, vocabulary, seed=1, hop=HOP, active=50, clicks=5, times=1, full=True)
+    assert len(made) == 50 * 5 and (made.lengths == HISTORY).all()
+    assert HISTORY - HOP <= made.shown.min() < made.shown.max() <= HISTORY
+    with pytest.raises(ValueError, match="nobody has 100 events"):
+        Sessions.drawn(replace(log, users=np.arange(len(log.users))), vocabulary, seed=1, full=True)
 
 
 def test_sessions_are_the_same_in_every_process(sessions: Sessions, sessions_file: Path) -> None:

@@ -27,6 +27,7 @@ ARM_NAMES = (
 @click.option(
     "--seconds", type=click.FloatRange(0.5), default=2.0, show_default=True, help="Per rate offered."
 )
+@click.option("--full", is_flag=True, help="Only clicks of users whose history is full.")
 @click.option("--quick", is_flag=True, help="One short round with two workers each: does it all run?")
 @bench_options.log
 @options.registry
@@ -37,6 +38,7 @@ def serve(
     arms: str,
     rounds: int,
     seconds: float,
+    full: bool,
     quick: bool,
     log: Path | None,
     registry: Path,
@@ -50,9 +52,9 @@ def serve(
     in ONNX Runtime, ours in OpenVINO's bf16 where the processor has matrix units for it, else in ONNX
     Runtime, too. Requests are those of a log's users: a list at every click of some thousand sessions,
     with the history as of the click (at most 100 events) and 50 candidates. All arms get the same in the
-    same order. Servers
-    compute the whole graph for each list. In process, which is the path of the stream, what is known of a
-    user may be kept, and a click costs one appended event; the same without that is a row of its own.
+    same order. Rivals compute the whole graph for each list. In process, which is the path of the stream,
+    what is known of a user may be kept, and a click costs one appended event; the same without that is a row
+    of its own. So it is over gRPC, where the network scores by a user vector.
     Load is open loop and comes in bursts; rates rise until the p99, counted from when a request was due,
     passes 50 ms. Rivals are installed under .tailrace/rivals the first time, which takes minutes; all
     arms and two rounds then take about 12.
@@ -60,6 +62,7 @@ def serve(
     \b
     tailrace bench serve --quick
     tailrace bench serve --arms in-process,mosec --rounds 5 --log users_1k.csv.gz --json serve.json
+    tailrace bench serve --full
     """
     from compression.logs.log_reader import LogInvalid
     from compression.releases.registry import ArtefactInvalid, Registry
@@ -75,14 +78,17 @@ def serve(
     try:
         artefact = Registry(registry).open()
         vocabulary = artefact.vocabulary()
-        events = Events.drawn(vocabulary, seed) if log is None else Events.read(log)
+        events = Events.drawn(vocabulary, seed, full=full) if log is None else Events.read(log)
     except (ArtefactInvalid, LogInvalid) as error:
         raise click.ClickException(str(error)) from None
     if quick:
         rounds, seconds = 1, min(seconds, 1.0)
     chosen = [arm for arm in ARMS if arm.name in wanted]
     hop = InferenceSettings().hop_of(artefact.manifest, HISTORY)
-    sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop)
+    try:
+        sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop, full=full)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
     plan = measure.Plan(registry.resolve(), sessions, events.name, rounds, seconds, seed, quick)
     outcomes = measure.run(plan, chosen, say=lambda line: click.echo(line, err=True))
     measure.show(outcomes, plan, model=artefact.version, json_path=json_path)

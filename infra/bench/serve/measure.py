@@ -203,7 +203,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             ["", "ratio", "goal"],
             [[name, f"{ratio:.2f}", f"{goal:g}"] for name, (ratio, goal) in ratios.items()],
         )
-    lengths = plan.sessions.shown
+    lengths, kept = plan.sessions.shown, plan.sessions.lengths
     report.note(
         f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
         "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
@@ -212,8 +212,8 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     )
     report.note(
         f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, as "
-        f"many leaving as coming; histories of {lengths.mean():.0f} events on average, {_full(lengths):.0%} "
-        f"of {HISTORY}. {MAY_USE}"
+        f"many leaving as coming; histories of {kept.mean():.0f} events on average, {_full(kept):.0%} of "
+        f"{HISTORY}, of which {lengths.mean():.0f} are shown. {MAY_USE}"
     )
     report.write(
         json_path,
@@ -228,8 +228,9 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
             "lists": len(lengths),
             "users_active": ACTIVE,
             "clicks_of_a_session": CLICKS,
-            "history_mean": round(float(lengths.mean()), 1),
-            "history_full_share": round(_full(lengths), 3),
+            "history_mean": round(float(kept.mean()), 1),
+            "history_full_share": round(_full(kept), 3),
+            "shown_mean": round(float(lengths.mean()), 1),
             "may_use": MAY_USE,
             "rivals": {
                 "triton": list(TRITON_PACKAGES),
@@ -255,7 +256,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     )
 
 
-def _full(lengths: npt.NDArray[np.int32]) -> float:
+def _full(lengths: npt.NDArray[np.int64]) -> float:
     """The share of histories of which no more can be shown."""
     return float((lengths == HISTORY).mean())
 

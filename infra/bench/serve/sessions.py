@@ -28,9 +28,11 @@ from infra.bench.serve.shape import CANDIDATES, COLUMNS, HISTORY, ROW
 ACTIVE: Final = 2_048
 CLICKS: Final = 8  # of a session
 TIMES: Final = 3
-# A log of so many users with about a hundred events each, as the real one has, drawn where none is given.
+# A log of so many users with about a hundred events each, as the real one has, drawn where none is given;
+# with more where all histories are to be full.
 _USERS: Final = 1_000
-_EVENTS: Final = 100_000
+_EVENTS: Final = 100
+_EVENTS_OF_LONG: Final = 250
 _CATEGORIES: Final = 100
 
 Int32 = npt.NDArray[np.int32]
@@ -56,12 +58,13 @@ class Events:
         return cls(path.name, *columns)
 
     @classmethod
-    def drawn(cls, vocabulary: Vocabulary, seed: int) -> Events:
-        """Users as `tailrace synth` draws them, of items that the vocabulary knows."""
+    def drawn(cls, vocabulary: Vocabulary, seed: int, *, full: bool = False) -> Events:
+        """Users as `tailrace synth` draws them, of items that the vocabulary knows; most with more events
+        than a history holds where these are to be `full`."""
         known = len(vocabulary.item_ids)
         made = synthesize(
             SynthSettings(
-                events=_EVENTS,
+                events=_USERS * (_EVENTS_OF_LONG if full else _EVENTS),
                 users=_USERS,
                 items=max(2, known),
                 categories=min(_CATEGORIES, max(2, known)),
@@ -137,16 +140,22 @@ class Sessions:
         active: int = ACTIVE,
         clicks: int = CLICKS,
         times: int = TIMES,
+        full: bool = False,
     ) -> Sessions:
         """`times` times `clicks` turns of `active` users, of `clicks` clicks each where the log goes on for
         so long; when the first turn begins sessions have come more or less far. Histories are shown from
-        their anchors on (`features.anchor`)."""
+        their anchors on (`features.anchor`). `full`: all of them are, as of those who have come for long;
+        raises ValueError where nobody has."""
         rng = np.random.default_rng(seed)
         by_user = np.argsort(log.users, kind="stable")
         users = log.users[by_user]
         starts = np.searchsorted(users, users)  # where the user of each event begins
         left = np.searchsorted(users, users, side="right") - np.arange(len(users))
-        able = np.flatnonzero(left >= min(clicks, int(left.max())))
+        before = np.arange(len(users)) - starts
+        wanted = (left >= min(clicks, int(left.max()))) & (before >= (HISTORY - 1 if full else 0))
+        able = np.flatnonzero(wanted)
+        if not len(able):
+            raise ValueError(f"nobody has {HISTORY} events and then {clicks} clicks in {log.name}")
         first = np.stack([rng.choice(able, active, replace=len(able) < active) for _ in range(times + 1)])
         session, click = [], []
         for turn in range(times * clicks):
