@@ -45,6 +45,7 @@ BY_SEVERAL: Final = replace(TUNING, batch_windows=16, taught=0.9)
 """For a student that several teach while it is rounded."""
 LISTS: Final = replace(TUNING, listed=256, opinions=4.0)
 """Where the catalogue is too large to be compared whole: without the teacher's lists, NDCG falls (LOG.md)."""
+LISTS_ROUNDED: Final = replace(LISTS, opinions=2.0)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -174,8 +175,12 @@ class Steps:
         return self._step(TRAINED_ON, lambda: self._trained_on(baseline), baseline.ranker.network.config)
 
     @property
-    def _tuning(self) -> Effort:
-        return LISTS if LISTS.samples(self.items) else TUNING
+    def _samples(self) -> bool:
+        return TUNING.samples(self.items)
+
+    @property
+    def _rounding(self) -> Effort:
+        return LISTS_ROUNDED if self._samples else TUNING
 
     @property
     def items(self) -> int:
@@ -216,7 +221,7 @@ class Steps:
             self._fit(
                 ranker,
                 self._course.round,
-                self._tuning,
+                LISTS if self._samples else TUNING,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
             )
@@ -231,7 +236,7 @@ class Steps:
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding, self._tuning)
+        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding, self._rounding)
 
     def _distilled(self, teachers: Sequence[CandidateRanker]) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the first teacher's table in fewer dimensions, by its maps and what all of them think, then
@@ -243,7 +248,7 @@ class Steps:
         narrow_table(student, first)
         self._fit(student, course.student, FROM_SCRATCH, teacher=first, beside=beside)
         grid = Grid(self._shape.student_bits, per_row=True)
-        rounding = BY_SEVERAL if beside else self._tuning
+        rounding = BY_SEVERAL if beside else self._rounding
         return self._rounded(student, grid, first, course.student_rounding, rounding, beside)
 
     def _rounded(
