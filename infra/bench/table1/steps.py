@@ -45,7 +45,7 @@ BY_SEVERAL: Final = replace(TUNING, batch_windows=16, taught=0.9)
 """For a student that several teach while it is rounded."""
 LISTS: Final = replace(TUNING, listed=256, opinions=4.0)
 """Where the catalogue is too large to be compared whole: without the teacher's lists, NDCG falls (LOG.md)."""
-LISTS_ROUNDED: Final = replace(LISTS, opinions=2.0)
+LISTS_OF_STUDENT: Final = replace(LISTS, opinions=2.0)
 TRAINED_ON: Final = "Baseline, trained on"
 METHODS: Final = ("Baseline", "Quantized", "Pruned", "Pruned + Quantized", "Distilled")
 MOST_ITEMS: Final = 200_000  # of a log
@@ -179,8 +179,8 @@ class Steps:
         return TUNING.samples(self.items)
 
     @property
-    def _rounding(self) -> Effort:
-        return LISTS_ROUNDED if self._samples else TUNING
+    def _tuning(self) -> Effort:
+        return LISTS if self._samples else TUNING
 
     @property
     def items(self) -> int:
@@ -221,7 +221,7 @@ class Steps:
             self._fit(
                 ranker,
                 self._course.round,
-                LISTS if self._samples else TUNING,
+                self._tuning,
                 teacher=baseline.ranker,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
             )
@@ -236,7 +236,7 @@ class Steps:
 
     def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
         grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding, self._rounding)
+        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding, self._tuning)
 
     def _distilled(self, teachers: Sequence[CandidateRanker]) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the first teacher's table in fewer dimensions, by its maps and what all of them think, then
@@ -248,7 +248,7 @@ class Steps:
         narrow_table(student, first)
         self._fit(student, course.student, FROM_SCRATCH, teacher=first, beside=beside)
         grid = Grid(self._shape.student_bits, per_row=True)
-        rounding = BY_SEVERAL if beside else self._rounding
+        rounding = LISTS_OF_STUDENT if self._samples else BY_SEVERAL if beside else TUNING
         return self._rounded(student, grid, first, course.student_rounding, rounding, beside)
 
     def _rounded(
