@@ -114,12 +114,19 @@ def _asked(windows: HistoryArrays, known: int) -> tuple[History, Int64, Tensor, 
 class _Catalogue:
     """How far user vectors are from the items that came next, and from a teacher's opinion of all items."""
 
-    def __init__(self, data: Data, effort: Effort, rng: np.random.Generator) -> None:
+    def __init__(
+        self, data: Data, effort: Effort, rng: np.random.Generator, their_table: Tensor | None = None
+    ) -> None:
+        """`their_table` [rows, e]: the teachers' items, where there are any."""
         self._effort, self._rng = effort, rng
         self._rows = torch.arange(1, data.known + 1)
         self.low = torch.bfloat16 if effort.bf16 and multiplies_bf16() else torch.float32
         self._whole = not effort.samples(data.known)
         self._negatives = Negatives(data.statistics.counts[1:].astype(np.int64), effort.negatives)
+        if their_table is not None:
+            self._theirs = their_table[1 : data.known + 1]
+            if effort.listed and not self._whole:
+                self._theirs_low = self._theirs.to(self.low)
 
     def draw(self) -> Tensor:
         """Items (rows) that are rivals of any target."""
@@ -131,56 +138,49 @@ class _Catalogue:
         users: Tensor,
         targets: Int64,
         inside: Tensor,
-        taught: tuple[Tensor, Tensor] | None,
+        their_users: Tensor | None,
     ) -> Tensor:
-        """`users` [B, L, d]; `taught`: the teachers' user vectors [B, L, e] and item table [rows, e]."""
+        """`users` [B, L, d]; `their_users` [B, L, e]: the teachers'."""
         places = torch.from_numpy(targets)[inside] - 1
         asked = users[inside].float()
+        known = None if their_users is None else their_users[inside].float()
         if self._whole:
             # Looked up, not sliced: a table that is being rounded is rounded here, too.
             table = network.items(self._rows)
-            if taught is None:
+            if known is None:
                 return full_softmax(asked, table, places, low=self.low)
-            known = (taught[0][inside].float(), taught[1][1 : len(self._rows) + 1])
-            return taught_softmax(asked, table, places, known, share=self._effort.taught, low=self.low)
+            taught = known, self._theirs
+            return taught_softmax(asked, table, places, taught, share=self._effort.taught, low=self.low)
         drawn = self._negatives.draw(self._rng)
         wanted, found = torch.unique(torch.cat([places, drawn]), return_inverse=True)
         table = network.items(wanted + 1)
         own, others = found.split([len(places), len(drawn)])
         loss = shared_negatives(asked, table, own, others, self._negatives.log_expected[wanted])
-        if taught is None:
+        if known is None:
             return loss
         if self._effort.listed:
-            said = self._lists(network, asked, taught[0][inside].float(), taught[1], table, others, drawn)
+            said = self._lists(network, asked, known, drawn, table[others])
         else:
-            opinion = taught[0][inside].float() @ taught[1][drawn + 1].T
-            said = opinion_divergence(asked @ table[others].T, opinion)
+            said = opinion_divergence(asked @ table[others].T, known @ self._theirs[drawn].T)
         return loss + self._effort.opinions * said
 
     def _lists(
-        self,
-        network: RetrievalNetwork,
-        asked: Tensor,
-        known: Tensor,
-        their_table: Tensor,
-        table: Tensor,
-        others: Tensor,
-        drawn: Tensor,
+        self, network: RetrievalNetwork, asked: Tensor, known: Tensor, drawn: Tensor, rivals: Tensor
     ) -> Tensor:
         """How far some of the `asked` [N, d] are from a teacher's opinion of all items: what it (`known`
-        [N, e]) would list is compared one by one, the rest by the drawn ones, which count the more the
-        seldomer they are drawn (logQ)."""
+        [N, e]) would list is compared one by one, the rest by those `drawn` [S], whose rows are `rivals`
+        [S, d] and which count the more the seldomer they are drawn (logQ)."""
         some = torch.from_numpy(self._rng.permutation(len(asked))[: self._effort.listed])
         asked, known = asked[some], known[some]
         with torch.no_grad():
-            all_items = known.to(self.low) @ their_table[1 : len(self._rows) + 1].to(self.low).T
+            all_items = known.to(self.low) @ self._theirs_low.T
             theirs, places = all_items.float().topk(min(LISTED, len(self._rows)), -1)
             correction = self._negatives.log_expected[drawn]
-            tail = known @ their_table[drawn + 1].T - correction
+            tail = known @ self._theirs[drawn].T - correction
             hidden = (places[:, :, None] == drawn).any(1)
         rows, found = torch.unique(places, return_inverse=True)
         listed = network.items(rows + 1)[found]
-        ours = torch.cat([(listed @ asked[..., None])[..., 0], asked @ table[others].T - correction], 1)
+        ours = torch.cat([(listed @ asked[..., None])[..., 0], asked @ rivals.T - correction], 1)
         theirs = torch.cat([theirs, tail], 1)
         hidden = torch.cat([torch.zeros_like(places, dtype=torch.bool), hidden], 1)
         return opinion_divergence(ours.masked_fill(hidden, MASKED), theirs.masked_fill(hidden, MASKED))
@@ -197,25 +197,26 @@ class _Losses:
         teachers: Sequence[CandidateRanker],
     ) -> None:
         self._effort, self._rng, self._known = effort, rng, data.known
-        self._catalogue = _Catalogue(data, effort, rng)
         self._teachers = teachers
-        self._states = [
-            KeptStates(one.network, self._catalogue.low, MOST_BYTES // len(teachers)) for one in teachers
-        ]
+        table = None
         if teachers:
             # Side by side, so that the product with user vectors side by side is the mean of all logits.
             tables = [one.network.items.weight.detach() for one in teachers]
-            self._table = torch.cat(tables, 1).div_(len(tables))
+            table = torch.cat(tables, 1).div_(len(tables))
+        self._catalogue = _Catalogue(data, effort, rng, table)
+        self._states = [
+            KeptStates(one.network, self._catalogue.low, MOST_BYTES // len(teachers)) for one in teachers
+        ]
 
     def __call__(self, ranker: CandidateRanker, windows: HistoryArrays, step: int) -> Tensor:
         history, targets, inside, events = _asked(windows, self._known)
         if step % self._effort.candidates_every:
             with _autocast(self._effort):
                 users = ranker.network(history)
-                taught = None
+                theirs = None
                 if self._teachers:
-                    taught = (torch.cat([kept(history) for kept in self._states], 2), self._table)
-            return self._catalogue(ranker.network, users, targets, inside, taught)
+                    theirs = torch.cat([kept(history) for kept in self._states], 2)
+            return self._catalogue(ranker.network, users, targets, inside, theirs)
         candidates, seen = self._candidates(windows.items[:, :-1], targets, events)
         flat = candidates.flatten(1)
         turns = seen[..., None].expand_as(candidates).flatten(1)
@@ -231,7 +232,7 @@ class _Losses:
         their_users, their_maps = torch.cat([one[0] for one in said], 2), said[0][2]
         their_scores = torch.stack([one[1].float() for one in said]).mean(0)
         theirs = _without_repeats(their_scores.view(candidates.shape), candidates).flatten(0, 1)
-        loss = self._catalogue(ranker.network, users, targets, inside, (their_users, self._table))
+        loss = self._catalogue(ranker.network, users, targets, inside, their_users)
         among = F.cross_entropy(scores, first) + self._effort.opinions * opinion_divergence(scores, theirs)
         there = torch.cat([inside, torch.ones_like(flat, dtype=torch.bool)], 1).float()
         copied = maps_divergence(cast(list[Tensor], maps), cast(list[Tensor], their_maps), there)

@@ -79,16 +79,13 @@ def serve(
         artefact = Registry(registry).open()
         vocabulary = artefact.vocabulary()
         events = Events.drawn(vocabulary, seed, full=full) if log is None else Events.read(log)
+        hop = InferenceSettings().hop_of(artefact.manifest, HISTORY)
+        sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop, full=full)
     except (ArtefactInvalid, LogInvalid) as error:
         raise click.ClickException(str(error)) from None
     if quick:
         rounds, seconds = 1, min(seconds, 1.0)
     chosen = [arm for arm in ARMS if arm.name in wanted]
-    hop = InferenceSettings().hop_of(artefact.manifest, HISTORY)
-    try:
-        sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop, full=full)
-    except ValueError as error:
-        raise click.ClickException(str(error)) from None
     plan = measure.Plan(registry.resolve(), sessions, events.name, rounds, seconds, seed, quick)
     outcomes = measure.run(plan, chosen, say=lambda line: click.echo(line, err=True))
     measure.show(outcomes, plan, model=artefact.version, json_path=json_path)

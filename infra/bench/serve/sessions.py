@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from compression.logs.log_reader import LogReader
+from compression.logs.log_reader import LogInvalid, LogReader
 from compression.logs.synth import SynthSettings, synthesize
 from features.anchor import from_anchors
 from features.encoding import Vocabulary, encode_histories
@@ -145,7 +145,7 @@ class Sessions:
         """`times` times `clicks` turns of `active` users, of `clicks` clicks each where the log goes on for
         so long; when the first turn begins sessions have come more or less far. Histories are shown from
         their anchors on (`features.anchor`). `full`: all of them are, as of those who have come for long;
-        raises ValueError where nobody has."""
+        raises `LogInvalid` where nobody has."""
         rng = np.random.default_rng(seed)
         by_user = np.argsort(log.users, kind="stable")
         users = log.users[by_user]
@@ -155,7 +155,7 @@ class Sessions:
         wanted = (left >= min(clicks, int(left.max()))) & (before >= (HISTORY - 1 if full else 0))
         able = np.flatnonzero(wanted)
         if not len(able):
-            raise ValueError(f"nobody has {HISTORY} events and then {clicks} clicks in {log.name}")
+            raise LogInvalid(f"nobody has {HISTORY} events and then {clicks} clicks in {log.name}")
         first = np.stack([rng.choice(able, active, replace=len(able) < active) for _ in range(times + 1)])
         session, click = [], []
         for turn in range(times * clicks):
@@ -165,7 +165,7 @@ class Sessions:
             session.append(going + time[going] * active)
             click.append((began + since)[going])
         last = np.concatenate(click)
-        lengths = np.minimum(last - starts[last] + 1, HISTORY)
+        lengths = np.minimum(before[last] + 1, HISTORY)
         back = np.arange(HISTORY) - lengths[:, None] + 1
         at = by_user[np.where(back <= 0, last[:, None] + back, last[:, None])]
         columns = (log.items, log.categories, log.behaviors, log.timestamps)

@@ -1,4 +1,4 @@
-"""Large tables learn by the rows that a step looks up, windows lose events anew each time."""
+"""Large tables learn by the rows that a step looks up."""
 
 import pytest
 import torch
