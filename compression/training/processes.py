@@ -28,7 +28,7 @@ from typing import Final, Protocol
 
 import torch
 from torch import distributed as dist
-from torch.distributed import FileStore  # type: ignore[attr-defined]
+from torch.distributed import FileStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous as rendezvous_at
 
 from compression.training.checkpoint import Stopped
@@ -210,11 +210,8 @@ class Launched:
         self._told = False
 
     def __enter__(self) -> Launched:
-        timeout = timedelta(seconds=_HANGS_S)
-        self._store, rank, size = next(rendezvous_at("env://", timeout=timeout))
-        dist.init_process_group(
-            _backend(self._device), store=self._store, rank=rank, world_size=size, timeout=timeout
-        )
+        self._store, rank, size = next(rendezvous_at("env://", timeout=timedelta(seconds=_HANGS_S)))
+        _connect(self._store, rank, size, self._device)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -249,18 +246,25 @@ class Launched:
             self._told = True
 
 
+def _connect(store: Store, rank: int, size: int, device: str) -> None:
+    """Until `dist.destroy_process_group`, which ends gloo's threads only where nothing else holds the group.
+
+    An optimizer's first step imports torch.distributed.nn, whose functions keep the group of that moment as
+    the default of an argument. A thread that then frees a tensor of numpy's while the interpreter ends aborts
+    the process (pytorch#179291), so it is imported before there is a group.
+    """
+    import torch.distributed.nn.functional  # noqa: F401
+
+    timeout = timedelta(seconds=_HANGS_S)
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout)
+
+
 @contextmanager
 def _process_group(rendezvous: Path, rank: int, size: int, device: str) -> Iterator[None]:
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = before or _LOOPBACK
     try:
-        dist.init_process_group(
-            _backend(device),
-            store=FileStore(str(rendezvous), size),
-            rank=rank,
-            world_size=size,
-            timeout=timedelta(seconds=_HANGS_S),
-        )
+        _connect(FileStore(str(rendezvous), size), rank, size, device)
         yield
     finally:
         if before is None:

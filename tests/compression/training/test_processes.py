@@ -188,12 +188,40 @@ def test_torchrun_starts_the_processes_and_the_first_one_publishes(log, tmp_path
         timeout=110,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2_000:]
+    assert done.returncode == 0, done.stderr
     (said,) = [json.loads(line) for line in done.stdout.splitlines()]
     assert (said["data"]["processes"], said["data"]["goals"]["buy"]) == (2, 4.0)
     assert said["metrics"]["by_behavior"]["pv"]["targets"] > 0
     (run,) = (tmp_path / "runs").glob("*/run.json")
     assert json.loads(run.read_bytes())["outcome"] == "published"
+
+
+ALONE_IN_A_GROUP = """
+import os, sys, torch
+from compression.training.processes import Launched, Place
+at = torch.nn.Parameter(torch.zeros(1))
+with Launched(Place(0, 1, 0)) as team, team.joined():
+    torch.distributed.all_reduce(at.data)
+    at.sum().backward()
+    torch.optim.AdamW([at]).step()
+print(*sorted(open(f"/proc/self/task/{task}/comm").read().strip() for task in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+def test_no_thread_of_a_group_outlives_it():
+    """One that does may free a tensor while the interpreter ends, which aborts the process."""
+    place = WHOLE | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_PORT": "0"}
+    said = subprocess.run(
+        [sys.executable, "-c", ALONE_IN_A_GROUP],
+        cwd=ROOT,
+        env=os.environ | place | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert "gloo" not in said.stdout, said.stdout
 
 
 WHOLE = {
