@@ -1,13 +1,17 @@
-"""Weights as small as they really are: zeros as a bit mask, codes of 2 to 8 bits side by side.
+"""Weights as small as they really are: zeros as a bit mask, codes of 2 to 8 bits, frequent ones in fewer.
 
 One safetensors file. A tensor is stored as
 
     dense       its values, f32, f16 or, of what are bytes, u8
     sparse      NAME.mask, a bit per value, and NAME.values, those that are not zero
     quantized   NAME.codes, codes of the values (of those that are not zero, where there is a mask) counted
-                from the lowest of the tensor or row, `bits` each; NAME.low and NAME.step
+                from the lowest of the tensor or row; NAME.low and NAME.step
 
-and the file's metadata say which, with shapes and a checksum over all parts. What is read back is, bit
+Codes lie side by side, `bits` each, or, where that is smaller, in a Huffman code as in Han et al., Deep
+Compression (2016): a raw deflate stream of nothing but literals, which are the codes modulo 256, uncounted,
+so that those near zero are frequent in all rows.
+
+The file's metadata say which, with shapes and a checksum over all parts. What is read back is, bit
 for bit, what was to be stored: for quantized tensors code * step in float32.
 """
 
@@ -15,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +55,7 @@ class _Entry(BaseModel):
     kind: Literal["dense", "quantized"]
     masked: bool = False
     bits: Annotated[int, Field(ge=2, le=8)] | None = None
+    huffman: bool = False
 
 
 class _Contents(BaseModel):
@@ -129,10 +135,14 @@ def _put_quantized(parts: Parts, name: str, made: Quantized, bits: int) -> _Entr
     if masked:
         parts[f"{name}.mask"] = np.packbits(codes != 0)
         counted = counted[codes != 0]
-    parts[f"{name}.codes"] = pack(counted.reshape(-1), bits)
+    packed = pack(counted.reshape(-1), bits)
+    coded = _huffman((codes if not masked else codes[codes != 0]).astype(np.uint8))
+    huffman = len(coded) < len(packed)
+    parts[f"{name}.codes"] = coded if huffman else packed
     parts[f"{name}.low"] = made.low.numpy().reshape(-1)
     parts[f"{name}.step"] = made.step.numpy().reshape(-1)
-    return _Entry(shape=list(made.codes.shape), kind="quantized", masked=masked, bits=bits)
+    shape = list(made.codes.shape)
+    return _Entry(shape=shape, kind="quantized", masked=masked, bits=bits, huffman=huffman)
 
 
 def _get(parts: Parts, name: str, entry: _Entry) -> Tensor:
@@ -148,7 +158,8 @@ def _get(parts: Parts, name: str, entry: _Entry) -> Tensor:
         stored = parts[f"{name}.values"].astype(np.float32)
     else:
         assert entry.bits is not None
-        stored = unpack(parts[f"{name}.codes"], entry.bits, count).astype(np.int16)
+        codes = parts[f"{name}.codes"]
+        stored = _plain(codes, count) if entry.huffman else unpack(codes, entry.bits, count)
     if len(stored) != count:
         raise ValueError(f"{name} has {len(stored)} values, not {count}")
     if there is not None:
@@ -159,10 +170,14 @@ def _get(parts: Parts, name: str, entry: _Entry) -> Tensor:
         return torch.from_numpy(stored.reshape(shape))
     low, step = parts[f"{name}.low"], parts[f"{name}.step"]
     per_row = (shape[0], *[1] * (len(shape) - 1)) if len(low) > 1 else ()
-    codes = stored.reshape(shape) + low.reshape(per_row)
+    low, step = low.reshape(per_row), step.reshape(per_row)
+    counted = stored.reshape(shape)
+    if entry.huffman:
+        counted = counted - low.astype(np.uint8)
+    steps = counted + low
     if there is not None:
-        codes[~there.reshape(shape)] = 0
-    return torch.from_numpy(np.asarray(codes.astype(np.float32) * step.reshape(per_row)))
+        steps[~there.reshape(shape)] = 0
+    return torch.from_numpy(np.asarray(steps.astype(np.float32) * step))
 
 
 def pack(codes: npt.NDArray[np.uint8], bits: int) -> npt.NDArray[np.uint8]:
@@ -185,6 +200,24 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[
         first = start * bits // 8
         part = np.unpackbits(packed[first : first + -(-size * bits // 8)], count=size * bits)
         codes[start : start + size] = part.reshape(size, bits) @ weights
+    return codes
+
+
+def _huffman(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Bytes as a deflate stream of Huffman-coded literals."""
+    stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
+    return np.frombuffer(stream.compress(np.ascontiguousarray(codes)) + stream.flush(), np.uint8)
+
+
+def _plain(coded: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:
+    """The `count` bytes of such a stream; it is never unpacked beyond one more."""
+    stream = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        codes = np.frombuffer(stream.decompress(coded.tobytes(), count + 1), np.uint8)
+    except zlib.error as error:
+        raise ValueError(f"codes that cannot be read: {error}") from None
+    if len(codes) != count or not stream.eof or stream.unused_data:
+        raise ValueError(f"a stream that is not of {count} codes")
     return codes
 
 
