@@ -40,7 +40,7 @@ LISTED: Final = StreamSettings().k
 
 
 class InProcess:
-    """Lists in groups, one a request, as the stream submits what it polled.
+    """What is due in one turn of the loop in one group, as the stream submits what it polled.
 
     Asked for over again, they are those of other users: whom a cache does not know."""
 
@@ -52,6 +52,7 @@ class InProcess:
         self._sequences = list(sessions.sequences())
         self._candidates = [tuple(asked) for asked in sessions.candidates.tolist()]
         self._sessions = 1 + max(self._users)
+        self._due: list[tuple[int, Done]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
     def requests(self, number: int, k: int = LISTED) -> list[RankRequest]:
@@ -91,7 +92,13 @@ class InProcess:
         )
 
     def send(self, number: int, done: Done) -> None:
-        task = asyncio.get_running_loop().create_task(self._ask(number, done))
+        if not self._due:
+            asyncio.get_running_loop().call_soon(self._submit)
+        self._due.append((number, done))
+
+    def _submit(self) -> None:
+        due, self._due = self._due, []
+        task = asyncio.get_running_loop().create_task(self._ask(due))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -103,10 +110,12 @@ class InProcess:
         for task in list(self._tasks):
             task.cancel()
 
-    async def _ask(self, number: int, done: Done) -> None:
-        answers = await self._plane.rank(self.requests(number), self._version)
-        failed = any(isinstance(answer, InferenceError) for answer in answers)
-        done(None if failed else b"")
+    async def _ask(self, due: Sequence[tuple[int, Done]]) -> None:
+        asked = [one for number, _ in due for one in self.requests(number)]
+        answers = await self._plane.rank(asked, self._version)
+        for place, (_, done) in enumerate(due):
+            own = answers[place * self._lists : (place + 1) * self._lists]
+            done(None if any(isinstance(answer, InferenceError) for answer in own) else b"")
 
 
 def _scores_of(answer: RankedList | InferenceError) -> dict[int, float]:
