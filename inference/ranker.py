@@ -195,16 +195,16 @@ class Ranker:
     ) -> Warmed:
         """An engine with this version's graphs, every bucket run and what comes out checked; ready then.
 
-        Between two shapes there is a `rest`, which may say that there is no need to go on. What shapes
-        cost is measured, unless it is `known_s` from an engine like this one; where its library compiles
-        nothing for a shape, a few are then run for all. Raises `ModelUnavailable` with the reason. Takes
-        seconds.
+        Between two graphs or shapes there is a `rest`, which may say that there is no need to go on. What
+        shapes cost is measured, unless it is `known_s` from an engine like this one; where its library
+        compiles nothing for a shape, a few are then run for all. Raises `ModelUnavailable` with the reason.
+        Takes seconds.
         """
         engine = engines.create(name, options or EngineOptions())
         graphs = graphs_of(engine, cached=self._cache is not None, artefact=self._artefact)
-        self._load(engine, name, graphs)
-        score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
         try:
+            self._load(engine, name, graphs, rest)
+            score, kinds = scoring(engine), {"append": "append" in graphs, "rank": self._at_once(engine)}
             few = bool(known_s) and not engine.compiles_shapes
             wanted = self.buckets.a_few(**kinds) if few else self.buckets.shapes(**kinds)
             shapes = (
@@ -237,16 +237,19 @@ class Ranker:
         keeps them."""
         return self._cache is None and engine.keeps_states and "rank" in self._artefact.manifest.graphs
 
-    def _load(self, engine: Engine, name: str, graphs: Sequence[Graph]) -> None:
+    def _load(self, engine: Engine, name: str, graphs: Sequence[Graph], rest: Callable[[], bool]) -> None:
         folder = None if self._prepared is None else self._prepared.of_engine(name, engine.options)
-        if folder is not None:
+        if folder is None:
+            engine.load(self._artefact, graphs)
+            return
+        for graph in graphs:
             try:
-                engine.load_prepared(self._model, graphs, folder)
+                engine.load_prepared(self._model, (graph,), folder)
             except ModelUnavailable as error:  # it may have been tidied away
                 log.warning("%s is loaded as it was published: %s", self.version, error)
-            else:
+                engine.load(self._artefact, graphs)
                 return
-        engine.load(self._artefact, graphs)
+            _go_on(rest)
 
     def rank(
         self, warmed: Warmed, requests: Sequence[RankRequest], statistics: ItemStatistics

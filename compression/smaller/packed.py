@@ -154,6 +154,7 @@ def _get(parts: Parts, name: str, entry: _Entry) -> Tensor:
     if entry.masked:
         there = np.unpackbits(parts[f"{name}.mask"], count=total).astype(bool)
     count = total if there is None else int(there.sum())
+    stored: npt.NDArray[Any]
     if entry.kind == "dense":
         stored = parts[f"{name}.values"].astype(np.float32)
     else:
@@ -206,7 +207,7 @@ def unpack(packed: npt.NDArray[np.uint8], bits: int, count: int) -> npt.NDArray[
 def _huffman(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     """Bytes as a deflate stream of Huffman-coded literals."""
     stream = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
-    return np.frombuffer(stream.compress(np.ascontiguousarray(codes)) + stream.flush(), np.uint8)
+    return np.frombuffer(stream.compress(codes.tobytes()) + stream.flush(), np.uint8)
 
 
 def _plain(coded: npt.NDArray[np.uint8], count: int) -> npt.NDArray[np.uint8]:

@@ -133,8 +133,9 @@ class Engine(ABC):
         raise NotImplementedError
 
     def load_prepared(self, model: ModelShape, graphs: Sequence[Graph], folder: Path) -> None:
-        """Instead of `load`, in milliseconds, from a folder that is known to hold what `prepare` wrote.
-        Its files may stay mapped. Raises `ModelUnavailable` with the reason."""
+        """Instead of `load`, in milliseconds, from a folder that is known to hold what `prepare` wrote; some
+        graphs after others if need be. Its files may stay mapped. Raises `ModelUnavailable` with the
+        reason."""
         raise NotImplementedError
 
     def beside(self) -> Self | None:

@@ -12,8 +12,17 @@ from compression.ranking.weights import untrained
 from infra.bench.attention import attention
 from infra.bench.table1 import steps as making
 from infra.bench.table1.command import folder_of, table1
-from infra.bench.table1.shapes import QUICK
-from infra.bench.table1.steps import COURSE, METHODS, TRAINED_ON, Progress, Steps, data
+from infra.bench.table1.shapes import QUICK, SHAPES
+from infra.bench.table1.steps import (
+    BY_SEVERAL,
+    COURSE,
+    LISTS,
+    METHODS,
+    TRAINED_ON,
+    Progress,
+    Steps,
+    data,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,14 +45,44 @@ def test_every_method_is_what_it_says(steps):
     assert all(0 < one.ranks.metrics()["hr@50"] <= 1 for one in made)
 
 
-def test_what_was_trained_otherwise_is_kept_elsewhere(monkeypatch):
+@pytest.mark.parametrize(
+    "name, other",
+    [
+        ("COURSE", replace(COURSE, dropout=0.3)),
+        ("LISTS", replace(LISTS, listed=7)),
+        ("BY_SEVERAL", replace(BY_SEVERAL, taught=0.8)),
+    ],
+)
+def test_what_was_trained_otherwise_is_kept_elsewhere(name, other, monkeypatch):
     before = folder_of("quick", None, 2, 1)
-    monkeypatch.setattr(making, "COURSE", replace(COURSE, dropout=0.3))
+    monkeypatch.setattr(making, name, other)
     assert folder_of("quick", None, 2, 1) != before
     monkeypatch.undo()
     assert folder_of("quick", None, 2, 1) == before
-    # What was trained before a course could have several teachers is still found.
-    assert COURSE.digest == "73a07f" != replace(COURSE, teachers=2).digest
+
+
+def test_networks_of_another_shape_are_kept_elsewhere(monkeypatch):
+    before = folder_of("quick", None, 2, 1)
+    monkeypatch.setitem(SHAPES, "quick", replace(SHAPES["quick"], pruned_bits=7))
+    assert folder_of("quick", None, 2, 1) != before
+
+
+def test_what_is_pruned_hears_of_two_teachers_lists_where_the_catalogue_is_too_large(tmp_path, monkeypatch):
+    for name in ("FROM_SCRATCH", "TUNING", "LISTS", "LISTS_OF_STUDENT"):
+        effort = replace(getattr(making, name), full_softmax_items=100, negatives=64, max_steps=2)
+        monkeypatch.setattr(making, name, replace(effort, listed=min(effort.listed, 8)))
+    heard, fit = [], making.fit
+
+    def listening(ranker, data, effort, *, teacher=None, beside=(), **options):
+        heard.append((effort.listed, (teacher is not None) + len(beside)))
+        return fit(ranker, data, effort, teacher=teacher, beside=beside, **options)
+
+    monkeypatch.setattr(making, "fit", listening)
+    made = Steps(QUICK, tmp_path, 2, 1).all()
+    baseline, trained_on = [(0, 0)], [(0, 0)]
+    pruned, quantized, student = [(8, 2)] * 3, [(8, 2)], [(0, 1), (8, 1)]
+    assert heard == baseline + trained_on + pruned + quantized + student
+    assert made[2].zeros == pytest.approx(0.4, abs=0.01)
 
 
 def test_steps_that_were_taken_are_not_taken_again(steps):

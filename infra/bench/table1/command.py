@@ -161,11 +161,12 @@ def table1(
 
 def folder_of(shape: str, log: Path | None, epochs: float, seed: int) -> Path:
     """Where what is trained on a log is kept: what was trained otherwise is another folder."""
-    from infra.bench.table1.steps import course_of
+    from infra.bench.table1.shapes import SHAPES
+    from infra.bench.table1.steps import recipe_of
 
     name = "synthetic"
     if log is not None:
         from compression.releases.provenance import sha256_of
 
         name = f"{log.name.split('.')[0]}-{sha256_of(log)[:8]}"
-    return home() / "table1" / f"{shape}-{name}-{epochs:g}-{course_of(log).digest}-seed{seed}"
+    return home() / "table1" / f"{shape}-{name}-{epochs:g}-{recipe_of(SHAPES[shape], log)}-seed{seed}"

@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -67,13 +67,6 @@ class Course:
     student_rounding: float
     teachers: int = 1
 
-    @property
-    def digest(self) -> str:
-        """Six letters that another course does not share."""
-        # What was trained before there could be several teachers is found again.
-        told = astuple(self) if self.teachers > 1 else astuple(self)[:-1]
-        return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
-
 
 COURSE: Final = Course(2e-3, 0.1, 0.1, 0.08, 0.08, 0.6, 0.08)
 # What people do is harder to learn again than what was drawn from a few numbers, and a wide network is better
@@ -84,6 +77,12 @@ COURSE_OF_LOGS: Final = Course(1e-3, 0.1, 0.0, 0.25, 0.16, 1.5, 0.16, teachers=3
 def course_of(log: Path | None) -> Course:
     """How networks learn a log, or the synthetic one."""
     return COURSE if log is None else COURSE_OF_LOGS
+
+
+def recipe_of(shape: Shape, log: Path | None) -> str:
+    """Six letters that what is made otherwise does not share."""
+    told = shape, course_of(log), FROM_SCRATCH, TUNING, BY_SEVERAL, LISTS, LISTS_OF_STUDENT
+    return hashlib.sha256(repr(told).encode()).hexdigest()[:6]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,12 +153,12 @@ class Steps:
     def all(self) -> list[Made]:
         """Every method, in the order of Table I."""
         baseline = self.baseline()
-        quantized = self._step("Quantized", lambda: self._quantized(baseline), baseline.ranker.network.config)
-        pruned = self._step("Pruned", lambda: self._pruned(baseline), baseline.ranker.network.config)
+        config = baseline.ranker.network.config
+        quantized = self._step("Quantized", lambda: self._quantized(baseline), config)
+        beside = [self.trained_on(baseline).ranker] if self._samples else []
+        pruned = self._step("Pruned", lambda: self._pruned(baseline, beside), config)
         both = self._step(
-            "Pruned + Quantized",
-            lambda: self._pruned_quantized(pruned, baseline),
-            baseline.ranker.network.config,
+            "Pruned + Quantized", lambda: self._pruned_quantized(pruned, baseline, beside), config
         )
         teachers = [baseline.ranker]
         if self._course.teachers > 1:
@@ -207,7 +206,9 @@ class Steps:
         ranker = copy(baseline.ranker)
         return ranker, grids_of(ranker, EIGHT)
 
-    def _pruned(self, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
+    def _pruned(
+        self, baseline: Made, beside: Sequence[CandidateRanker]
+    ) -> tuple[CandidateRanker, dict[str, Grid]]:
         """Table by threshold, heads and channels for good, K rounds of both (formulas 5 to 7)."""
         shape, ranker = self._shape, copy(baseline.ranker)
         # Matrices lose their share by getting smaller, so what is left to zero is the tables'.
@@ -223,6 +224,7 @@ class Steps:
                 self._course.round,
                 self._tuning,
                 teacher=baseline.ranker,
+                beside=beside,
                 after_step=lambda kept=masks: pruning.apply(ranker, kept),  # type: ignore[misc]
             )
         return ranker, {}
@@ -234,9 +236,11 @@ class Steps:
         left = max(0.0, (share * of - gone) / table.numel())
         return {f"{TABLE}.weight": pruning.mask(table, pruning.threshold(table, left))}
 
-    def _pruned_quantized(self, pruned: Made, baseline: Made) -> tuple[CandidateRanker, dict[str, Grid]]:
-        grid = Grid(self._shape.pruned_bits, per_row=True)
-        return self._rounded(pruned.ranker, grid, baseline.ranker, self._course.rounding, self._tuning)
+    def _pruned_quantized(
+        self, pruned: Made, baseline: Made, beside: Sequence[CandidateRanker]
+    ) -> tuple[CandidateRanker, dict[str, Grid]]:
+        grid, course = Grid(self._shape.pruned_bits, per_row=True), self._course
+        return self._rounded(pruned.ranker, grid, baseline.ranker, course.rounding, self._tuning, beside)
 
     def _distilled(self, teachers: Sequence[CandidateRanker]) -> tuple[CandidateRanker, dict[str, Grid]]:
         """From the first teacher's table in fewer dimensions, by its maps and what all of them think, then
