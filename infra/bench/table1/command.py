@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -14,6 +14,9 @@ from compression.home import home
 from infra.bench import options as bench_options
 from infra.bench import report
 from infra.console import console
+
+if TYPE_CHECKING:
+    from infra.bench.table1.shapes import Shape
 
 
 @click.command()
@@ -121,7 +124,7 @@ def table1(
         if log is None and learned_name == shape_name:
             made = trained
     if made is None:
-        made = Steps(shape, home() / "table1" / f"{shape_name}-random-seed{seed}", 0.0, seed, say).all()
+        made = Steps(shape, _folder(shape, "random", None, seed), 0.0, seed, say).all()
     workers = max(1, (os.cpu_count() or 1) // threads)
     with tempfile.TemporaryDirectory(prefix="tailrace-table1-") as work:
         found = measure.arms(made, shape, Path(work), threads=threads, workers=workers, seed=seed)
@@ -162,11 +165,16 @@ def table1(
 def folder_of(shape: str, log: Path | None, epochs: float, seed: int) -> Path:
     """Where what is trained on a log is kept: what was trained otherwise is another folder."""
     from infra.bench.table1.shapes import SHAPES
-    from infra.bench.table1.steps import recipe_of
 
     name = "synthetic"
     if log is not None:
         from compression.releases.provenance import sha256_of
 
         name = f"{log.name.split('.')[0]}-{sha256_of(log)[:8]}"
-    return home() / "table1" / f"{shape}-{name}-{epochs:g}-{recipe_of(SHAPES[shape], log)}-seed{seed}"
+    return _folder(SHAPES[shape], f"{name}-{epochs:g}", log, seed)
+
+
+def _folder(shape: Shape, name: str, log: Path | None, seed: int) -> Path:
+    from infra.bench.table1.steps import recipe_of
+
+    return home() / "table1" / f"{shape.name}-{name}-{recipe_of(shape, log)}-seed{seed}"
