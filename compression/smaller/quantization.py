@@ -79,6 +79,8 @@ def quantize(weights: Tensor, grid: Grid) -> Quantized:
     first = torch.round(low / step)
     last = first + torch.round((high - low) / step)
     codes = torch.minimum(torch.maximum(torch.round(weights / step), first), last)
+    # Both ends fall between two codes where one does, and may be rounded towards each other.
+    codes = torch.where(weights >= high, last, torch.where(weights <= low, first, codes))
     codes = codes.masked_fill(weights == 0, 0.0)
     return Quantized(codes.to(torch.int16), step, first.to(torch.int16), last.to(torch.int16))
 

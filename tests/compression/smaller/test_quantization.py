@@ -52,6 +52,13 @@ def test_what_is_rounded_once_is_not_changed_by_rounding_it_again(bits, seed, pe
     torch.testing.assert_close(again.step, once.step)
 
 
+def test_both_ends_have_codes_where_they_lie_between_two():
+    """Rounded half to even, -2.5 and 0.5 steps would be -2 and 0, a code less than there are."""
+    once = quantize(torch.tensor([[-2.5, -1.0, 0.0, 0.5]]), Grid(2, per_row=True))
+    assert once.codes.tolist() == [[-2, -1, 0, 1]]
+    assert torch.equal(quantize(once.values(), Grid(2, per_row=True)).values(), once.values())
+
+
 def test_more_bits_are_closer():
     weights = torch.randn(64, 64)
     errors = [float((quantize(weights, Grid(bits)).values() - weights).abs().mean()) for bits in (2, 4, 6, 8)]
