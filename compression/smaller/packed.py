@@ -133,10 +133,10 @@ def _put_quantized(parts: Parts, name: str, made: Quantized, bits: int) -> _Entr
     masked = outside or bool((codes == 0).mean() > 1.0 / bits)
     counted = (codes - low).astype(np.uint8)
     if masked:
-        parts[f"{name}.mask"] = np.packbits(codes != 0)
-        counted = counted[codes != 0]
-    packed = pack(counted.reshape(-1), bits)
-    coded = _huffman((codes if not masked else codes[codes != 0]).astype(np.uint8))
+        there = codes != 0
+        parts[f"{name}.mask"] = np.packbits(there)
+        codes, counted = codes[there], counted[there]
+    packed, coded = pack(counted.reshape(-1), bits), _huffman(codes.astype(np.uint8))
     huffman = len(coded) < len(packed)
     parts[f"{name}.codes"] = coded if huffman else packed
     parts[f"{name}.low"] = made.low.numpy().reshape(-1)

@@ -197,7 +197,7 @@ def test_torchrun_starts_the_processes_and_the_first_one_publishes(log, tmp_path
 
 
 ALONE_IN_A_GROUP = """
-import os, sys, torch
+import os, torch
 from compression.training.processes import Launched, Place
 at = torch.nn.Parameter(torch.zeros(1))
 with Launched(Place(0, 1, 0)) as team, team.joined():
