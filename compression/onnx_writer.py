@@ -9,11 +9,21 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
+import torch
 from onnx import helper, numpy_helper
 from torch import Tensor
 
 OPSET: Final = 18
 IR_VERSION: Final = 8  # of opset 18, so that older runtimes read it
+
+
+def by_lag(reach: Tensor, hidden: float, *, places: int, shift: int = 0) -> Tensor:
+    """[places, heads, slots], from reach [heads, slots] by how many slots back: place p has for slot s what
+    lies p - s + shift back, and `hidden` where that is ahead of it. As large as one history's logits."""
+    slots = reach.shape[1]
+    back = torch.arange(places)[:, None] - torch.arange(slots) + shift
+    found = reach[:, back.clamp(min=0)].masked_fill(back < 0, hidden)
+    return found.transpose(0, 1).contiguous()
 
 
 @dataclass(slots=True)
@@ -50,6 +60,24 @@ class OnnxWriter:
 
     def weight(self, tensor: Tensor, name: str = "") -> str:
         return self.constant(tensor.detach().float().cpu().numpy(), name)
+
+    def added(self, by_lag: Tensor, places: str, size: str) -> str:
+        """What is added to the logits of users who ask at places [B] for the first `size` slots: rows of a
+        table, as single numbers take longer to look up than to multiply. [B, 1, L], of more than one head
+        [B, heads, 1, L]."""
+        heads = by_lag.shape[1]
+        rows = self.op("Gather", self.weight(by_lag if heads == 1 else by_lag[:, :, None]), places)
+        last = self.ints([2 if heads == 1 else 3])
+        return self.op("Slice", rows, self.ints([0]), size, last)
+
+    def added_to_all(self, by_lag: Tensor, size: str) -> str:
+        """The same where each of the first `size` places asks: [L, L], of more heads
+        [heads, L, L]."""
+        heads = by_lag.shape[1]
+        table = by_lag[:, 0] if heads == 1 else by_lag.transpose(0, 1)
+        ends = self.op("Concat", size, size, axis=0)
+        axes = self.ints([0, 1] if heads == 1 else [1, 2])
+        return self.op("Slice", self.weight(table), self.ints([0, 0]), ends, axes)
 
     def ints(self, value: int | list[int]) -> str:
         return self.constant(np.array(value, np.int64))

@@ -12,7 +12,11 @@ from features.candidate_rows import REQUEST, Candidates, Float32, Number, in_lin
 
 
 def asked_for(explicit: Sequence[Sequence[int] | None], exclude: Sequence[Sequence[int]]) -> Candidates:
-    """What users asked for by name."""
+    """What users asked for by name, each once."""
+    if not any(exclude):
+        given = _all_different(explicit)
+        if given is not None:
+            return given
     lists = [list(dict.fromkeys(given or ())) for given in explicit]
     if any(exclude):
         lists = [
@@ -25,6 +29,20 @@ def asked_for(explicit: Sequence[Sequence[int] | None], exclude: Sequence[Sequen
     if len(flat) == filled.size:
         return Candidates(flat.reshape(filled.shape), np.full(filled.shape, REQUEST, np.uint8), counts)
     return Candidates(in_lines(filled, flat, 0), np.where(filled, np.uint8(REQUEST), np.uint8(0)), counts)
+
+
+def _all_different(explicit: Sequence[Sequence[int] | None]) -> Candidates | None:
+    """The same without a look at each item, where all name equally many and nobody one twice; else None."""
+    width = len(explicit[0] or ()) if explicit else 0
+    if not width or any(given is None or len(given) != width for given in explicit):
+        return None
+    flat = np.fromiter(chain.from_iterable(filter(None, explicit)), np.int64, width * len(explicit))
+    items = flat.reshape(len(explicit), width)
+    ordered = np.sort(items, axis=1)
+    if (ordered[:, 1:] == ordered[:, :-1]).any():
+        return None
+    counts = np.full(len(items), width)
+    return Candidates(items, np.full(items.shape, REQUEST, np.uint8), counts)
 
 
 def place_asked_for(

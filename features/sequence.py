@@ -76,12 +76,13 @@ class SequenceBatch:
         return self._chosen(np.arange(len(first)) >= first, lengths)
 
     def _chosen(self, events: npt.NDArray[np.bool_], lengths: Int64) -> SequenceBatch:
+        at = events.nonzero()[0]
         return SequenceBatch(
             lengths,
-            self.items[events],
-            self.categories[events],
-            self.behaviors[events],
-            self.timestamps[events],
+            self.items.take(at),
+            self.categories.take(at),
+            self.behaviors.take(at),
+            self.timestamps.take(at),
         )
 
 

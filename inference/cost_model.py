@@ -80,24 +80,26 @@ def amounts(model: ModelShape, shape: Shape, cache_bytes: int) -> tuple[float, .
     """How much of each of `TERMS` one call has; the network is `compression.training.model`.
 
     encode: every event becomes keys and values in each of L layers, and goes through attention and the
-    feed-forward part in all but the last, where only the newest event asks: B·H·(2·L·d² + 2·(L−1)·d·f).
+    feed-forward part in all but the last, where only the newest event asks: B·H·(2·L·d² + 2·(L−1)·d·f);
+    without keys and values of the last where no candidates ask for them (`compression.retrieval.export`).
     score: every candidate goes through L layers of attention and feed-forward, without keys and values
-    of its own: B·C·2·L·d·f; without states it is a row times the user vector, B·C·d. rank: both. append: one
+    of its own: B·C·2·L·d·f; by a vector it is a row times that, B·C·d. rank: both. append: one
     event of its own through L layers: B·2·L·(d² + d·f).
     """
     batch, history, candidates = shape.batch, shape.history, shape.candidates
-    dim, ffn, layers = model.dim, model.ffn, model.layers
+    dim, ffn, layers, states = model.dim, model.ffn, model.layers, len(model.state_names)
+    projected = layers - model.scores_by_vector
     dense = attention = moved = tokens = 0
     if shape.graph in ("encode", "rank"):
-        dense += batch * (history * 2 * (layers * dim**2 + (layers - 1) * dim * ffn) + 2 * dim * ffn)
+        dense += batch * (history * 2 * (projected * dim**2 + (layers - 1) * dim * ffn) + 2 * dim * ffn)
         attention += batch * 2 * dim * history * ((layers - 1) * history + 1)
-        moved += batch * history * dim * (4 + 2 * layers)
+        moved += batch * history * dim * (4 + states)
         tokens = batch * history
     if shape.graph in ("score", "rank"):
-        if model.states:
+        if not model.scores_by_vector:
             dense += batch * candidates * 2 * layers * dim * ffn
             attention += batch * candidates * 2 * layers * dim * (history + 1)
-            moved += batch * dim * (2 * layers * history + 2 * candidates)
+            moved += batch * dim * (states * history + 2 * candidates)
         else:
             dense += batch * candidates * dim
             moved += batch * candidates * dim
@@ -105,7 +107,7 @@ def amounts(model: ModelShape, shape: Shape, cache_bytes: int) -> tuple[float, .
     if shape.graph == "append":
         dense += batch * 2 * layers * dim * (dim + ffn)
         attention += batch * 2 * layers * dim * (history + 1)
-        moved += batch * 2 * layers * history * dim
+        moved += batch * states * history * dim
         tokens = batch
     layer_bytes = 4 * tokens * (2 * dim + ffn + history)
     spilled = max(0, layer_bytes - cache_bytes)

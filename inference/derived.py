@@ -50,10 +50,17 @@ class Derived:
         """Memory of one user."""
         return sum(int(column.nbytes) for column in self._columns()) // max(1, len(self.vectors))
 
-    def put(self, users: Int64, known: Derived, at: Sequence[int]) -> None:
+    def put(self, users: Int64, known: Derived, at: Sequence[int] | Int64) -> None:
         """Let users have what is known of others, at these places."""
-        for column, theirs in zip(self._columns(), known._columns(), strict=True):
-            column[users] = theirs[at]
+        at = np.asarray(at)
+        columns = list(zip(self._columns(), known._columns(), strict=True))
+        if not known.has_retrieved[at].any():  # where candidates are named, nobody's
+            columns = [
+                pair for pair in columns if pair[0] is not self.items and pair[0] is not self.item_scores
+            ]
+        for column, theirs in columns:
+            if column.size:
+                column[users] = theirs.take(at, axis=0)
 
     def of(self, users: Sequence[int]) -> Derived:
         """What is known of some users, in this order, copied."""

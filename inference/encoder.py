@@ -22,7 +22,7 @@ from inference.derived import Derived
 from inference.engines.base import Engine, Precision, inputs_of
 from inference.histories import Histories
 from inference.types import Graph, Tensors
-from inference.user_cache import Found, UserCache
+from inference.user_cache import Computed, Found, UserCache
 
 Bool = npt.NDArray[np.bool_]
 Float32 = npt.NDArray[np.float32]
@@ -32,7 +32,7 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
-    """A batch, ready for candidates: by cut `keys`, `values`, `user_vector` and `lengths` of what was
+    """A batch, ready for candidates: by cut the states, `user_vector` and `lengths` of what was
     computed or looked up; and what else is known of the users, their vectors at least.
 
     `pending` [users] are in no cut yet: the cache has them, and perhaps their states are not needed.
@@ -90,8 +90,8 @@ class Encoder:
         self, engine: Engine, buckets: Buckets, encoded: Encoded, needed: Bool
     ) -> Iterator[list[tuple[Cut, Tensors]]]:
         """Cuts with the needed [users] in them as the score graph reads them, until the block ends; encoded
-        anew where the cache has lost them meanwhile. What it has not lost it lends: those keys and values
-        leave with the block."""
+        anew where the cache has lost them meanwhile. What it has not lost it lends: those states leave with
+        the block."""
         if self._model.scores_by_vector:
             yield _vectors(buckets, encoded, needed.nonzero()[0])
             return
@@ -111,30 +111,28 @@ class Encoder:
                 self._encode(engine, buckets, encoded, users[lost])
             yield encoded.cuts
             for _, states in lent:
-                del states["keys"], states["values"]
+                for name in self._model.state_names:
+                    del states[name]
 
     def keep(self, encoded: Encoded, sound: Bool) -> None:
         """Let the cache have what it has not, of users whose numbers were sound [users]."""
         wanted = encoded.news & sound
         if self._cache is None or not encoded.keys or not wanted.any():
             return
-        computed = [(cut, states) for cut, states in encoded.cuts if "keys" in states]
-        others = wanted.copy()
-        for cut, _ in computed:
-            others[cut.users] = False
-        named = encoded.histories.users()
-        for cut, states in (*computed, (Cut(others.nonzero()[0], 0, 0), {})):
-            rows = wanted[cut.users].nonzero()[0].tolist()
-            users = cut.users[rows].tolist()
-            self._cache.keep(
-                [named[user] for user in users],
-                [encoded.keys[user] for user in users],
-                states,
-                rows,
-                encoded.derived,
-                users,
-                encoded.precision,
-            )
+        named, users, place = encoded.histories.users(), wanted.nonzero()[0].tolist(), wanted.cumsum() - 1
+        computed: list[Computed] = []
+        for cut, states in encoded.cuts:
+            if self._cache.are_states(states):
+                rows = wanted[cut.users].nonzero()[0]
+                computed.append(Computed(place[cut.users[rows]].tolist(), rows.tolist(), states))
+        self._cache.keep(
+            [named[user] for user in users],
+            [encoded.keys[user] for user in users],
+            computed,
+            encoded.derived,
+            users,
+            encoded.precision,
+        )
 
     def _find_or_encode(
         self,
@@ -200,11 +198,11 @@ class Encoder:
                     name: _scattered(column[:, None], rows, cut.batch) for name, column in events.items()
                 }
                 inputs["lengths"] = _scattered(place.astype(np.int32), rows, cut.batch)
-                inputs |= {name: states[name] for name in ("keys", "values")}
+                inputs |= {name: states[name] for name in self._model.state_names}
                 outputs = engine.run("append", inputs)
                 vectors[rows] = outputs["user_vector"][rows]
-                for name, added in (("keys", "new_key"), ("values", "new_value")):
-                    states[name][rows, :, :, place] = outputs[added][rows, :, :, 0]
+                for name in self._model.state_names:
+                    states[name][rows, place] = outputs[f"new_{name}"][rows, 0]
             encoded.derived.vectors[cut.users] = vectors[: len(cut.users)]
             states["user_vector"] = vectors
             encoded.cuts.append((cut, states))
@@ -233,7 +231,7 @@ def scoring(engine: Engine) -> Graph:
 
 def states_of(engine: Engine, inputs: Tensors) -> Tensors:
     """Histories encoded: their user vectors, and what `scores_of` needs of them."""
-    if engine.keeps_states or not engine.model.states:
+    if engine.keeps_states or not engine.model.state_names:
         return {**engine.run("encode", inputs), "lengths": inputs["lengths"]}
     return {**inputs, **engine.run_for("encode", inputs, ("user_vector",))}
 

@@ -5,8 +5,8 @@ was scored with last; one that has grown by a few events costs those events alon
 `compression.training.export`). What is kept is compared byte for byte with what is asked, so an answer never
 rests on a history that was trimmed, corrected or has aged since.
 
-Of a model without states there are no keys and values: what is kept is what follows from whole histories,
-some kilobytes a user, and a history that has grown is encoded anew.
+Of a model without states what is kept is what follows from whole histories, some kilobytes a user, and a
+history that has grown is encoded anew.
 
 One cache belongs to one ranker, which is one released version: versions cannot mix. Slots are
 preallocated and bounded; the user asked for longest ago leaves first. The lock is held for bookkeeping
@@ -23,12 +23,15 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from compression.releases.registry import ModelShape
 from features.sequence import MAX_EVENTS, count_events
 from inference import memory
 from inference.derived import Derived
 from inference.types import Tensors
+
+Int64 = npt.NDArray[np.int64]
 
 # Of bookkeeping per user, and per event: a wide event's bytes.
 _ENTRY_BYTES: Final = 300
@@ -42,7 +45,7 @@ class Found:
     """What is kept for each history that was asked for, all [users]. It stays where it is until the block
     ends; copy it out there.
 
-    slots: where, -1 for nowhere. known: how many of its first events have their keys and values there.
+    slots: where, -1 for nowhere. known: how many of its first events have their states there.
     same: it is the whole history, so what is derived from it is there, too.
     """
 
@@ -86,6 +89,14 @@ class _Slots:
             self.free.append(slot)
 
 
+class Computed(NamedTuple):
+    """The states of some of the users to keep: which of these they are, and in which rows theirs stand."""
+
+    users: Sequence[int]
+    rows: Sequence[int]
+    states: Tensors
+
+
 class _Write(NamedTuple):
     """The states of one of the users to keep, on their way into a slot that has the first `known` events."""
 
@@ -109,12 +120,10 @@ class UserCache:
     ) -> None:
         """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept.
         `events_in`: how many events a history has."""
-        layers = model.layers if model.states else 0
-        states = (slots, layers, model.heads, model.max_history, model.dim // model.heads)
-        self._states = model.states
+        self._names = model.state_names
         self._events_in = events_in
         # Of the cache that was freed last, where it was as large: no number in a slot is ever infinite.
-        self._keys, self._values = memory.lasting((2, *states), np.float32)
+        self._states = memory.lasting((slots, len(self._names), model.max_history, model.dim), np.float32)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._slots = _Slots(list(range(slots))[::-1], [0] * slots)
@@ -139,7 +148,7 @@ class UserCache:
     @staticmethod
     def user_bytes(model: ModelShape, *, retrieved: int, listed: int) -> int:
         """Memory of one user, at most."""
-        states = 2 * model.layers * model.max_history * model.dim * 4 if model.states else 0
+        states = len(model.state_names) * model.max_history * model.dim * 4
         derived = Derived.nothing(1, model.dim, retrieved, listed).user_bytes
         return states + derived + _EVENT_BYTES * min(model.max_history, MAX_EVENTS) + _ENTRY_BYTES
 
@@ -149,14 +158,13 @@ class UserCache:
 
     @property
     def slots(self) -> int:
-        return len(self._keys)
+        return len(self._states)
 
     def make_room(self, users: int) -> Iterator[None]:
         """Have memory for the first so many users, some of them with every step: what writes a slot of which
         none was ever written waits for the system's pages."""
         for start in range(0, min(users, self.slots), _USERS_A_STEP):
-            for kept in (self._keys, self._values):
-                memory.populate(kept[start : min(start + _USERS_A_STEP, users)])
+            memory.populate(self._states[start : min(start + _USERS_A_STEP, users)])
             yield
 
     @property
@@ -194,23 +202,25 @@ class UserCache:
                     self._slots.unpin(slot)
 
     def states(self, slots: Sequence[int], batch: int, history: int, *, lend: bool = False) -> Tensors:
-        """A copy of keys and values, padded to a shape; only the known events of a row mean anything.
+        """A copy of the states by name, padded to a shape; only the known events of a row mean anything.
 
         `lend`: to be read only, and only until the block of `find` ends. Then one user's are not copied where
         they fill the shape.
         """
-        tensors: Tensors = {}
-        for name, kept in (("keys", self._keys), ("values", self._values)):
-            if lend and batch == len(slots) == 1 and history == kept.shape[3]:
-                tensors[name] = kept[slots[0] : slots[0] + 1]
-                continue
-            copied = np.empty((batch, *kept.shape[1:3], history, kept.shape[4]), np.float32)
-            copied[len(slots) :] = 0
-            # User by user: an index of all of them copies everything twice.
-            for row, slot in enumerate(slots):
-                copied[row] = kept[slot, :, :, :history]
-            tensors[name] = copied
-        return tensors
+        kept = self._states
+        if lend and batch == len(slots) == 1:
+            lent = np.split(kept[slots[0], :, :history], len(self._names) or 1)
+            return dict(zip(self._names, lent, strict=False))
+        copied = np.empty((len(self._names), batch, history, kept.shape[3]), np.float32)
+        copied[:, len(slots) :] = 0
+        # User by user: an index of all of them copies everything twice.
+        for row, slot in enumerate(slots):
+            copied[:, row] = kept[slot, :, :history]
+        return dict(zip(self._names, copied, strict=True))
+
+    def are_states(self, tensors: Tensors) -> bool:
+        """Whether what `keep` keeps of events is among them."""
+        return bool(self._names) and all(name in tensors for name in self._names)
 
     @property
     def derived(self) -> Derived:
@@ -221,19 +231,25 @@ class UserCache:
         self,
         users: Sequence[Hashable],
         histories: Sequence[bytes],
-        states: Tensors,
-        rows: Sequence[int],
+        computed: Sequence[Computed],
         derived: Derived,
         places: Sequence[int],
         precision: str,
     ) -> None:
-        """Keep, per user, the `keys` and `values` in a row of a cut, and what is derived at a place. What is
-        kept and longer already stays. Without `keys` and `values`, only of users whose are kept already."""
-        writes = self._reserve(users, histories, precision, whole=self._states and "keys" not in states)
+        """Keep, per user, what was computed of the states, and what is derived at a place. What is kept and
+        longer already stays. Of whom nothing was computed, what is derived where all states are kept."""
+        part, row = np.full(len(users), -1), np.zeros(len(users), np.int64)
+        for number, one in enumerate(computed):
+            part[one.users], row[one.users] = number, one.rows
+        without = (part < 0) & bool(self._names)
+        writes = self._reserve(users, histories, precision, without.tolist())
         if not writes:
             return
         try:
-            self._write(writes, states, rows, derived, places)
+            slots = np.array([write.entry.slot for write in writes])
+            at = np.array([write.place for write in writes])
+            self._derived.put(slots, derived, np.asarray(places)[at])
+            self._write(writes, slots, computed, part[at], row[at])
         except BaseException:
             with self._lock:
                 for write in writes:
@@ -246,31 +262,35 @@ class UserCache:
     def _write(
         self,
         writes: Sequence[_Write],
-        states: Tensors,
-        rows: Sequence[int],
-        derived: Derived,
-        places: Sequence[int],
+        slots: Int64,
+        computed: Sequence[Computed],
+        part: Int64,
+        row: Int64,
     ) -> None:
-        slots = np.array([write.entry.slot for write in writes])
-        self._derived.put(slots, derived, [places[write.place] for write in writes])
-        if "keys" not in states:
-            return
-        at = np.array([rows[write.place] for write in writes])
+        """What was computed of each [writes]: in which part, -1 for nothing, and in which row."""
         known = np.array([write.known for write in writes])
-        new = np.array([self._events_in(write.entry.history) for write in writes]) - known
+        end = np.array([self._events_in(write.entry.history) for write in writes])
         # Most have one new event: all of these in one go.
-        one = new == 1
-        for kept, found in ((self._keys, states["keys"]), (self._values, states["values"])):
-            kept[slots[one], :, :, known[one]] = found[at[one], :, :, known[one]]
-            for write in (~one).nonzero()[0].tolist():
-                events = slice(known[write], known[write] + new[write])
-                kept[slots[write], :, :, events] = found[at[write], :, :, events]
+        single = end - known == 1
+        for number, (_, _, states) in enumerate(computed):
+            here = part == number
+            one, others = here & single, (here & ~single).nonzero()[0].tolist()
+            for place, name in enumerate(self._names):
+                kept, found = self._states[:, place], states[name]
+                kept[slots[one], known[one]] = found[row[one], known[one]]
+                for write in others:
+                    events = slice(known[write], end[write])
+                    kept[slots[write], events] = found[row[write], events]
 
     def _reserve(
-        self, users: Sequence[Hashable], histories: Sequence[bytes], precision: str, *, whole: bool
+        self,
+        users: Sequence[Hashable],
+        histories: Sequence[bytes],
+        precision: str,
+        without: Sequence[bool],
     ) -> list[_Write]:
-        """A slot for each user of whom there are news, out of everybody's reach until it is published.
-        `whole`: only for who has all keys and values in it."""
+        """A slot for each user of whom there are news, out of everybody's reach until it is published; of who
+        is `without` states, only one that has all of them."""
         longest: dict[Hashable, int] = {}
         for place, (user, history) in enumerate(zip(users, histories, strict=True)):
             before = longest.get(user)
@@ -286,7 +306,7 @@ class UserCache:
                         continue
                     if history.startswith(entry.history) and not self._slots.pins[entry.slot]:
                         known = self._events_in(entry.history)
-                if whole and known < self._events_in(history):
+                if without[place] and known < self._events_in(history):
                     continue
                 if known and entry is not None:
                     del self._entries[user]

@@ -64,6 +64,10 @@ class FileEntry(BaseModel):
     bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
 
 
+def states_by_layer(layers: int, *kinds: str) -> tuple[str, ...]:
+    return tuple(f"{kind}_{layer}" for layer in range(layers) for kind in kinds)
+
+
 class ModelShape(BaseModel):
     """Everything needed to build the network again before its weights are loaded."""
 
@@ -77,15 +81,29 @@ class ModelShape(BaseModel):
     item_rows: Annotated[int, Field(ge=2)]
     category_rows: Annotated[int, Field(ge=2)]
     states: bool = True
-    """Whether a history has keys and values."""
+    """Whether of a history more is kept than its user vector: what attention reads of each event."""
     vector_scores: bool = False
-    """Whether candidates are scored by the user vector alone, though a history has keys and values that
-    events are appended to."""
+    """Whether candidates are scored by the user vector alone, though a history has states that events are
+    appended to."""
 
     @property
     def scores_by_vector(self) -> bool:
         """Whether a candidate's score is its row times the user vector."""
         return self.vector_scores or not self.states
+
+    @property
+    def state_names(self) -> tuple[str, ...]:
+        """The tensors [users, events, dim] that are kept of a history, in order. Where candidates ask, too,
+        keys and values by layer; else what both are made of, so that half as much is kept and read."""
+        if not self.states:
+            return ()
+        kinds = ("state",) if self.vector_scores else ("key", "value")
+        return states_by_layer(self.layers, *kinds)
+
+    @property
+    def new_state_names(self) -> tuple[str, ...]:
+        """The same of one appended event, [users, 1, dim]."""
+        return tuple(f"new_{name}" for name in self.state_names)
 
 
 class Manifest(BaseModel):

@@ -1,10 +1,16 @@
 """A retriever as ONNX graphs; `compression.retrieval.parity` checks them against torch.
 
 encode makes a history the user vector, score takes that and candidates, rank is both in one. Of one network
-without positions encode also gives keys and values, by the contract of `compression.training.export`, and
-append is one more event of such a history; where positions are counted from the newest event backwards one
-event more changes every state before it, and there is no append. All networks read one table, whose rows are
-their rows side by side; of the last layer only the newest event is computed.
+without positions encode also gives states, and append is one more event of such a history; where positions
+are counted from the newest event backwards one event more changes every state before it, and there is no
+append. All networks read one table, whose rows are their rows side by side; of the last layer only the newest
+event is computed.
+
+A state is what a layer's keys and values are made of. Who asks brings the projection of keys along, as
+(W_q x)·(W_k s) = (W_k^T W_q x)·s, and what is found is projected once it is summed, as the weights of a sum
+make one (the "absorbed" projections of DeepSeek-V2, arXiv 2405.04434, 2.1.2). So half as much is kept and
+read, and of the events before the newest the last layer computes nothing but its norm. Of several heads,
+where every event asks, keys and values are the shorter way.
 """
 
 from __future__ import annotations
@@ -22,7 +28,8 @@ from torch import Tensor, nn
 
 from compression.attention.base import HIDDEN
 from compression.attention.full import written
-from compression.onnx_writer import OnnxWriter
+from compression.onnx_writer import OnnxWriter, by_lag
+from compression.releases.registry import states_by_layer
 from compression.retrieval.network import FeedForward, Layer, RetrievalNetwork
 from compression.retrieval.retriever import Retriever
 
@@ -34,13 +41,13 @@ INPUTS: Final = {
     "encode": _HISTORY,
     "score": ("user_vector", "candidates"),
     "rank": (*_HISTORY, "candidates", "candidate_categories"),
-    "append": ("keys", "values", *_HISTORY),
+    "append": _HISTORY,
 }
 OUTPUTS: Final = {
-    "encode": ("user_vector", "keys", "values"),
+    "encode": ("user_vector",),
     "score": ("scores",),
     "rank": ("scores", "user_vector"),
-    "append": ("user_vector", "new_key", "new_value"),
+    "append": ("user_vector",),
 }
 
 
@@ -49,9 +56,25 @@ def graphs_of(retriever: Retriever) -> dict[str, str]:
     return {graph: f"{graph}.onnx" for graph in INPUTS if graph != "append" or retriever.appends}
 
 
+def state_names(retriever: Retriever) -> tuple[str, ...]:
+    """As `ModelShape` has them."""
+    if not retriever.appends:
+        return ()
+    return states_by_layer(retriever.members[0].config.layers, "state")
+
+
+def inputs_of(graph: str, retriever: Retriever) -> tuple[str, ...]:
+    """What a graph of it reads."""
+    return (*(state_names(retriever) if graph == "append" else ()), *INPUTS[graph])
+
+
 def outputs_of(graph: str, retriever: Retriever) -> tuple[str, ...]:
     """What a graph of it answers with."""
-    return OUTPUTS[graph] if retriever.appends or graph != "encode" else ("user_vector",)
+    given = {
+        "encode": state_names(retriever),
+        "append": tuple(f"new_{name}" for name in state_names(retriever)),
+    }
+    return (*OUTPUTS[graph], *given.get(graph, ()))
 
 
 def export(retriever: Retriever, folder: Path) -> dict[str, str]:
@@ -74,14 +97,13 @@ class _Writer(OnnxWriter):
     retriever: Retriever
     # By name: what is the same for every network and layer is written once.
     shared: dict[str, str] = field(default_factory=dict)
-    # Keys and values by layer, [B, L, d] of one head, else [B, heads, L, d / heads].
-    keys: list[str] = field(default_factory=list)
-    values: list[str] = field(default_factory=list)
+    # What states are called by layer, where they are asked for.
+    names: tuple[str, ...] = ()
 
     def graph(self, name: str) -> onnx.ModelProto:
         model = self.model(
             name,
-            [self.described(tensor, name) for tensor in INPUTS[name]],
+            [self.described(tensor, name) for tensor in inputs_of(name, self.retriever)],
             [self.described(tensor, name) for tensor in outputs_of(name, self.retriever)],
         )
         onnx.checker.check_model(model, full_check=True)
@@ -89,26 +111,26 @@ class _Writer(OnnxWriter):
 
     def described(self, tensor: str, graph: str) -> onnx.ValueInfoProto:
         """An input or output of a graph: its type, and which of its sizes are free."""
-        config = self.retriever.members[0].config
-        states: list[str | int] = ["users", config.layers, config.heads, "slots", config.dim // config.heads]
+        dim = self.retriever.dim
+        names = state_names(self.retriever)
+        states: dict[str, list[str | int]] = {name: ["users", "slots", dim] for name in names}
+        states |= {f"new_{name}": ["users", 1, dim] for name in names}
         sizes: dict[str, list[str | int]] = {
             "lengths": ["users"],
-            "user_vector": ["users", self.retriever.dim],
-            "keys": states,
-            "values": states,
-            "new_key": [*states[:3], 1, states[4]],
-            "new_value": [*states[:3], 1, states[4]],
+            "user_vector": ["users", dim],
+            **states,
             "scores": ["users", "candidates"],
             "candidates": ["users", "candidates"],
             "candidate_categories": ["users", "candidates"],
         }
-        floats = ("user_vector", "keys", "values", "new_key", "new_value", "scores")
+        floats = ("user_vector", *states, "scores")
         kind = TensorProto.FLOAT if tensor in floats else TensorProto.INT32
         rows: list[str | int] = ["users", 1 if graph == "append" else "slots"]
         return helper.make_tensor_value_info(tensor, kind, sizes.get(tensor, rows))
 
     def encode(self, *, states: bool) -> None:
-        """History tensors to user_vector, and where they are asked for to the `states`: keys and values."""
+        """History tensors to user_vector, and to the `states` where they are asked for."""
+        self.names = state_names(self.retriever) if states else ()
         rows = self.op("Gather", self.weight(self.retriever.event_table(), _TABLE), "items")
         self._places()
         vectors: list[str] = []
@@ -122,25 +144,17 @@ class _Writer(OnnxWriter):
         known = self.op("Greater", "lengths", self.constant(np.array(0, np.int32)))
         known = self.op("Unsqueeze", known, self.ints([1]))
         self.op("Where", known, found, self.weight(torch.zeros(1)), output="user_vector")
-        if states:
-            self.stack(self.keys, output="keys")
-            self.stack(self.values, output="values")
 
     def append(self) -> None:
-        """Keys, values and one more event to user_vector and that event's key and value.
+        """States and one more event to user_vector and that event's states.
 
         The event attends to itself beside the history, not within it: nothing is copied to make room."""
-        network = self.retriever.members[0]
+        network, states = self.retriever.members[0], state_names(self.retriever)
         x = self.op("Gather", self.weight(self.retriever.event_table(), _TABLE), "items")
-        x = self.tokens(network, x)
-        slots = self.op("Range", self.ints(0), self.size("keys", 3), self.ints(1))
-        before = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
-        self.shared["back from it"] = self.op("Max", self.op("Sub", before, slots), self.ints(0))
-        for number, layer in enumerate(cast(list[Layer], list(network.layers))):
-            x = self.appended(layer, number, x, network.config.max_history)
+        x, size = self.tokens(network, x), self.size(states[0], 1)
+        for state, layer in zip(states, cast(list[Layer], list(network.layers)), strict=True):
+            x = self.appended(layer, state, x, size, network.config.max_history)
         self.vector(network, self.op("Squeeze", x, self.ints([1])), output="user_vector")
-        self.stack(self.keys, output="new_key")
-        self.stack(self.values, output="new_value")
 
     def score(self) -> None:
         """Candidates and user_vector to scores."""
@@ -154,10 +168,11 @@ class _Writer(OnnxWriter):
         """`Retriever.user_vectors`' part of one network, [B, d], from its rows [B, L, d]."""
         x = self.tokens(network, rows)
         layers = cast(list[Layer], list(network.layers))
-        slots = network.config.max_history
-        for layer in layers[:-1]:
-            x = self.layer(layer, x, slots, newest=False)
-        x = self.op("Squeeze", self.layer(layers[-1], x, slots, newest=True), self.ints([1]))
+        names = self.names or ("",) * len(layers)
+        for layer, name in zip(layers[:-1], names, strict=False):
+            x = self.layer(layer, x, name, network.config.max_history)
+        x = self.newest(layers[-1], x, names[-1], network.config.max_history)
+        x = self.op("Squeeze", x, self.ints([1]))
         return self.vector(network, x, share=1 / len(self.retriever.networks))
 
     def vector(self, network: RetrievalNetwork, newest: str, *, share: float = 1.0, output: str = "") -> str:
@@ -181,87 +196,104 @@ class _Writer(OnnxWriter):
                 x = self.op("Add", x, self.op("Gather", self.weight(table.weight), places))
         return x
 
-    def layer(self, layer: Layer, x: str, slots: int, *, newest: bool) -> str:
-        """`Layer.forward` in evaluation; of the `newest` event alone, [B, 1, d], where no more is read."""
-        heads = written(layer.attention).heads
-        normed = self.norm(layer.attention_norm, x)
-        key, value = self.keys_values(layer, normed)
-        if newest:
-            x, normed = (self.op("GatherND", one, self.shared["newest"], batch_dims=1) for one in (x, normed))
-        table = torch.cat([torch.full((heads, 1), HIDDEN), _reach(layer, slots)], 1)
-        bias = self.bias(table, self.shared["newest back" if newest else "events back"], of_users=newest)
-        logits = self.op("Add", self.op("MatMul", self.query(layer, normed), self.turned(key, heads)), bias)
-        return self.onward(layer, x, self.op("MatMul", self.op("Softmax", logits, axis=-1), value))
+    def layer(self, layer: Layer, x: str, name: str, slots: int) -> str:
+        """`Layer.forward` in evaluation; its state goes by a name where that is one."""
+        attention = written(layer.attention)
+        normed = self.norm(layer.attention_norm, x, output=name)
+        bias = self.added_to_all(by_lag(_reach(layer, slots), HIDDEN, places=slots), self.shared["slots"])
+        if attention.heads == 1:
+            return self.onward(layer, x, self.found(layer, normed, normed, bias))
+        scale = (attention.out.in_features // attention.heads) ** -0.5
+        query, key, value = (
+            self.heads(self.linear(linear, normed, times), attention.heads)
+            for linear, times in ((attention.query, scale), (attention.key, 1.0), (attention.value, 1.0))
+        )
+        logits = self.op("MatMul", query, self.op("Transpose", key, perm=[0, 1, 3, 2]))
+        found = self.op("MatMul", self.op("Softmax", self.op("Add", logits, bias), axis=-1), value)
+        return self.onward(layer, x, self.linear(attention.out, self.together(found, attention.heads)))
 
-    def appended(self, layer: Layer, number: int, x: str, slots: int) -> str:
+    def newest(self, layer: Layer, x: str, name: str, slots: int) -> str:
+        """The same of the newest event alone, [B, 1, d]."""
+        states = self.norm(layer.attention_norm, x, output=name)
+        x, normed = (self.op("GatherND", one, self.shared["place"], batch_dims=1) for one in (x, states))
+        table = by_lag(_reach(layer, slots), HIDDEN, places=slots)
+        bias = self.added(table, self.shared["newest"], self.shared["slots"])
+        return self.onward(layer, x, self.found(layer, normed, states, bias))
+
+    def appended(self, layer: Layer, name: str, x: str, size: str, slots: int) -> str:
         """`Layer.appended`, [B, 1, d]."""
-        heads = written(layer.attention).heads
-        normed = self.norm(layer.attention_norm, x)
-        own_key, own_value = self.keys_values(layer, normed)
-        key, value = (self.op("Gather", states, self.ints(number), axis=1) for states in ("keys", "values"))
-        if heads == 1:
-            key, value = (self.op("Squeeze", states, self.ints([1])) for states in (key, value))
-        query, reach = self.query(layer, normed), _reach(layer, slots)
-        own = self.op("ReduceSum", self.op("Mul", query, own_key), self.ints([-1]), keepdims=1)
-        own = self.op("Add", own, self.weight(reach[:, :1] if heads == 1 else reach[:, :1, None]))
-        table = torch.cat([torch.full((heads, 1), HIDDEN), reach[:, 1:]], 1)
-        bias = self.bias(table, self.shared["back from it"], of_users=True)
-        logits = self.op("Add", self.op("MatMul", query, self.turned(key, heads)), bias)
+        normed = self.norm(layer.attention_norm, x, output=f"new_{name}")
+        reach = _reach(layer, slots)
+        table = by_lag(reach.index_fill(1, torch.tensor([0]), HIDDEN), HIDDEN, places=slots)
+        query, states = self.query(layer, normed), self.of_heads(layer, name)
+        own_state = self.of_heads(layer, normed)
+        own = self.op("MatMul", query, self.turned(layer, own_state))
+        own = self.op("Add", own, self.weight(reach[:, :1] if len(reach) == 1 else reach[:, :1, None]))
+        logits = self.op("MatMul", query, self.turned(layer, states))
+        logits = self.op("Add", logits, self.added(table, "lengths", size))
         weights = self.op("Softmax", self.op("Concat", logits, own, axis=-1), axis=-1)
         old = self.op("Slice", weights, self.ints([0]), self.ints([-1]), self.ints([-1]))
         new = self.op("Slice", weights, self.ints([-1]), self.ints([2**62]), self.ints([-1]))
-        found = self.op("Add", self.op("MatMul", old, value), self.op("Mul", new, own_value))
-        return self.onward(layer, x, found)
+        found = self.op("Add", self.op("MatMul", old, states), self.op("Mul", new, own_state))
+        return self.onward(layer, x, self.projected(layer, found))
 
-    def keys_values(self, layer: Layer, normed: str) -> tuple[str, str]:
-        """Of the events; they are listed, too."""
-        attention = written(layer.attention)
-        key = self.heads(self.linear(attention.key, normed), attention.heads)
-        value = self.heads(self.linear(attention.value, normed), attention.heads)
-        self.keys.append(key)
-        self.values.append(value)
-        return key, value
+    def found(self, layer: Layer, normed: str, states: str, bias: str) -> str:
+        """What events [B, T, d] find among states [B, L, d], projected."""
+        states = self.of_heads(layer, states)
+        logits = self.op("MatMul", self.query(layer, normed), self.turned(layer, states))
+        weights = self.op("Softmax", self.op("Add", logits, bias), axis=-1)
+        return self.projected(layer, self.op("MatMul", weights, states))
 
     def query(self, layer: Layer, normed: str) -> str:
-        """Scaled for the dot product with keys."""
+        """For the dot product with states, [B, T, d], of more heads [B, heads, T, d]. What the bias of keys
+        adds is the same for all of them and changes no softmax."""
         attention = written(layer.attention)
-        scale = (attention.out.in_features // attention.heads) ** -0.5
-        return self.heads(self.linear(attention.query, normed, scale), attention.heads)
+        heads = attention.heads
+        query, key = (_by_head(one.weight, heads) for one in (attention.query, attention.key))
+        scale = query.shape[1] ** -0.5
+        weight = torch.einsum("hwd,hwe->hde", query, key) * scale  # [heads, from, to]
+        bias = torch.einsum("hw,hwe->he", attention.query.bias.view(heads, -1), key) * scale
+        products = self.op("MatMul", normed, self.weight(weight.transpose(0, 1).flatten(1)))
+        return self.heads(self.op("Add", products, self.weight(bias.flatten())), heads)
 
-    def turned(self, key: str, heads: int) -> str:
-        return self.op("Transpose", key, perm=[0, 2, 1] if heads == 1 else [0, 1, 3, 2])
+    def projected(self, layer: Layer, found: str) -> str:
+        """Sums of states as `query` has its heads, [B, T, d] as the layer adds them to its events."""
+        attention = written(layer.attention)
+        value, out = attention.value, attention.out
+        by_head = out.weight.T.view(attention.heads, -1, out.out_features)
+        weight = torch.einsum("hwd,hwo->hdo", _by_head(value.weight, attention.heads), by_head)
+        bias = out.weight @ value.bias + out.bias
+        products = self.op("MatMul", self.together(found, attention.heads), self.weight(weight.flatten(0, 1)))
+        return self.op("Add", products, self.weight(bias))
+
+    def of_heads(self, layer: Layer, states: str) -> str:
+        """[B, L, d] as it is for one head, for all of more [B, 1, L, d]."""
+        return states if written(layer.attention).heads == 1 else self.op("Unsqueeze", states, self.ints([1]))
+
+    def turned(self, layer: Layer, states: str) -> str:
+        perm = [0, 2, 1] if written(layer.attention).heads == 1 else [0, 1, 3, 2]
+        return self.op("Transpose", states, perm=perm)
 
     def onward(self, layer: Layer, x: str, found: str) -> str:
         """From what attention found to the end of the layer."""
-        attention = written(layer.attention)
-        if attention.heads > 1:
-            found = self.op("Transpose", found, perm=[0, 2, 1, 3])
-            found = self.op("Reshape", found, self.ints([0, 0, attention.out.in_features]))
-        x = self.op("Add", x, self.linear(attention.out, found))
+        x = self.op("Add", x, found)
         return self.op("Add", x, self.feed_forward(layer.ffn, self.norm(layer.ffn_norm, x)))
 
-    def bias(self, table: Tensor, places: str, *, of_users: bool) -> str:
-        """What is added to the logits, from a table [heads, places] by places [L, L], or `of_users`
-        [B, 1, L]: [L, L] or [heads, L, L], and of users [B, 1, L] or [B, heads, 1, L]."""
-        if len(table) == 1:
-            return self.op("Gather", self.weight(table[0]), places)
-        perm = [0, 3, 1, 2] if of_users else [2, 0, 1]
-        return self.op("Transpose", self.op("Gather", self.weight(table.T), places), perm=perm)
-
-    def stack(self, layers: list[str], *, output: str) -> None:
-        """Keys or values of all layers as [B, layers, heads, L, d / heads]."""
-        one_head = self.retriever.members[0].config.heads == 1
-        axes = self.ints([1, 2] if one_head else [1])
-        self.op("Concat", *(self.op("Unsqueeze", layer, axes) for layer in layers), axis=1, output=output)
-
     def size(self, tensor: str, axis: int) -> str:
-        return self.op("Squeeze", self.op("Shape", tensor, start=axis, end=axis + 1), self.ints([0]))
+        """[1]."""
+        return self.op("Shape", tensor, start=axis, end=axis + 1)
 
     def heads(self, x: str, heads: int) -> str:
-        """[B, T, d] to [B, heads, T, d / heads]; of one head as it is."""
+        """[B, T, heads x w] to [B, heads, T, w]; of one head as it is."""
         if heads == 1:
             return x
         return self.op("Transpose", self.op("Reshape", x, self.ints([0, 0, heads, -1])), perm=[0, 2, 1, 3])
+
+    def together(self, x: str, heads: int) -> str:
+        """[B, heads, T, w] to [B, T, heads x w]; of one head as it is."""
+        if heads == 1:
+            return x
+        return self.op("Reshape", self.op("Transpose", x, perm=[0, 2, 1, 3]), self.ints([0, 0, -1]))
 
     def feed_forward(self, ffn: FeedForward, x: str) -> str:
         wide = self.linear(ffn.widen, x)
@@ -297,21 +329,24 @@ class _Writer(OnnxWriter):
         )
 
     def _places(self) -> None:
-        """Places [B, 1, 1] of the newest events; how far back [B, L] each slot lies from there; and as 1 +
-        events back, 0 for what lies ahead: from every slot [L, L], from the newest event [B, 1, L]."""
-        slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))
+        """How many slots there are [1]; the places [B], and [B, 1, 1], of the newest events; how far back
+        [B, L] each slot lies from there."""
+        size = self.size("items", 1)
+        slots = self.op("Range", self.ints(0), self.op("Squeeze", size, self.ints([0])), self.ints(1))
         last = self.op("Sub", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints(1))
-        newest = self.op("Unsqueeze", self.op("Max", last, self.ints(0)), self.ints([1, 2]))
+        newest = self.op("Max", last, self.ints(0))
         behind = self.op("Sub", self.op("Unsqueeze", last, self.ints([1])), slots)
-        every = self.op("Sub", self.op("Unsqueeze", slots, self.ints([1])), slots)
         self.shared = {
+            "slots": size,
             "newest": newest,
+            "place": self.op("Unsqueeze", newest, self.ints([1, 2])),
             "back": self.op("Max", behind, self.ints(0)),
-            "events back": self.op("Max", self.op("Add", every, self.ints(1)), self.ints(0)),
-            "newest back": self.op(
-                "Max", self.op("Add", self.op("Sub", newest, slots), self.ints(1)), self.ints(0)
-            ),
         }
+
+
+def _by_head(weight: Tensor, heads: int) -> Tensor:
+    """A projection's weights [heads x w, d] as [heads, w, d]."""
+    return weight.view(heads, -1, weight.shape[1])
 
 
 def _reach(layer: Layer, slots: int) -> Tensor:

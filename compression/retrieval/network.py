@@ -3,12 +3,12 @@
 Pre-norm layers of attention (`compression.attention`) and a feed-forward part, positions learned from
 the end of the window backwards, and a number per distance and head that is added to the attention's
 logits. The table of items is input and output alike. A network without positions can be appended to: one
-more event leaves the keys and values of those before it as they were.
+more event leaves what was made of those before it as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Final, Literal, cast
 
 import torch
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from compression.attention.base import HIDDEN, Attention, reach_bias
+from compression.attention.base import HIDDEN, Attention
 from compression.attention.dropout import ByteDropout
 from compression.attention.full import FullAttention, written
 from compression.training.model import Encoded, History
@@ -107,31 +107,23 @@ class Layer(nn.Module):
         found, seen = self.attention(self.attention_norm(x), self.reach)
         return self._onward(x, found), seen
 
-    def encoded(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward` without the map, and the events' keys and values [B, heads, L, d / heads]."""
-        attention = written(self.attention)
-        query, key, value = attention.projected(self.attention_norm(x))
-        bias = reach_bias(x.shape[1], self.reach, True, x.device)
-        return self._onward(x, attention.attended(query, key, value, bias)[0]), key, value
+    def encoded(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`forward` without the map, and the events' states [B, L, d]: what keys and values are made of."""
+        state = self.attention_norm(x)
+        return self._onward(x, self.attention(state, self.reach)[0]), state
 
-    def appended(
-        self, x: Tensor, key: Tensor, value: Tensor, before: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """One more event [B, 1, d] after the first `before` [B] of those whose keys and values are given;
-        also its own key and value [B, heads, 1, d / heads]."""
-        attention = written(self.attention)
-        query, own_key, own_value = attention.projected(self.attention_norm(x))
-        back = before[:, None] - torch.arange(key.shape[2], device=x.device)
-        reach = self.reach if self.reach is not None else torch.zeros(1, key.shape[2] + 1, device=x.device)
+    def appended(self, x: Tensor, states: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
+        """One more event [B, 1, d] after the first `before` [B] of those whose states [B, L, d] are given;
+        also its own state [B, 1, d]."""
+        attention, state = written(self.attention), self.attention_norm(x)
+        query = attention.projected(state)[0]
+        _, key, value = attention.projected(torch.cat([states, state], 1))
+        back = before[:, None] - torch.arange(states.shape[1], device=x.device)
+        reach = self.reach if self.reach is not None else torch.zeros(1, states.shape[1] + 1, device=x.device)
         bias = reach[:, back.clamp(min=0)].masked_fill(back < 1, HIDDEN).transpose(0, 1)
         own = reach[:, :1].expand(len(x), -1, -1)
-        found, _ = attention.attended(
-            query,
-            torch.cat([key, own_key], 2),
-            torch.cat([value, own_value], 2),
-            torch.cat([bias, own], 2)[:, :, None],
-        )
-        return self._onward(x, found), own_key, own_value
+        found, _ = attention.attended(query, key, value, torch.cat([bias, own], 2)[:, :, None])
+        return self._onward(x, found), state
 
     def _onward(self, x: Tensor, found: Tensor) -> Tensor:
         x = x + self.dropout(found)
@@ -213,29 +205,25 @@ class RetrievalNetwork(nn.Module):
         return states.gather(1, newest.expand(-1, 1, self.config.dim)).squeeze(1)
 
     def encode(self, history: History) -> Encoded:
-        """User vectors of histories that hold at least one event, with the keys and values of all slots."""
+        """User vectors of histories that hold at least one event, with the states [B, L, d] of all slots."""
         x = self.tokens(history)
-        keys, values = [], []
+        states: tuple[Tensor, ...] = ()
         for layer in cast(list[Layer], list(self.layers)):
-            x, key, value = layer.encoded(x)
-            keys.append(key)
-            values.append(value)
+            x, state = layer.encoded(x)
+            states += (state,)
         newest = (history.lengths.long() - 1)[:, None, None].expand(-1, 1, self.config.dim)
         vectors = self._vectors(x.gather(1, newest).squeeze(1))
-        return Encoded(vectors, torch.stack(keys, 1), torch.stack(values, 1))
+        return Encoded(vectors, states)
 
-    def append(self, keys: Tensor, values: Tensor, event: History) -> Encoded:
-        """One more event [B, 1] after `event.lengths` < max_history events with these keys and values: the
-        user vector, and the event's key and value [B, layers, heads, 1, d / heads]. For networks that
-        `appends` is true of."""
+    def append(self, states: Sequence[Tensor], event: History) -> Encoded:
+        """One more event [B, 1] after `event.lengths` < max_history events with these states: the user
+        vector, and the event's states [B, 1, d]. For networks that `appends` is true of."""
         x, before = self.tokens(event), event.lengths.long()
-        new_keys, new_values = [], []
-        for number, layer in enumerate(cast(list[Layer], list(self.layers))):
-            x, key, value = layer.appended(x, keys[:, number], values[:, number], before)
-            new_keys.append(key)
-            new_values.append(value)
-        vectors = self._vectors(x.squeeze(1))
-        return Encoded(vectors, torch.stack(new_keys, 1), torch.stack(new_values, 1))
+        new: tuple[Tensor, ...] = ()
+        for layer, known in zip(cast(list[Layer], list(self.layers)), states, strict=True):
+            x, state = layer.appended(x, known, before)
+            new += (state,)
+        return Encoded(self._vectors(x.squeeze(1)), new)
 
     def tokens(self, history: History) -> Tensor:
         x = self.items(history.items)

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from compression.evaluation.scoring import to_history
-from compression.retrieval.export import INPUTS, graphs_of, outputs_of
+from compression.retrieval.export import graphs_of, inputs_of, outputs_of, state_names
 from compression.retrieval.retriever import Retriever
 from compression.training.export import ParityError
 from compression.training.model import History
@@ -38,7 +38,7 @@ def check_parity(retriever: Retriever, folder: Path, *, seed: int = 11) -> float
                 worst = max(worst, _appended(retriever, session, arrays))
                 continue
             names = outputs_of(graph, retriever)
-            actual = session.run(list(names), {name: arrays[name] for name in INPUTS[graph]})
+            actual = session.run(list(names), {name: arrays[name] for name in inputs_of(graph, retriever)})
             for name, theirs in zip(names, actual, strict=True):
                 worst = max(worst, _difference(graph, name, theirs, arrays[name]))
     if worst > TOLERANCE:
@@ -71,7 +71,8 @@ def random_inputs(retriever: Retriever, *, users: int, slots: int, candidates: i
         scores = retriever.score(vectors, torch.from_numpy(asked))
         if retriever.appends:
             encoded = retriever.encode(to_history(histories))
-            states = {"keys": encoded.keys.numpy(), "values": encoded.values.numpy()}
+            named = zip(state_names(retriever), encoded.states, strict=True)
+            states = {name: state.numpy() for name, state in named}
     return {
         **histories.tensors(),
         **states,
@@ -84,30 +85,28 @@ def random_inputs(retriever: Retriever, *, users: int, slots: int, candidates: i
 
 def _appended(retriever: Retriever, session: Any, arrays: Arrays) -> float:
     """The largest difference between histories encoded whole and the same whose last events are appended one
-    by one, each to the keys and values that the ones before it were given."""
+    by one, each to the states that the ones before it were given."""
     lengths, worst = arrays["lengths"], 0.0
     # What lies behind the events before is whatever was there; it must not be read.
     later = np.arange(arrays["items"].shape[1]) >= lengths[:, None] - APPENDED
-    keys, values = (
-        np.where(later[:, None, None, :, None], np.float32(7.0), arrays[name]) for name in ("keys", "values")
-    )
+    states = {
+        name: np.where(later[..., None], np.float32(7.0), arrays[name]) for name in state_names(retriever)
+    }
     names = outputs_of("append", retriever)
     for left in range(min(APPENDED, int(lengths.max())), 0, -1):
         users = np.flatnonzero(lengths >= left)
         before = lengths[users] - left
         event = {name: arrays[name][users, before][:, None] for name in _EVENT}
-        given = event | {"keys": keys[users], "values": values[users], "lengths": before}
-        vectors, new_keys, new_values = session.run(list(names), given)
+        given = event | {name: state[users] for name, state in states.items()} | {"lengths": before}
+        vectors, *new = session.run(list(names), given)
         histories = {name: torch.from_numpy(arrays[name][users]) for name in _EVENT}
         with torch.inference_mode():
             whole = retriever.encode(History(**histories, lengths=torch.from_numpy(before + 1)))
-        expected = (
-            whole.user_vector.numpy(),
-            *(arrays[name][users, :, :, before][:, :, :, None] for name in ("keys", "values")),
-        )
-        for name, theirs, ours in zip(names, (vectors, new_keys, new_values), expected, strict=True):
+        expected = (whole.user_vector.numpy(), *(arrays[name][users, before][:, None] for name in states))
+        for name, theirs, ours in zip(names, (vectors, *new), expected, strict=True):
             worst = max(worst, _difference("append", name, theirs, ours))
-        keys[users, :, :, before], values[users, :, :, before] = new_keys[:, :, :, 0], new_values[:, :, :, 0]
+        for state, added in zip(states.values(), new, strict=True):
+            state[users, before] = added[:, 0]
     return worst
 
 

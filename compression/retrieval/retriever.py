@@ -8,7 +8,7 @@ divided by M, with the item rows side by side.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -49,7 +49,7 @@ class Retriever(nn.Module):
 
     @property
     def appends(self) -> bool:
-        """Whether it has keys and values that an event can be appended to: one network without positions."""
+        """Whether it has states that an event can be appended to: one network without positions."""
         return len(self.networks) == 1 and self.members[0].config.appends
 
     def item_table(self) -> Tensor:
@@ -67,15 +67,14 @@ class Retriever(nn.Module):
         return torch.where(history.lengths[:, None] > 0, vectors / len(self.networks), 0.0)
 
     def encode(self, history: History) -> Encoded:
-        """User vectors as above, with keys and values [B, layers, heads, L, dim / heads]. Where it
-        `appends`."""
+        """User vectors as above, with the states of all slots. Where it `appends`."""
         encoded = self.members[0].encode(history._replace(lengths=history.lengths.clamp(min=1)))
         vectors = torch.where(history.lengths[:, None] > 0, encoded.user_vector, 0.0)
         return encoded._replace(user_vector=vectors)
 
-    def append(self, keys: Tensor, values: Tensor, event: History) -> Encoded:
+    def append(self, states: Sequence[Tensor], event: History) -> Encoded:
         """`RetrievalNetwork.append`, where it `appends`."""
-        return self.members[0].append(keys, values, event)
+        return self.members[0].append(states, event)
 
     def score(self, vectors: Tensor, candidates: Tensor) -> Tensor:
         """[B, C] of user vectors and item rows [B, C]."""

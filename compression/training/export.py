@@ -8,7 +8,7 @@ fuse, constants folded. `check_parity` holds them to the network.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -21,9 +21,9 @@ from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from compression.evaluation.scoring import to_history
-from compression.onnx_writer import OnnxWriter
+from compression.onnx_writer import OnnxWriter, by_lag
 from compression.releases.registry import ModelShape
-from compression.training.model import NORM_EPS, Block, Encoded, History, Recommender, reach_table
+from compression.training.model import MASKED, NORM_EPS, Block, Encoded, History, Recommender
 from compression.training.weights import TABLES, codes
 from features.encoding import HistoryArrays
 
@@ -32,25 +32,31 @@ GRAPHS: Final = {"encode": "encode.onnx", "score": "score.onnx", "rank": "rank.o
 PARITY_LENGTHS: Final = (0, 1, 2, 25, 50, 99, 100)
 
 _HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
-_STATES: Final = ("user_vector", "keys", "values")
 _CANDIDATES: Final = ("candidates", "candidate_categories")
-_INPUTS: Final = {
-    "encode": _HISTORY,
-    "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
-    "rank": (*_HISTORY, *_CANDIDATES),
-    "append": ("keys", "values", *_HISTORY),
-}
-_OUTPUTS: Final = {
-    "encode": _STATES,
-    "score": ("scores",),
-    "rank": ("scores", "user_vector"),
-    "append": ("user_vector", "new_key", "new_value"),
-}
 Arrays = dict[str, npt.NDArray[Any]]
 
 
 class ParityError(RuntimeError):
     """An exported graph does not answer as the network does."""
+
+
+def _inputs(shape: ModelShape) -> Mapping[str, Sequence[str]]:
+    states = shape.state_names
+    return {
+        "encode": _HISTORY,
+        "score": (*states, "lengths", "user_vector", *_CANDIDATES),
+        "rank": (*_HISTORY, *_CANDIDATES),
+        "append": (*states, *_HISTORY),
+    }
+
+
+def _outputs(shape: ModelShape) -> Mapping[str, Sequence[str]]:
+    return {
+        "encode": ("user_vector", *shape.state_names),
+        "score": ("scores",),
+        "rank": ("scores", "user_vector"),
+        "append": ("user_vector", *shape.new_state_names),
+    }
 
 
 def export(model: Recommender, folder: Path, *, rounded: bool = False) -> dict[str, str]:
@@ -86,8 +92,9 @@ def check_parity(model: Recommender, folder: Path, *, seed: int = 11) -> float:
             if graph == "append":
                 arrays = _newest_apart(arrays)
             expected = _expected(model, graph, arrays)
-            actual = session.run(list(_OUTPUTS[graph]), {name: arrays[name] for name in _INPUTS[graph]})
-            for name, theirs in zip(_OUTPUTS[graph], actual, strict=True):
+            names = _outputs(model.shape)[graph]
+            actual = session.run(list(names), {name: arrays[name] for name in _inputs(model.shape)[graph]})
+            for name, theirs in zip(names, actual, strict=True):
                 ours = expected[name].numpy()
                 if theirs.shape != ours.shape or not np.isfinite(theirs).all():
                     raise ParityError(f"{graph}: {name} has the wrong shape or is not finite")
@@ -121,8 +128,7 @@ def random_inputs(model: Recommender, *, users: int, slots: int, candidates: int
         "candidates": rng.integers(1, shape.item_rows, (users, candidates)).astype(np.int32),
         "candidate_categories": rng.integers(1, shape.category_rows, (users, candidates)).astype(np.int32),
         "user_vector": encoded.user_vector.numpy(),
-        "keys": encoded.keys.numpy(),
-        "values": encoded.values.numpy(),
+        **{name: state.numpy() for name, state in zip(shape.state_names, encoded.states, strict=True)},
     }
 
 
@@ -135,18 +141,19 @@ def _newest_apart(arrays: Arrays) -> Arrays:
 
 def _expected(model: Recommender, graph: str, arrays: Arrays) -> Mapping[str, Tensor]:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    states = tuple(tensors[name] for name in model.shape.state_names)
+    history = History(*(tensors[name] for name in _HISTORY))
     with torch.inference_mode():
         if graph == "append":
-            event = History(*(tensors[name] for name in _HISTORY))
-            return dict(
-                zip(_OUTPUTS[graph], model.append(tensors["keys"], tensors["values"], event), strict=True)
-            )
-        if graph == "score":
-            encoded = Encoded(*(tensors[name] for name in _STATES))
+            encoded = model.append(states, history)
+        elif graph == "score":
+            encoded = Encoded(tensors["user_vector"], states)
         else:
-            encoded = model.encode(History(*(tensors[name] for name in _HISTORY)))
-        if graph == "encode":
-            return encoded._asdict()
+            encoded = model.encode(history)
+        if graph in ("encode", "append"):
+            return dict(
+                zip(_outputs(model.shape)[graph], (encoded.user_vector, *encoded.states), strict=True)
+            )
         scores = model.score(encoded, tensors["lengths"], *(tensors[name] for name in _CANDIDATES))
     return {"scores": scores, "user_vector": encoded.user_vector}
 
@@ -155,15 +162,15 @@ def _expected(model: Recommender, graph: str, arrays: Arrays) -> Mapping[str, Te
 class _Writer(OnnxWriter):
     network: Recommender
     rounded: bool = False
-    # Keys and values by layer, where they are made in the graph that reads them: never put together.
-    encoded: dict[str, list[str]] = field(default_factory=dict)
+    # Keys and values by layer, where they are made in the graph that reads them.
+    encoded: list[str] = field(default_factory=list)
 
     def graph(self, name: str) -> onnx.ModelProto:
         shape = self.network.shape
         model = self.model(
             name,
-            [_value(tensor, shape, name) for tensor in _INPUTS[name]],
-            [_value(tensor, shape, name) for tensor in _OUTPUTS[name]],
+            [_value(tensor, shape, name) for tensor in _inputs(shape)[name]],
+            [_value(tensor, shape, name) for tensor in _outputs(shape)[name]],
         )
         onnx.checker.check_model(model, full_check=True)
         return model
@@ -171,84 +178,66 @@ class _Writer(OnnxWriter):
     def encode(self, *, states: bool = True) -> None:
         """History tensors to user_vector, keys and values; without `states` these are no outputs, but
         left for `score`."""
-        blocks = [block for block in self.network.blocks if isinstance(block, Block)]
-        x = self.tokens()
-        slots = self.op("Range", self.ints(0), self.size("items", 1), self.ints(1))
-        keys: list[str] = []
-        values: list[str] = []
-        for block in blocks[:-1]:
-            normed, key, value = self.keys_values(block, x, keys, values)
-            reach = self.event_reach(block, self.op("Unsqueeze", slots, self.ints([1])), slots)
+        blocks = self.blocks
+        names = self.network.shape.state_names if states else [""] * 2 * len(blocks)
+        x, size = self.tokens(), self.size("items", 1)
+        for place, block in enumerate(blocks[:-1]):
+            normed, key, value = self.keys_values(block, x, names[2 * place : 2 * place + 2])
+            reach = self.added_to_all(self.event_reach(block), size)
             x = self.attend(block, x, normed, key, value, reach)
-        normed, key, value = self.keys_values(blocks[-1], x, keys, values)
+            self.encoded += (key, value)
+        normed, key, value = self.keys_values(blocks[-1], x, names[-2:])
+        self.encoded += (key, value)
         newest = self.op("Max", self.op("Sub", "lengths", self.int32(1)), self.int32(0))
+        reach = self.added(self.event_reach(blocks[-1]), newest, size)
         newest = self.op("Unsqueeze", self.op("Cast", newest, to=TensorProto.INT64), self.ints([1, 2]))
-        reach = self.event_reach(blocks[-1], newest, slots)
         x, normed = (self.op("GatherND", tensor, newest, batch_dims=1) for tensor in (x, normed))
         x = self.attend(blocks[-1], x, normed, key, value, reach)
         known = self.op("Greater", self.op("Unsqueeze", "lengths", self.ints([1])), self.int32(0))
         nobody = self.weight(self.network.no_history)
         state = self.op("Where", known, self.op("Squeeze", x, self.ints([1])), nobody)
         self.norm(self.network.final_norm, state, output="user_vector")
-        if states:
-            self.stack(keys, output="keys")
-            self.stack(values, output="values")
-        else:
-            self.encoded = {"keys": keys, "values": values}
 
     def append(self) -> None:
         """Keys, values and one more event to user_vector and that event's key and value.
 
         The event attends to itself beside the history, not within it: nothing is copied to make room."""
-        x = self.tokens()
-        slots = self.op("Range", self.ints(0), self.size("keys", 3), self.ints(1))
-        before = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
-        index = self.op("Max", self.op("Sub", before, slots), self.ints(0))
-        keys: list[str] = []
-        values: list[str] = []
-        for layer, block in enumerate(block for block in self.network.blocks if isinstance(block, Block)):
-            normed, own_key, own_value = self.keys_values(block, x, keys, values)
-            key, value = (self.layer(states, layer) for states in ("keys", "values"))
+        x, shape = self.tokens(), self.network.shape
+        size = self.size(shape.state_names[0], 1)
+        for layer, block in enumerate(self.blocks):
+            key, value = shape.state_names[2 * layer : 2 * layer + 2]
+            new = shape.new_state_names[2 * layer : 2 * layer + 2]
+            normed, own_key, own_value = self.keys_values(block, x, new)
             own = self.op("ReduceSum", self.op("Mul", normed, own_key), self.ints([-1]), keepdims=1)
             own = self.op("Add", own, self.weight(block.event_reach[:1]))
             logits = self.op("MatMul", normed, self.op("Transpose", key, perm=[0, 2, 1]))
-            reach = self.op("Gather", self.weight(reach_table(block.event_reach[1:])), index)
+            reach = self.added(self.event_reach(block, itself=MASKED), "lengths", size)
             logits = self.op("Concat", self.op("Add", logits, reach), own, axis=-1)
             weights = self.op("Softmax", logits, axis=-1)
             old = self.op("Slice", weights, self.ints([0]), self.ints([-1]), self.ints([2]))
-            new = self.op("Slice", weights, self.ints([-1]), self.ints([2**62]), self.ints([2]))
-            seen = self.op("Add", self.op("MatMul", old, value), self.op("Mul", new, own_value))
+            last = self.op("Slice", weights, self.ints([-1]), self.ints([2**62]), self.ints([2]))
+            seen = self.op("Add", self.op("MatMul", old, value), self.op("Mul", last, own_value))
             x = self.feed_forward(block, self.op("Add", x, seen))
         self.norm(self.network.final_norm, self.op("Squeeze", x, self.ints([1])), output="user_vector")
-        self.stack(keys, output="new_key")
-        self.stack(values, output="new_value")
 
     def score(self) -> None:
         """Candidates, lengths, user_vector, keys and values to scores."""
-        model = self.network
+        model, states = self.network, self.encoded or self.network.shape.state_names
         item, category = self.rows("items", "candidates"), self.rows("categories", "candidate_categories")
         vectors = self.op("Add", item, category)
         x = self.op("Add", vectors, self.weight(model.candidate_mark()))
-        size = self.size("items", 1) if self.encoded else self.size("keys", 3)
-        slots = self.op("Range", self.ints(0), size, self.ints(1))
-        lengths = self.op("Unsqueeze", self.op("Cast", "lengths", to=TensorProto.INT64), self.ints([1, 2]))
-        index = self.op("Max", self.op("Sub", lengths, slots), self.ints(0))
-        blocks = [block for block in model.blocks if isinstance(block, Block)]
+        size = self.size(states[0], 1)
         one = self.op("Concat", self.op("Shape", "lengths"), self.ints([1, 1]), axis=0)
-        for layer, block in enumerate(blocks):
+        for layer, block in enumerate(self.blocks):
             nothing = (block.nothing_key, block.nothing_value)
             key, value = (
-                self.op(
-                    "Concat",
-                    self.layer(states, layer),
-                    self.op("Expand", self.weight(slot[None, None]), one),
-                    axis=1,
-                )
-                for states, slot in zip(("keys", "values"), nothing, strict=True)
+                self.op("Concat", state, self.op("Expand", self.weight(slot[None, None]), one), axis=1)
+                for state, slot in zip(states[2 * layer : 2 * layer + 2], nothing, strict=True)
             )
+            back = by_lag(block.candidate_reach[None], MASKED, places=model.shape.max_history + 1, shift=-1)
             reach = self.op(
                 "Concat",
-                self.op("Gather", self.weight(reach_table(block.candidate_reach)), index),
+                self.added(back, "lengths", size),
                 self.op("Expand", self.weight(block.nothing_reach[None, None]), one),
                 axis=2,
             )
@@ -268,21 +257,24 @@ class _Writer(OnnxWriter):
         scores = self.op("Squeeze", self.op("Add", learned, fit), self.ints([2]))
         self.op("Add", scores, found, output="scores")
 
-    def keys_values(self, block: Block, x: str, keys: list[str], values: list[str]) -> tuple[str, str, str]:
-        """What is attended with and to; keys and values are listed, too."""
+    @property
+    def blocks(self) -> list[Block]:
+        return [block for block in self.network.blocks if isinstance(block, Block)]
+
+    def keys_values(self, block: Block, x: str, names: Sequence[str]) -> tuple[str, str, str]:
+        """What is attended with, and to: keys and values, by these names where they have any."""
         normed = self.norm(block.attention_norm, x)
         scale = self.network.shape.dim**-0.5
-        key = self.op("MatMul", normed, self.weight(block.key.weight.T * scale))
-        value = self.op("MatMul", normed, self.weight(block.value.weight.T))
-        keys.append(key)
-        values.append(value)
+        key = self.op("MatMul", normed, self.weight(block.key.weight.T * scale), output=names[0])
+        value = self.op("MatMul", normed, self.weight(block.value.weight.T), output=names[1])
         return normed, key, value
 
-    def event_reach(self, block: Block, places: str, slots: str) -> str:
-        back = self.op("Add", self.op("Sub", places, slots), self.ints(1))
-        return self.op(
-            "Gather", self.weight(reach_table(block.event_reach)), self.op("Max", back, self.ints(0))
-        )
+    def event_reach(self, block: Block, *, itself: float | None = None) -> Tensor:
+        """Seen from the event of each place; `itself` instead of what it has for itself."""
+        reach = block.event_reach[None].detach().clone()
+        if itself is not None:
+            reach[:, 0] = itself
+        return by_lag(reach, MASKED, places=self.network.shape.max_history)
 
     def attend(self, block: Block, x: str, normed: str, key: str, value: str, reach: str) -> str:
         """`Block.forward`."""
@@ -307,17 +299,6 @@ class _Writer(OnnxWriter):
         rest = self.op("Add", self.rows("behaviors", "behaviors"), self.rows("gaps", "gaps"))
         return self.op("Add", x, rest)
 
-    def layer(self, states: str, layer: int) -> str:
-        """The keys or values [B, L, D] of one layer."""
-        if self.encoded:
-            return self.encoded[states][layer]
-        return self.op("Squeeze", self.op("Gather", states, self.ints(layer), axis=1), self.ints([1]))
-
-    def stack(self, layers: list[str], *, output: str) -> None:
-        """Keys or values [B, L, D] of all layers as [B, layers, 1, L, D]."""
-        apart = [self.op("Unsqueeze", layer, self.ints([1, 2])) for layer in layers]
-        self.op("Concat", *apart, axis=1, output=output)
-
     def rows(self, table: str, places: str) -> str:
         """The rows of a table that an input asks for."""
         weight, name = getattr(self.network, table).weight, f"{table}.weight"
@@ -329,7 +310,8 @@ class _Writer(OnnxWriter):
         return self.op("Mul", found, self.op("Gather", self.weight(step, f"{name}.step"), places))
 
     def size(self, tensor: str, axis: int) -> str:
-        return self.op("Squeeze", self.op("Shape", tensor, start=axis, end=axis + 1), self.ints([0]))
+        """[1]."""
+        return self.op("Shape", tensor, start=axis, end=axis + 1)
 
     def int32(self, value: int) -> str:
         return self.constant(np.array(value, np.int32))
@@ -337,20 +319,17 @@ class _Writer(OnnxWriter):
 
 def _value(tensor: str, shape: ModelShape, graph: str) -> onnx.ValueInfoProto:
     """An input or output of a graph: its type, and which of its sizes are free."""
-    states: list[str | int] = ["users", shape.layers, shape.heads, "slots", shape.dim // shape.heads]
-    new: list[str | int] = [*states[:3], 1, states[4]]
+    states: dict[str, list[str | int]] = {name: ["users", "slots", shape.dim] for name in shape.state_names}
+    states |= {name: ["users", 1, shape.dim] for name in shape.new_state_names}
     sizes: dict[str, list[str | int]] = {
         "lengths": ["users"],
         "user_vector": ["users", shape.dim],
-        "keys": states,
-        "values": states,
-        "new_key": new,
-        "new_value": new,
+        **states,
         "scores": ["users", "candidates"],
         "candidates": ["users", "candidates"],
         "candidate_categories": ["users", "candidates"],
     }
-    floats = ("user_vector", "keys", "values", "new_key", "new_value", "scores")
+    floats = ("user_vector", *states, "scores")
     kind = TensorProto.FLOAT if tensor in floats else TensorProto.INT32
     rows: list[str | int] = ["users", 1 if graph == "append" else "slots"]
     return helper.make_tensor_value_info(tensor, kind, sizes.get(tensor, rows))

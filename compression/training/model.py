@@ -15,6 +15,7 @@ event; how far back an event lies is a number added to its logit.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -39,11 +40,10 @@ class History(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A history, encoded once: user_vector [B, D]; keys and values [B, layers, heads, L, D/heads]."""
+    """A history, encoded once: user_vector [B, D]; states [B, L, D] as `ModelShape.state_names` has them."""
 
     user_vector: Tensor
-    keys: Tensor
-    values: Tensor
+    states: tuple[Tensor, ...]
 
 
 class Block(nn.Module):
@@ -171,46 +171,36 @@ class Recommender(nn.Module):
         """Histories to what candidates need. In the last layer only the newest event asks."""
         places = torch.arange(history.items.shape[1], device=history.items.device)[None, :, None]
         x = self.tokens(history)
-        keys, values = [], []
+        states: tuple[Tensor, ...] = ()
         for block in self._layers[:-1]:
             key, value = block.keys_values(x)
             x = block.events(x, key, value, places)
-            keys.append(key)
-            values.append(value)
+            states += (key, value)
         key, value = self._layers[-1].keys_values(x)
         newest = (history.lengths.long() - 1).clamp(min=0)[:, None, None]
         asking = x.gather(1, newest.expand(-1, 1, x.shape[-1]))
         state = self._layers[-1].events(asking, key, value, newest).squeeze(1)
         state = torch.where(history.lengths[:, None] > 0, state, self.no_history)
-        return Encoded(
-            self.final_norm(state),
-            torch.stack([*keys, key], 1)[:, :, None],
-            torch.stack([*values, value], 1)[:, :, None],
-        )
+        return Encoded(self.final_norm(state), (*states, key, value))
 
-    def append(self, keys: Tensor, values: Tensor, event: History) -> Encoded:
-        """One more event [B, 1] after `event.lengths` < max_history events with these keys and values:
-        the user vector, and the key and value of that event [B, layers, heads, 1, D/heads]."""
+    def append(self, states: Sequence[Tensor], event: History) -> Encoded:
+        """One more event [B, 1] after `event.lengths` < max_history events with these states: the user
+        vector, and the states of that event [B, 1, D]."""
         before = event.lengths.long()[:, None, None]
         x = self.tokens(event)
-        new_keys, new_values = [], []
-        for layer, block in enumerate(self._layers):
-            x, key, value = block.appended(x, keys[:, layer, 0], values[:, layer, 0], before)
-            new_keys.append(key)
-            new_values.append(value)
-        return Encoded(
-            self.final_norm(x.squeeze(1)),
-            torch.stack(new_keys, 1)[:, :, None],
-            torch.stack(new_values, 1)[:, :, None],
-        )
+        new: tuple[Tensor, ...] = ()
+        for block, key, value in zip(self._layers, states[::2], states[1::2], strict=True):
+            x, own_key, own_value = block.appended(x, key, value, before)
+            new += (own_key, own_value)
+        return Encoded(self.final_norm(x.squeeze(1)), new)
 
     def score(self, encoded: Encoded, lengths: Tensor, items: Tensor, categories: Tensor) -> Tensor:
         """Scores [B, C] of candidate items [B, C] after encoded histories."""
         vectors = self.item_vectors(items, categories)
         before = lengths.long()[:, None, None]
         x = self.candidate_tokens(vectors)
-        for layer, block in enumerate(self._layers):
-            x = block.candidates(x, encoded.keys[:, layer, 0], encoded.values[:, layer, 0], before)
+        for block, key, value in zip(self._layers, encoded.states[::2], encoded.states[1::2], strict=True):
+            x = block.candidates(x, key, value, before)
         return self.readout_scores(x, vectors, encoded.user_vector[:, None])
 
     def readout_scores(self, states: Tensor, vectors: Tensor, user_vectors: Tensor) -> Tensor:

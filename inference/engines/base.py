@@ -25,19 +25,19 @@ WEIGHTS: Final = "weights.safetensors"
 GRAPHS: Final[tuple[Graph, ...]] = ("encode", "score", "rank")
 _HISTORY: Final = ("items", "categories", "behaviors", "gaps", "lengths")
 _CANDIDATES: Final = ("candidates", "candidate_categories")
+# Of any model; the states of one that has some come with "score" and "append" (`inputs_of`).
 INPUTS: Final[dict[Graph, tuple[str, ...]]] = {
     "encode": _HISTORY,
-    "score": ("keys", "values", "lengths", "user_vector", *_CANDIDATES),
+    "score": ("lengths", "user_vector", *_CANDIDATES),
     "rank": (*_HISTORY, *_CANDIDATES),
-    "append": ("keys", "values", *_HISTORY),
+    "append": _HISTORY,
 }
-OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
-    "encode": ("user_vector", "keys", "values"),
+_OUTPUTS: Final[dict[Graph, tuple[str, ...]]] = {
+    "encode": ("user_vector",),
     "score": ("scores",),
     "rank": ("scores", "user_vector"),
-    "append": ("user_vector", "new_key", "new_value"),
+    "append": ("user_vector",),
 }
-_STATES: Final = frozenset({"keys", "values"})
 # Largest difference from torch in f32 of any output, per precision. Scores and vectors are of order 1;
 # a reordered f32 sum moves the last digits, bf16 keeps 8 bits of mantissa through every layer and f16 11,
 # int8 rounds weights to 127 steps. About twice the worst that trained and random models showed (LOG.md).
@@ -79,13 +79,13 @@ def inputs_of(graph: Graph, model: ModelShape) -> tuple[str, ...]:
     histories come with all their columns whatever a network reads of them, so that who asks need not know."""
     if graph == "score" and model.scores_by_vector:
         return ("user_vector", "candidates")
-    return INPUTS[graph]
+    return (*(model.state_names if graph in ("score", "append") else ()), *INPUTS[graph])
 
 
 def outputs_of(graph: Graph, model: ModelShape) -> tuple[str, ...]:
     """What a graph of this model answers with."""
-    names = OUTPUTS[graph]
-    return names if model.states else tuple(name for name in names if name not in _STATES)
+    states = {"encode": model.state_names, "append": model.new_state_names}
+    return (*_OUTPUTS[graph], *states.get(graph, ()))
 
 
 def graphs_of(engine: Engine, *, cached: bool, artefact: Artefact) -> tuple[Graph, ...]:
@@ -106,7 +106,7 @@ class Engine(ABC):
 
     name: ClassVar[str]
     precisions: ClassVar[tuple[Precision, ...]] = ("f32",)
-    keeps_states: ClassVar[bool] = True  # False: keys and values are too heavy to bring here
+    keeps_states: ClassVar[bool] = True  # False: states are too heavy to bring here
     # False: a shape's first run costs hardly more than its others, so one engine's runs of all of them do
     # for its like (LOG.md).
     compiles_shapes: bool = True
@@ -176,10 +176,8 @@ class Engine(ABC):
         if shape.graph != "score":
             for column in ("items", "categories", "behaviors", "gaps"):
                 inputs[column] = np.zeros((batch, 1 if appends else history), np.int32)
-        if model.states and shape.graph in ("score", "append"):
-            states = (batch, model.layers, model.heads, history, model.dim // model.heads)
-            inputs["keys"] = np.zeros(states, np.float32)
-            inputs["values"] = np.zeros(states, np.float32)
+        for name in model.state_names:
+            inputs[name] = np.zeros((batch, history, model.dim), np.float32)
         if shape.graph == "score":
             inputs["user_vector"] = np.zeros((batch, model.dim), np.float32)
         inputs["lengths"] = lengths

@@ -158,20 +158,20 @@ def _check_contract(model: onnx.ModelProto, graph: Graph, shape: ModelShape) -> 
     ):
         given = [value.name for value in values]
         if sorted(given) != sorted(names):
-            raise ValueError(f"its {what} are {', '.join(given) or 'none'}, not {', '.join(names)}")
+            before = "; it was published by an earlier Tailrace: publish it anew" if "keys" in given else ""
+            raise ValueError(f"its {what} are {', '.join(given) or 'none'}, not {', '.join(names)}{before}")
         for value in values:
             _check_value(value, graph, shape)
 
 
 def _check_value(value: onnx.ValueInfoProto, graph: Graph, shape: ModelShape) -> None:
     """Type, rank and sizes of an input or output; 0 stands for a size that must be free."""
-    states = (0, shape.layers, shape.heads, 0, shape.dim // shape.heads)
-    one = (0, shape.layers, shape.heads, 1, shape.dim // shape.heads)
-    sizes: dict[str, tuple[int, ...]] = {"lengths": (0,), "user_vector": (0, shape.dim)}
-    sizes |= {"keys": states, "values": states, "new_key": one, "new_value": one}
+    states = dict.fromkeys(shape.state_names, (0, 0, shape.dim))
+    states |= dict.fromkeys(shape.new_state_names, (0, 1, shape.dim))
+    sizes: dict[str, tuple[int, ...]] = {"lengths": (0,), "user_vector": (0, shape.dim), **states}
     # An append brings one event.
     expected = sizes.get(value.name, (0, 1) if graph == "append" else (0, 0))
-    floats = ("user_vector", "keys", "values", "new_key", "new_value", "scores")
+    floats = ("user_vector", *states, "scores")
     kind = TensorProto.FLOAT if value.name in floats else TensorProto.INT32
     tensor = value.type.tensor_type
     if tensor.elem_type != kind:

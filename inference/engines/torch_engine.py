@@ -151,15 +151,14 @@ class TorchEngine(Engine):
     ) -> tuple[torch.Tensor, ...]:
         if isinstance(network, Retriever):
             return _retrieved(network, graph, tensors)
-        if graph == "append":
-            event = History(**{name: tensors[name] for name in History._fields})
-            return tuple(network.append(tensors["keys"], tensors["values"], event))
+        states = tuple(tensors[name] for name in network.shape.state_names if name in tensors)
         if graph == "score":
-            encoded = Encoded(tensors["user_vector"], tensors["keys"], tensors["values"])
+            encoded = Encoded(tensors["user_vector"], states)
         else:
-            encoded = network.encode(History(**{name: tensors[name] for name in History._fields}))
-        if graph == "encode":
-            return tuple(encoded)
+            history = History(**{name: tensors[name] for name in History._fields})
+            encoded = network.append(states, history) if graph == "append" else network.encode(history)
+        if graph in ("encode", "append"):
+            return (encoded.user_vector, *encoded.states)
         scores = network.score(
             encoded, tensors["lengths"], tensors["candidates"], tensors["candidate_categories"]
         )

@@ -33,11 +33,9 @@ from inference.settings import InferenceSettings
 from inference.types import Graph, Priority, Tensors
 
 PREFIX: Final = "tailrace-"
-_SLOTS_AXIS: Final = {
-    **dict.fromkeys(("items", "categories", "behaviors", "gaps"), 1),
-    **dict.fromkeys(("keys", "values"), 3),
-}
-_CANDIDATES_AXIS: Final = dict.fromkeys(("candidates", "candidate_categories", "scores"), 1)
+# Of tensors that hold neither events nor candidates; the second axis of all others is the one or the other.
+_OF_USERS: Final = frozenset(("lengths", "user_vector"))
+_OF_CANDIDATES: Final = frozenset(("candidates", "candidate_categories", "scores"))
 
 
 class _Bucket(NamedTuple):
@@ -145,8 +143,8 @@ class GraphSet:
         """Outputs in the shape of the question, whatever it was padded to."""
         inputs = question.inputs
         # "rank" is cut by lengths, and what has no slots is of one shape.
-        name = {"encode": "items", "score": "keys"}.get(graph, "")
-        slots = fit(self.buckets.histories, inputs[name].shape[_SLOTS_AXIS[name]]) if name in inputs else 0
+        sizes = [array.shape[1] for name, array in inputs.items() if graph != "rank" and _has_slots(name)]
+        slots = fit(self.buckets.histories, sizes[0]) if sizes else 0
         candidates = 0
         if graph != "encode":
             candidates = fit(self.buckets.candidates, inputs["candidates"].shape[1])
@@ -190,7 +188,7 @@ class _Runner:
     def __init__(self, engine: Engine, buckets: Buckets, prefixes: Prefixes | None) -> None:
         self._engine = engine
         self._buckets = buckets
-        # Where keys and values do not come back there is nothing to append to.
+        # Where states do not come back there is nothing to append to.
         self._prefixes = prefixes if engine.keeps_states else None
         self._lock = threading.Lock()
 
@@ -220,7 +218,7 @@ class _Runner:
         inputs: Tensors = {}
         for name in inputs_of(bucket.graph, self._engine.model):
             arrays = [part.of(name) for part in parts]
-            if _SLOTS_AXIS.get(name) == 1:
+            if _has_slots(name):
                 arrays = [array[:, : bucket.slots] for array in arrays]
             inputs[name] = _filled(arrays, name, bucket, batch)
         return inputs
@@ -237,7 +235,7 @@ class _Runner:
         for cut in self._buckets.cuts(lengths, "rank"):
             inputs = {
                 name: pad_rows(
-                    array[cut.users, : cut.history] if name in _SLOTS_AXIS else array[cut.users], cut.batch
+                    array[cut.users, : cut.history] if _has_slots(name) else array[cut.users], cut.batch
                 )
                 for name, array in whole.items()
             }
@@ -262,14 +260,10 @@ def _parts(works: Sequence[_Work]) -> list[_Part]:
 def _filled(arrays: Sequence[npt.NDArray[Any]], name: str, bucket: _Bucket, batch: int) -> npt.NDArray[Any]:
     """One after another, padded to the bucket: slots beyond a history's length, candidates of row 0,
     and users beyond those there are."""
-    axis = _SLOTS_AXIS.get(name, _CANDIDATES_AXIS.get(name))
-    size = bucket.slots if name in _SLOTS_AXIS else bucket.candidates
-    if all(axis is None or array.shape[axis] == size for array in arrays):
+    size = bucket.slots if _has_slots(name) else bucket.candidates
+    if name in _OF_USERS or all(array.shape[1] == size for array in arrays):
         return pad_rows(np.concatenate(arrays), batch)
-    assert axis is not None
-    shape = list(arrays[0].shape)
-    shape[0], shape[axis] = batch, size
-    filled = np.zeros(shape, arrays[0].dtype)
+    filled = np.zeros((batch, size, *arrays[0].shape[2:]), arrays[0].dtype)
     row = 0
     for array in arrays:
         within = (slice(row, row + len(array)), *(slice(length) for length in array.shape[1:]))
@@ -299,8 +293,11 @@ def _together(answers: Sequence[_Answer | InferenceError], question: Question) -
 
 def _narrowed(name: str, rows: npt.NDArray[Any], inputs: Tensors) -> npt.NDArray[Any]:
     """Without what was padded."""
-    if name in _SLOTS_AXIS:
-        return rows[:, :, :, : inputs["items"].shape[1]]
-    if name in _CANDIDATES_AXIS:
-        return rows[:, : inputs["candidates"].shape[1]]
-    return rows
+    if name in _OF_USERS:
+        return rows
+    return rows[:, : inputs["items" if _has_slots(name) else "candidates"].shape[1]]
+
+
+def _has_slots(name: str) -> bool:
+    """Whether a tensor's second axis is events."""
+    return name not in _OF_USERS and name not in _OF_CANDIDATES

@@ -11,7 +11,6 @@ from inference.types import Graph
 
 def specs(graph: Graph, shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of an exported graph: names and types are the graph's, in its order."""
-    states = ("users", shape.layers, shape.heads, "slots", shape.dim // shape.heads)
     tensors = {
         **{
             name: TensorSpec(name, "INT32", ("users", "slots"), 0, rows - 1)
@@ -23,8 +22,7 @@ def specs(graph: Graph, shape: ModelShape) -> tuple[tuple[TensorSpec, ...], tupl
             )
         },
         "lengths": TensorSpec("lengths", "INT32", ("users",), 0, "slots"),
-        "keys": TensorSpec("keys", "FP32", states),
-        "values": TensorSpec("values", "FP32", states),
+        **{name: TensorSpec(name, "FP32", ("users", "slots", shape.dim)) for name in shape.state_names},
         "user_vector": TensorSpec("user_vector", "FP32", ("users", shape.dim)),
         "scores": TensorSpec("scores", "FP32", ("users", "candidates")),
         "candidates": TensorSpec("candidates", "INT32", ("users", "candidates"), 0, shape.item_rows - 1),

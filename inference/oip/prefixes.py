@@ -28,7 +28,7 @@ class Prefixes:
 
     @classmethod
     def of(cls, artefact: Artefact, budget_mb: float) -> Prefixes | None:
-        """None where nothing can be appended to, or a score needs keys and values, which `rank` at once then
+        """None where nothing can be appended to, or a score needs states, which `rank` at once then
         computes for less (inference/LOG.md); and where there is no room."""
         model = artefact.manifest.model
         if "append" not in artefact.manifest.graphs or not model.scores_by_vector:

@@ -27,7 +27,7 @@ from infra.local.server import HOST, LocalServer, ServerFailed, free_port
 
 PACKAGES: Final = ("nvidia-pytriton==0.7.0", "tritonclient[grpc,http]==2.73.0", "onnxruntime==1.31.1")
 MODEL: Final = INFRA / "triton" / "model.py"
-MAX_BATCH: Final = 32
+MAX_BATCH: Final = 64
 # A Python that the wheel has a stub for; the system's first, which loads its own shared library.
 _PYTHONS: Final = ("/usr/bin/python3", "python3", "python3.12", "python3.11", "python3.10")
 _STUBS: Final = ("3.10", "3.11", "3.12", "3.13")

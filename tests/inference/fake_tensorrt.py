@@ -99,9 +99,7 @@ class Context:
         if name in self.shapes:
             return self.shapes[name]
         sizes = {"users": self.shapes["lengths"][0]}
-        sizes["slots"] = self.shapes["items" if "items" in self.shapes else "keys"][
-            1 if "items" in self.shapes else 3
-        ]
+        sizes["slots"] = self.shapes["items" if "items" in self.shapes else "key_0"][1]
         sizes["candidates"] = self.shapes.get("candidates", (0, 0))[1]
         value = next(value for value in self.session.get_outputs() if value.name == name)
         return tuple(sizes.get(size, size) for size in value.shape)

@@ -96,9 +96,9 @@ def test_a_cache_has_the_pages_of_the_one_that_was_freed_last(small_pages):
 
     before = UserCache(shape, 64, retrieved=10, listed=10)
     assert room(before) > 1_000
-    before._keys.fill(1)
+    before._states.fill(1)
     beside = UserCache(shape, 64, retrieved=10, listed=10)
-    assert room(beside) > 1_000 and not beside._keys.any()
+    assert room(beside) > 1_000 and not beside._states.any()
     del before
     assert room(UserCache(shape, 64, retrieved=10, listed=10)) < 100
 
@@ -108,7 +108,7 @@ def test_a_cache_has_room_for_as_many_users_as_are_expected(small_pages):
     cache = UserCache(shape, 64, retrieved=10, listed=10)
     steps = sum(1 for _ in cache.make_room(40))
     assert 1 < steps < 40
-    assert faults(lambda: cache._keys[:40].fill(1)) < 100 < faults(lambda: cache._keys[40:].fill(1))
+    assert faults(lambda: cache._states[:40].fill(1)) < 100 < faults(lambda: cache._states[40:].fill(1))
     assert sum(1 for _ in cache.make_room(10_000)) < 64
     assert not list(cache.make_room(0))
 

@@ -186,6 +186,16 @@ def test_another_graph_than_its_name_says_is_refused(artefact: Artefact) -> None
         check_graph(artefact.read("score.onnx"), "encode", artefact.manifest.model)
 
 
+def test_a_version_from_when_keys_and_values_were_put_together_is_to_be_published_anew(
+    artefact: Artefact,
+) -> None:
+    model = onnx.load_model_from_string(artefact.read("score.onnx"))
+    for value, name in zip(model.graph.input, ("keys", "values"), strict=False):
+        value.name = name
+    with pytest.raises(ModelUnavailable, match="publish it anew"):
+        check_graph(model.SerializeToString(), "score", artefact.manifest.model)
+
+
 def test_what_is_released_passes(artefact: Artefact) -> None:
     for graph, file in artefact.manifest.graphs.items():
         check_graph(artefact.read(file), graph, artefact.manifest.model)

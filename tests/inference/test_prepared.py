@@ -21,7 +21,7 @@ from features.settings import FeatureSettings
 from inference import engines, plane, preparing
 from inference import prepared as prepared_versions
 from inference.engines import model_file
-from inference.engines.base import INPUTS, WEIGHTS, EngineOptions, graphs_of
+from inference.engines.base import INPUTS, WEIGHTS, EngineOptions, graphs_of, inputs_of
 from inference.engines.calibration import draw
 from inference.errors import ModelUnavailable
 from inference.prepared import MOST_KEPT, RECORD, Prepared, Wanted, prepare
@@ -74,7 +74,8 @@ def test_what_was_prepared_computes_what_was_published(wanted, tmp_path):
     drawn = draw(artefact.vocabulary(), users=4, history=20, candidates=50, rng=rng)
     asked = {name: drawn[name] for name in INPUTS["encode"]}
     drawn |= as_published.run("encode", asked)
-    for graph, inputs in (("encode", asked), ("score", {name: drawn[name] for name in INPUTS["score"]})):
+    scored = {name: drawn[name] for name in inputs_of("score", artefact.manifest.model)}
+    for graph, inputs in (("encode", asked), ("score", scored)):
         for name, output in as_published.run(graph, inputs).items():
             np.testing.assert_allclose(as_prepared.run(graph, inputs)[name], output, atol=1e-5)
 

@@ -48,7 +48,7 @@ class Spy:
         return {name: array for name, array in self.run(graph, inputs).items() if name in outputs}
 
     def run(self, graph: Graph, inputs: Tensors) -> Tensors:
-        history = inputs["items"].shape[1] if graph != "score" else inputs["keys"].shape[3]
+        history = inputs["items"].shape[1] if graph != "score" else inputs["key_0"].shape[1]
         candidates = inputs["candidates"].shape[1] if graph in ("score", "rank") else 0
         self.shapes.append((graph, len(inputs["lengths"]), history, candidates))
         outputs: Tensors = self._run(graph, inputs)

@@ -30,7 +30,7 @@ from inference.errors import EngineFailed
 from inference.ranker import Ranker, Warmed
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
-from inference.user_cache import UserCache
+from inference.user_cache import Computed, UserCache
 from tests.inference.conftest import ITEMS, MAX_HISTORY, NOW_S
 from topics.messages import BEHAVIORS
 
@@ -398,7 +398,7 @@ def test_a_known_history_that_is_scored_anew_is_not_copied(
 
     def spy(graph: Graph, inputs: Tensors) -> Tensors:
         if graph == "score":
-            lent.append(np.shares_memory(inputs["keys"], cache._keys))
+            lent.append(np.shares_memory(inputs["key_0"], cache._states))
         return run(graph, inputs)
 
     monkeypatch.setattr(cached.warmed.engine, "run", spy)
@@ -413,6 +413,7 @@ def test_a_known_history_that_is_scored_anew_is_not_copied(
 # The cache alone -----------------------------------------------------------------------------------
 
 SHAPE = ModelShape(dim=4, layers=2, heads=1, ffn=4, max_history=8, item_rows=9, category_rows=9)
+SIGNS = dict(zip(SHAPE.state_names, (1, -1, 2, -2), strict=True))
 
 
 def history(*items: int) -> bytes:
@@ -422,14 +423,15 @@ def history(*items: int) -> bytes:
 
 def keep(cache: UserCache, users: Sequence[int], histories: Sequence[bytes], value: float = 1.0) -> None:
     """States that say which history they are of: the item of each event, plus a value."""
-    states = np.zeros((len(users), 2, 1, 8, 4), np.float32)
+    state = np.zeros((len(users), 8, 4), np.float32)
     for row, one in enumerate(histories):
         items = np.frombuffer(one[1:], NARROW_EVENT)["item"]
-        states[row, :, :, : len(items)] = items[:, None] + value
+        state[row, : len(items)] = items[:, None] + value
     derived = Derived.nothing(len(users), SHAPE.dim, 3, 5)
     derived.vectors[:] = np.array([[len(one)] * 4 for one in histories])
     rows = range(len(users))
-    cache.keep(users, histories, {"keys": states, "values": -states}, rows, derived, rows, "f32")
+    states = {name: sign * state for name, sign in SIGNS.items()}
+    cache.keep(users, histories, [Computed(rows, rows, states)], derived, rows, "f32")
 
 
 def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> list[int]:
@@ -438,9 +440,9 @@ def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> 
         states = cache.states([max(slot, 0) for slot in found.slots], len(users), 8)
         vectors = cache.derived.vectors[found.slots]
     for row, (one, known) in enumerate(zip(histories, found.known, strict=True)):
-        items = np.frombuffer(one[1:], NARROW_EVENT)["item"][:known]
-        assert (states["keys"][row, :, :, :known] == items[:, None] + 1).all()
-        assert (states["values"][row, :, :, :known] == -1.0 - items[:, None]).all()
+        items = np.frombuffer(one[1:], NARROW_EVENT)["item"][:known].astype(np.float32)
+        for name, sign in SIGNS.items():
+            assert (states[name][row, :known] == sign * (items[:, None] + 1)).all()
         assert not found.same[row] or (vectors[row] == len(one)).all()
     return found.known
 
@@ -481,21 +483,24 @@ def test_what_is_being_read_is_not_overwritten() -> None:
     with cache.find([1, 2], [history(1), history(2)], "f32") as found:
         keep(cache, [3, 1], [history(3), history(1, 5)])
         states = cache.states(found.slots, 2, 8)
-        assert (states["keys"][:, 0, 0, 0, 0] == [2, 3]).all()
+        assert (states["key_0"][:, 0, 0] == [2, 3]).all()
     keep(cache, [1], [history(1, 5)])
     assert kept(cache, [1, 2, 3], [history(1, 5), history(2), history(3)]) == [2, 1, 0]
 
 
-def test_one_user_s_states_are_lent_where_they_fill_the_shape_and_copied_elsewhere() -> None:
+def test_one_user_s_states_are_lent_where_they_fill_the_batch_and_copied_elsewhere() -> None:
     cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1, 2], [history(1), history(2)])
     with cache.find([1, 2], [history(1), history(2)], "f32") as found:
-        lent = cache.states(found.slots[:1], 1, 8, lend=True)
-        assert all(np.shares_memory(lent[name], getattr(cache, f"_{name}")) for name in ("keys", "values"))
-        assert (lent["keys"] == cache.states(found.slots[:1], 1, 8)["keys"]).all()
-        for slots, batch, events in ((found.slots, 2, 8), (found.slots[:1], 2, 8), (found.slots[:1], 1, 4)):
-            copied = cache.states(slots, batch, events, lend=True)
-            assert not np.shares_memory(copied["keys"], cache._keys)
+        for events in (8, 4):
+            lent = cache.states(found.slots[:1], 1, events, lend=True)
+            for name, copied in cache.states(found.slots[:1], 1, events).items():
+                assert np.shares_memory(lent[name], cache._states)
+                assert not np.shares_memory(copied, cache._states)
+                assert lent[name].flags.c_contiguous and np.array_equal(lent[name], copied)
+        for slots, batch, events in ((found.slots, 2, 8), (found.slots[:1], 2, 8), (found.slots, 2, 4)):
+            copied = cache.states(slots, batch, events, lend=True)["key_0"]
+            assert not np.shares_memory(copied, cache._states)
 
 
 def test_without_states_only_what_follows_from_a_known_history_is_kept() -> None:
@@ -506,9 +511,7 @@ def test_without_states_only_what_follows_from_a_known_history_is_kept() -> None
     derived.has_retrieved[:] = True
     # Of the second user another history is known than was lent, of the third nothing any more.
     keep(cache, [2], [history(5)])
-    cache.keep(
-        [1, 2, 3], [history(1, 2), history(5, 6), history(7)], {}, [0, 1, 2], derived, [0, 1, 2], "f32"
-    )
+    cache.keep([1, 2, 3], [history(1, 2), history(5, 6), history(7)], [], derived, [0, 1, 2], "f32")
     assert kept(cache, [1, 2, 3], [history(1, 2), history(5, 6), history(7)]) == [2, 1, 0]
     with cache.find([1, 2], [history(1, 2), history(5)], "f32") as found:
         assert cache.derived.has_retrieved[found.slots].tolist() == [True, False]

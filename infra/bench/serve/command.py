@@ -47,7 +47,7 @@ def serve(
 ) -> None:
     """Lists per second within 50 ms: ours against Triton, mosec, LitServe, BentoML and Ray Serve.
 
-    Everybody serves the released `rank` graph with one thread a session, in batches of at most 32 lists,
+    Everybody serves the released `rank` graph with one thread a session, in batches of at most 64 lists,
     and is tried with two worker processes and one (ours with a lane a core; in process: lanes): the others
     in ONNX Runtime, ours in OpenVINO's bf16 where the processor has matrix units for it, else in ONNX
     Runtime, too. Requests are those of a log's users: a list at every click of some thousand sessions,

@@ -32,7 +32,7 @@ from infra.bench.serve import payload
 from infra.bench.serve.arms import BATCHES, HISTORIES, WIDTHS, our_lanes
 from infra.bench.serve.driver import Done, drive
 from infra.bench.serve.parity import COMPARED, difference, expected_scores
-from infra.bench.serve.sessions import ACTIVE, Sessions
+from infra.bench.serve.sessions import Sessions
 from infra.bench.serve.shape import CANDIDATES, MAX_LISTS
 from stream.settings import StreamSettings
 
@@ -67,10 +67,12 @@ class InProcess:
             for at in range(place * self._lists, (place + 1) * self._lists)
         ]
 
-    async def visit(self, users: int) -> None:
-        """Lists for users who are not seen again, so that the cache has no memory left that was never used:
+    async def visit(self) -> None:
+        """Lists for users who are not seen again, until the cache has no memory left that was never used:
         what it then costs is what it costs for good."""
-        for place in range(0, users, MAX_LISTS):
+        place, users = 0, -1
+        while self._version.ranker.users > users:
+            users = self._version.ranker.users
             asked = [
                 RankRequest(
                     -1 - at, self._sequences[at % len(self._sequences)], candidates=self._candidates[0]
@@ -78,6 +80,7 @@ class InProcess:
                 for at in range(place, place + MAX_LISTS)
             ]
             await self._plane.rank(asked, self._version)
+            place += MAX_LISTS
 
     async def scores(self, number: int) -> payload.Float32:
         """[lists, CANDIDATES] in the order asked; without a score where there is no answer."""
@@ -140,7 +143,7 @@ async def main(registry: str, sessions_file: str, lists: str, cache_mb: str, par
     sessions = Sessions.load(Path(sessions_file)).of(int(part), int(parts))
     sender = InProcess(plane, version, sessions, int(lists))
     if settings.cache_mb:
-        await sender.visit(2 * ACTIVE // int(parts))
+        await sender.visit()
     await _compare(sender, registry, sessions.requests(int(lists))[:COMPARED])
     tune()
     try:

@@ -7,7 +7,7 @@ from typing import Final
 HISTORY: Final = 100
 CANDIDATES: Final = 50
 COLUMNS: Final = ("items", "categories", "behaviors", "gaps")
-MAX_LISTS: Final = 32
+MAX_LISTS: Final = 64
 """In one batch, of every arm."""
 
 

@@ -49,14 +49,14 @@ def test_what_stands_in_padding_slots_is_never_looked_at():
     assert torch.allclose(clean, dirty, atol=1e-5)
 
 
-def test_an_appended_event_leaves_the_keys_and_values_before_it_as_they_were():
+def test_an_appended_event_leaves_the_states_before_it_as_they_were():
     network = model()
     items, categories = draw_candidates(1, 5)
     before, first = scores(network, histories([12], 25), items, categories)
     after, second = scores(network, histories([13], 25), items, categories)
-    for old, new in ((before.keys, after.keys), (before.values, after.values)):
-        assert torch.allclose(old[..., :12, :], new[..., :12, :], atol=1e-5)
-        assert not torch.allclose(old[..., 12, :], new[..., 12, :], atol=1e-3)
+    for old, new in zip(before.states, after.states, strict=True):
+        assert torch.allclose(old[:, :12], new[:, :12], atol=1e-5)
+        assert not torch.allclose(old[:, 12], new[:, 12], atol=1e-3)
     assert not torch.allclose(first, second, atol=1e-3)
 
 
@@ -65,17 +65,18 @@ def test_a_history_appended_to_event_by_event_is_as_if_encoded_whole():
     history = to_history(whole)
     with torch.inference_mode():
         expected = network.encode(history)
-        keys, values = torch.full_like(expected.keys, 7.0), torch.full_like(expected.values, 7.0)
+        states = [torch.full_like(state, 7.0) for state in expected.states]
         for place in range(100):
             at = torch.full((3,), place, dtype=torch.int32)
             event = History(*(column[:, place : place + 1] for column in history[:4]), at)
-            found = network.append(keys, values, event)
-            keys[..., place, :], values[..., place, :] = found.keys[..., 0, :], found.values[..., 0, :]
+            found = network.append(states, event)
+            for state, new in zip(states, found.states, strict=True):
+                state[:, place] = new[:, 0]
             done = whole.lengths == place + 1
             assert torch.allclose(found.user_vector[done], expected.user_vector[done], atol=1e-5)
-    for ours, theirs in ((keys, expected.keys), (values, expected.values)):
+    for ours, theirs in zip(states, expected.states, strict=True):
         for user, length in enumerate(whole.lengths):
-            assert torch.allclose(ours[user, ..., :length, :], theirs[user, ..., :length, :], atol=1e-5)
+            assert torch.allclose(ours[user, :length], theirs[user, :length], atol=1e-5)
 
 
 def test_in_training_no_position_sees_what_comes_after_it():
@@ -123,7 +124,7 @@ def test_history_and_behaviour_move_the_scores():
 def test_how_far_back_an_event_lies_moves_the_scores():
     network, arrays = model(), histories([5], 5)
     encoded, before = scores(network, arrays, [[4, 5]], [[1, 1]])
-    turned = encoded._replace(keys=encoded.keys.flip(3), values=encoded.values.flip(3))
+    turned = encoded._replace(states=tuple(state.flip(1) for state in encoded.states))
     items, categories = torch.tensor([[4, 5]]), torch.tensor([[1, 1]])
     with torch.inference_mode():
         after = network.score(turned, torch.from_numpy(arrays.lengths), items, categories)

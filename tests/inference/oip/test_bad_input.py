@@ -69,8 +69,7 @@ def rank() -> Ask:
 def score() -> Ask:
     rng = np.random.default_rng(1)
     floats = {
-        "keys": rng.normal(size=(2, 2, 1, 6, 16)),
-        "values": rng.normal(size=(2, 2, 1, 6, 16)),
+        **{name: rng.normal(size=(2, 6, 16)) for name in ("key_0", "value_0", "key_1", "value_1")},
         "user_vector": rng.normal(size=(2, 16)),
     }
     integers = rank_inputs(2, 6, 4)
@@ -149,7 +148,7 @@ BAD: dict[str, tuple[Callable[[], Ask], str, str]] = {
     "too many bytes": (lambda: rank().tensor("items", data=b"\0" * 52), "INVALID_ARGUMENT", "52 bytes"),
     "no bytes": (lambda: rank().tensor("items", data=b""), "INVALID_ARGUMENT", "0 bytes"),
     "NaN": (lambda: score().values("user_vector", put(3, np.nan)), "INVALID_ARGUMENT", "not finite"),
-    "Inf": (lambda: score().values("keys", put(-1, np.inf)), "INVALID_ARGUMENT", "not finite"),
+    "Inf": (lambda: score().values("key_1", put(-1, np.inf)), "INVALID_ARGUMENT", "not finite"),
     "a row below the table": (lambda: rank().values("items", put(0, -1)), "INVALID_ARGUMENT", "-1; 0"),
     "a row beyond the table": (
         lambda: rank().values("candidates", put(0, HUGE)),

@@ -59,7 +59,7 @@ async def test_graphs_answer_as_the_engine_does_in_the_shape_of_the_question(
             np.testing.assert_allclose(array, expected[name], atol=1e-4)
         history = {name: ranked[name] for name in encode_inputs()}
         states = await client.infer("tailrace-encode", history)
-        assert states["keys"].shape == (3, 2, 1, 7, 16)
+        assert states["value_1"].shape == (3, 7, 16)
         candidates = {name: ranked[name] for name in ("lengths", "candidates", "candidate_categories")}
         scored = await client.infer("tailrace-score", {**states, **candidates}, ["scores"], version=VERSION)
         np.testing.assert_allclose(scored["scores"], expected["scores"], atol=1e-4)
@@ -149,7 +149,7 @@ async def test_metadata_names_every_model_version_and_tensor(running: Running) -
         metadata = await client.metadata("tailrace-score")
         assert list(metadata.versions) == [VERSION]
         shapes = {tensor.name: (tensor.datatype, list(tensor.shape)) for tensor in metadata.inputs}
-        assert shapes["keys"] == ("FP32", [-1, 2, 1, -1, 16])
+        assert shapes["key_0"] == ("FP32", [-1, -1, 16])
         assert shapes["candidates"] == ("INT32", [-1, -1])
         with pytest.raises(ModelNotFound, match="tailrace-rank"):
             await client.metadata("tailrace-nothing")

@@ -112,5 +112,5 @@ def _parts(plane: Plane) -> list[weakref.ref[object]]:
     engines = [warmed.engine for warmed in (*version.warmed.values(), *spares)]
     cache = ranker._encoder._cache
     assert cache is not None and len(engines) == 3
-    large = (ranker, ranker._index, ranker._lookup, cache, cache._keys, cache._values, *engines)
+    large = (ranker, ranker._index, ranker._lookup, cache, cache._states, *engines)
     return [weakref.ref(one) for one in large]
