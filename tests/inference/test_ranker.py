@@ -281,7 +281,7 @@ def test_a_version_that_answers_with_nan_never_becomes_ready(
 ) -> None:
     def broken(name: str, options: EngineOptions) -> Any:
         spy = Spy(create(name, options))
-        spy.nan_user = 0
+        spy.nans = 1
         return spy
 
     create = engines.create
