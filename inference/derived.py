@@ -46,6 +46,11 @@ class Derived:
         )
 
     @property
+    def listed(self) -> int:
+        """How many scores there is room for, of a user."""
+        return int(self.rows.shape[1])
+
+    @property
     def user_bytes(self) -> int:
         """Memory of one user."""
         return sum(int(column.nbytes) for column in self._columns()) // max(1, len(self.vectors))

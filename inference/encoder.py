@@ -224,7 +224,7 @@ def _keeps_states(engine: Engine) -> bool:
 
 
 def scoring(engine: Engine) -> Graph:
-    """The graph that scores on this engine: where keys and values are too heavy to bring back, the one that
+    """The graph that scores on this engine: where states are too heavy to bring back, the one that
     takes histories as they are and encodes them again."""
     return "score" if _keeps_states(engine) else "rank"
 

@@ -368,7 +368,7 @@ class Ranker:
                     places = places[counts[users] > column]
         if len(counts) and counts.min() < items.shape[1]:
             scores[np.arange(items.shape[1]) >= counts[:, None]] = -np.inf
-        if encoded.keys and not known.all():
+        if encoded.keys and encoded.derived.listed and not known.all():
             scored = (~known).nonzero()[0]
             encoded.derived.note_scores(scored, rows, counts, scores)
             encoded.news[scored] = True

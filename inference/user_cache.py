@@ -170,7 +170,7 @@ class UserCache:
     @property
     def listed(self) -> int:
         """How many scores are kept of a user."""
-        return int(self._derived.rows.shape[1])
+        return self._derived.listed
 
     def find(self, users: Sequence[Hashable], histories: Sequence[bytes], precision: str) -> Found:
         """What is kept of these histories (`inference.histories`), to be used in a `with`. States computed in

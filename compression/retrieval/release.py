@@ -136,7 +136,7 @@ def stage(
 
 def shape_of(config: RetrievalConfig, vocabulary: Vocabulary) -> ModelShape:
     """What serves: vectors as wide as all networks together; else the largest of any. One network without
-    positions has keys and values, as its graphs do."""
+    positions has states, as its graphs do."""
     members = (config.network, *config.more)
     states = len(members) == 1 and config.network.appends
     return ModelShape(

@@ -20,6 +20,7 @@ from inference.histories import COLUMNS, Packed, Sent
 from inference.oip.graph_models import GraphSet
 from inference.oip.models import Question
 from inference.types import Tensors
+from inference.user_cache import UserCache
 from tests.inference import retrieval_version
 from tests.inference.conftest import MAX_HISTORY, vocabulary
 from tests.inference.oip.conftest import INFERENCE
@@ -76,6 +77,24 @@ def test_a_click_is_appended_and_an_ask_again_is_scored_alone(root: Path, statis
         seen.graphs.clear()
         version.rank([ask(1, made[:end])], statistics)
         assert seen.graphs == graphs
+
+
+def test_an_ask_again_writes_nothing_to_the_cache(
+    root: Path, statistics: ItemStatistics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores of this kind are a product each: none are remembered."""
+    version = Version(root)
+    made, keep = events(np.random.default_rng(2), 30), UserCache.keep
+    kept: list[list[int]] = []
+
+    def spy(cache: UserCache, users: list[int], *rest: Any) -> None:
+        kept.append(users)
+        keep(cache, users, *rest)
+
+    monkeypatch.setattr(UserCache, "keep", spy)
+    for end in (29, 29, 30, 30):
+        version.rank([ask(1, made[:end])], statistics)
+    assert kept == [[1], [1]]
 
 
 def sent(made: np.ndarray, candidates: np.ndarray) -> Tensors:
