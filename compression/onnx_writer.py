@@ -61,20 +61,20 @@ class OnnxWriter:
     def weight(self, tensor: Tensor, name: str = "") -> str:
         return self.constant(tensor.detach().float().cpu().numpy(), name)
 
-    def added(self, by_lag: Tensor, places: str, size: str) -> str:
+    def added(self, table: Tensor, places: str, size: str) -> str:
         """What is added to the logits of users who ask at places [B] for the first `size` slots: rows of a
-        table, as single numbers take longer to look up than to multiply. [B, 1, L], of more than one head
-        [B, heads, 1, L]."""
-        heads = by_lag.shape[1]
-        rows = self.op("Gather", self.weight(by_lag if heads == 1 else by_lag[:, :, None]), places)
+        table (`by_lag`), as single numbers take longer to look up than to multiply. [B, 1, L], of more than
+        one head [B, heads, 1, L]."""
+        heads = table.shape[1]
+        rows = self.op("Gather", self.weight(table if heads == 1 else table[:, :, None]), places)
         last = self.ints([2 if heads == 1 else 3])
         return self.op("Slice", rows, self.ints([0]), size, last)
 
-    def added_to_all(self, by_lag: Tensor, size: str) -> str:
-        """The same where each of the first `size` places asks: [L, L], of more heads
-        [heads, L, L]."""
-        heads = by_lag.shape[1]
-        table = by_lag[:, 0] if heads == 1 else by_lag.transpose(0, 1)
+    def added_to_all(self, table: Tensor, size: str) -> str:
+        """The same where each of the first `size` places asks: [L, L], of more than one
+        head [heads, L, L]."""
+        heads = table.shape[1]
+        table = table[:, 0] if heads == 1 else table.transpose(0, 1)
         ends = self.op("Concat", size, size, axis=0)
         axes = self.ints([0, 1] if heads == 1 else [1, 2])
         return self.op("Slice", self.weight(table), self.ints([0, 0]), ends, axes)

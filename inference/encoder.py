@@ -122,7 +122,7 @@ class Encoder:
         named, users, place = encoded.histories.users(), wanted.nonzero()[0].tolist(), wanted.cumsum() - 1
         computed: list[Computed] = []
         for cut, states in encoded.cuts:
-            if self._cache.are_states(states):
+            if states.keys() >= set(self._model.state_names):  # and not lent by the cache
                 rows = wanted[cut.users].nonzero()[0]
                 computed.append(Computed(place[cut.users[rows]].tolist(), rows.tolist(), states))
         self._cache.keep(
@@ -201,8 +201,8 @@ class Encoder:
                 inputs |= {name: states[name] for name in self._model.state_names}
                 outputs = engine.run("append", inputs)
                 vectors[rows] = outputs["user_vector"][rows]
-                for name in self._model.state_names:
-                    states[name][rows, place] = outputs[f"new_{name}"][rows, 0]
+                for name, added in zip(self._model.state_names, self._model.new_state_names, strict=True):
+                    states[name][rows, place] = outputs[added][rows, 0]
             encoded.derived.vectors[cut.users] = vectors[: len(cut.users)]
             states["user_vector"] = vectors
             encoded.cuts.append((cut, states))

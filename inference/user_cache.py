@@ -209,18 +209,13 @@ class UserCache:
         """
         kept = self._states
         if lend and batch == len(slots) == 1:
-            lent = np.split(kept[slots[0], :, :history], len(self._names) or 1)
-            return dict(zip(self._names, lent, strict=False))
+            return dict(zip(self._names, kept[slots[0], :, None, :history], strict=True))
         copied = np.empty((len(self._names), batch, history, kept.shape[3]), np.float32)
         copied[:, len(slots) :] = 0
         # User by user: an index of all of them copies everything twice.
         for row, slot in enumerate(slots):
             copied[:, row] = kept[slot, :, :history]
         return dict(zip(self._names, copied, strict=True))
-
-    def are_states(self, tensors: Tensors) -> bool:
-        """Whether what `keep` keeps of events is among them."""
-        return bool(self._names) and all(name in tensors for name in self._names)
 
     @property
     def derived(self) -> Derived:

@@ -13,6 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -64,8 +65,16 @@ class FileEntry(BaseModel):
     bytes: Annotated[int, Field(ge=0, le=MAX_FILE_BYTES)]
 
 
+@cache
 def states_by_layer(layers: int, *kinds: str) -> tuple[str, ...]:
+    """Names of states; asked for at every run of an engine."""
     return tuple(f"{kind}_{layer}" for layer in range(layers) for kind in kinds)
+
+
+@cache
+def of_new_event(state_names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of the states of one appended event."""
+    return tuple(f"new_{name}" for name in state_names)
 
 
 class ModelShape(BaseModel):
@@ -103,7 +112,7 @@ class ModelShape(BaseModel):
     @property
     def new_state_names(self) -> tuple[str, ...]:
         """The same of one appended event, [users, 1, dim]."""
-        return tuple(f"new_{name}" for name in self.state_names)
+        return of_new_event(self.state_names)
 
 
 class Manifest(BaseModel):

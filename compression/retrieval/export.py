@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from compression.attention.base import HIDDEN
 from compression.attention.full import written
 from compression.onnx_writer import OnnxWriter, by_lag
-from compression.releases.registry import states_by_layer
+from compression.releases.registry import of_new_event, states_by_layer
 from compression.retrieval.network import FeedForward, Layer, RetrievalNetwork
 from compression.retrieval.retriever import Retriever
 
@@ -70,10 +70,7 @@ def inputs_of(graph: str, retriever: Retriever) -> tuple[str, ...]:
 
 def outputs_of(graph: str, retriever: Retriever) -> tuple[str, ...]:
     """What a graph of it answers with."""
-    given = {
-        "encode": state_names(retriever),
-        "append": tuple(f"new_{name}" for name in state_names(retriever)),
-    }
+    given = {"encode": state_names(retriever), "append": of_new_event(state_names(retriever))}
     return (*OUTPUTS[graph], *given.get(graph, ()))
 
 
@@ -114,7 +111,7 @@ class _Writer(OnnxWriter):
         dim = self.retriever.dim
         names = state_names(self.retriever)
         states: dict[str, list[str | int]] = {name: ["users", "slots", dim] for name in names}
-        states |= {f"new_{name}": ["users", 1, dim] for name in names}
+        states |= {name: ["users", 1, dim] for name in of_new_event(names)}
         sizes: dict[str, list[str | int]] = {
             "lengths": ["users"],
             "user_vector": ["users", dim],
