@@ -8,11 +8,13 @@ import socket
 import subprocess
 import sys
 import textwrap
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -28,7 +30,7 @@ from features.sequence import unpack
 from inference.buckets import HISTORIES
 from inference.engines.base import TOLERANCE
 from inference.settings import InferenceSettings
-from infra.bench.serve import payload
+from infra.bench.serve import measure, payload
 from infra.bench.serve.arms import Arm, NoServer, OurServer, Served, spawn_server
 from infra.bench.serve.arrivals import BURST_S, bursty
 from infra.bench.serve.driver import Done, Offer, summary
@@ -36,7 +38,7 @@ from infra.bench.serve.grpc_client import CONNECTIONS, GrpcSender
 from infra.bench.serve.http_client import HttpSender
 from infra.bench.serve.parity import difference, expected_scores
 from infra.bench.serve.running import ArmFailed, running
-from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
+from infra.bench.serve.search import GOAL_MS, Search, Step, place_of, rate
 from infra.bench.serve.sessions import Events, Sessions
 from infra.bench.serve.shape import CANDIDATES, HISTORY, ROW, row_ints
 from infra.bench.serve.venvs import CannotInstall, ensure
@@ -81,6 +83,13 @@ class Server:
         return step(rate(place), 20.0 if rate(place) <= self.capacity else float("inf"))
 
 
+def highest(offer: Callable[[int], Step], *, start: int, stride: int) -> tuple[int, Step] | None:
+    search = Search(start=start, stride=stride)
+    while search.place is not None:
+        search.take(offer(search.place))
+    return search.found
+
+
 @pytest.mark.parametrize("capacity", [21, 180, 3_000, 9_000])
 @pytest.mark.parametrize(("start", "stride"), [(0, 1), (40, 8), (80, 1), (60, 3)])
 def test_the_highest_rate_is_found_from_wherever_the_search_starts(
@@ -116,6 +125,45 @@ def test_a_near_miss_is_tried_again_and_an_overload_is_not() -> None:
     assert found is not None
     assert found[0] == 10
     assert taken == [10, 10, 11]
+
+
+class Wavering:
+    """A machine whose speed goes up and down fivefold, slowly beside a step, and arms that share it."""
+
+    def __init__(self) -> None:
+        self.stepped: list[str] = []
+
+    @contextmanager
+    def running(self, arm: Arm, *_: Any, workers: int, **__: Any) -> Iterator[Any]:
+        capacity = 2_000.0 * workers * (2.0 if arm.name == "tailrace" else 1.0)
+        if arm.name == "litserve" and len(self.stepped) > 40:
+            raise ArmFailed("ended with 1")
+        yield SimpleNamespace(difference=0.0, step=partial(self.step, arm.name, capacity))
+
+    def step(self, name: str, capacity: float, lists_per_s: float, **_: Any) -> Step:
+        self.stepped.append(name)
+        speed = 0.6 + 0.4 * np.sin(len(self.stepped) / 40)
+        kept_up = lists_per_s <= capacity * speed
+        return step(lists_per_s, 20.0 if kept_up else float("inf"))
+
+
+def test_arms_climb_side_by_side_so_that_a_slow_minute_is_one_for_all(
+    monkeypatch: pytest.MonkeyPatch, sessions: Sessions
+) -> None:
+    machine, names = Wavering(), ["tailrace", "mosec", "litserve"]
+    monkeypatch.setattr(measure, "running", machine.running)
+    arms = [NoServer(name) for name in names]
+    plan = measure.Plan(Path("none"), sessions, "none", rounds=9, seconds=1.0, seed=1)
+    said: list[str] = []
+    outcomes = measure.run(plan, arms, said.append)
+    assert machine.stepped[:12] == names * 4
+    assert "litserve, 16 per request: ended with 1" in said
+    kept = [one for one in outcomes if not one.failure]
+    assert [one.workers for one in kept] == [2] * len(kept)
+    assert max(kept[0].goodputs) > 1.5 * min(kept[0].goodputs)
+    for name in ("gRPC, 1 list, over mosec", "gRPC, 16 lists, over all"):
+        assert measure.ratios(outcomes)[name].ratio == pytest.approx(2.0, rel=0.1)
+        assert measure.ratios(outcomes)[name].over == "mosec"
 
 
 # Latency -----------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-"""The whole comparison: which number of workers suits each arm, then rounds over all arms in turn."""
+"""The whole comparison: which number of workers suits each arm, then rounds. All arms climb side by side."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from infra.bench import report
 from infra.bench.serve.arms import ARMS, CACHE_MB, Arm, Rival
 from infra.bench.serve.running import ArmFailed, Running, running
-from infra.bench.serve.search import GOAL_MS, Step, highest, place_of, rate
+from infra.bench.serve.search import GOAL_MS, Search, Step, place_of, rate
 from infra.bench.serve.sessions import ACTIVE, CLICKS, Sessions
 from infra.bench.serve.shape import HISTORY
 from infra.bench.serve.venvs import CannotInstall
@@ -46,7 +47,7 @@ GOALS: Final = {
     "in process without a cache, 16 lists, over all": ("in-process-uncached", 16, _RIVALS, 2.0),
 }
 
-# What each may use, beside one model, one number of processors, batches of 32 lists and the wait for them.
+# What each may use, beside one model, one number of processors, batches of 64 lists and the wait for them.
 MAY_USE: Final = (
     "The others compute the whole `rank` graph for each list, as servers of any model do, in ONNX Runtime, "
     "their histories padded by the client as suits each best. `tailrace` gets the same tensors and is not "
@@ -57,6 +58,17 @@ MAY_USE: Final = (
 )
 
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """Of goodputs in the same round: median, lowest and highest over rounds, what it should be, over whom."""
+
+    ratio: float
+    lowest: float
+    highest: float
+    goal: float
+    over: str
 
 
 @dataclass(slots=True)
@@ -76,9 +88,14 @@ class Outcome:
         return f"{self.arm.name}, {self.lists} per request"
 
     @property
+    def goodputs(self) -> list[float]:
+        """Of each round."""
+        return [step.goodput if step else 0.0 for step in self.steps]
+
+    @property
     def goodput(self) -> float:
         """Median over rounds."""
-        return median(step.goodput if step else 0.0 for step in self.steps) if self.steps else 0.0
+        return median(self.goodputs) if self.steps else 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,64 +126,109 @@ def run(plan: Plan, arms: Sequence[Arm], say: Say) -> list[Outcome]:
         sessions = Path(folder) / "sessions.npz"
         plan.sessions.save(sessions)
         for number in range(-1, plan.rounds):
-            for outcome in outcomes:
-                if outcome.failure:
-                    continue
-                try:
-                    if number < 0:
-                        _tune(outcome, plan, sessions, say)
-                    else:
-                        _round(outcome, plan, sessions, number, say)
-                except ArmFailed as error:
-                    outcome.failure = str(error)
-                    say(f"{outcome.name}: {error}")
+            for lists in LISTS:
+                group = [one for one in outcomes if one.lists == lists and not one.failure]
+                if number < 0:
+                    _tune(group, plan, sessions, say)
+                else:
+                    _round(group, plan, sessions, number, say)
     return outcomes
 
 
-def _tune(outcome: Outcome, plan: Plan, sessions: Path, say: Say) -> None:
+@dataclass(frozen=True, slots=True)
+class _Try:
+    """An arm with so many workers, and the search for what it keeps up with."""
+
+    outcome: Outcome
+    workers: int
+    search: Search
+
+
+def _tune(group: Sequence[Outcome], plan: Plan, sessions: Path, say: Say) -> None:
     """Keep the number of workers with the higher goodput, and where it was found."""
-    best, stride = -1.0, _STRIDE
+    best: dict[str, float] = {}
     for workers in WORKERS[:1] if plan.quick else WORKERS:
-        with running(outcome.arm, plan.registry, sessions, lists=outcome.lists, workers=workers) as up:
-            found = _highest(
-                up, plan.seconds * _TUNING, plan.seed, start=outcome.place, stride=stride, within=_NEAR
+        tries = [
+            _Try(
+                outcome,
+                workers,
+                Search(
+                    start=outcome.place,
+                    stride=_NEXT_STRIDE if best.get(outcome.name) else _STRIDE,
+                    within=_NEAR,
+                ),
             )
-        stride = _NEXT_STRIDE if found else _STRIDE
-        step = found[1] if found else None
-        say(f"{outcome.name}, {workers} workers: {_told(step)}")
-        goodput = step.goodput if step else 0.0
-        if goodput > best:
-            best, outcome.workers = goodput, workers
-            outcome.place = found[0] if found else 0
+            for outcome in group
+            if not outcome.failure
+        ]
+        for one in _climb(tries, plan, sessions, plan.seconds * _TUNING, plan.seed, say):
+            outcome, found = one.outcome, one.search.found
+            say(f"{outcome.name}, {workers} workers: {_told(found)}")
+            goodput = found[1].goodput if found else 0.0
+            if goodput > best.get(outcome.name, -1.0):
+                best[outcome.name] = goodput
+                outcome.workers, outcome.place = workers, found[0] if found else 0
 
 
-def _round(outcome: Outcome, plan: Plan, sessions: Path, number: int, say: Say) -> None:
-    arm, lists, workers = outcome.arm, outcome.lists, outcome.workers
-    with running(arm, plan.registry, sessions, lists=lists, workers=workers) as up:
-        found = _highest(up, plan.seconds, plan.seed + number, start=outcome.place, stride=1)
-        outcome.difference = max(outcome.difference, up.difference)
-    step = found[1] if found else None
-    outcome.steps.append(step)
-    outcome.place = found[0] if found else outcome.place
-    say(f"round {number + 1}: {outcome.name}: {_told(step)}")
+def _round(group: Sequence[Outcome], plan: Plan, sessions: Path, number: int, say: Say) -> None:
+    tries = [_Try(outcome, outcome.workers, Search(start=outcome.place, stride=1)) for outcome in group]
+    for one in _climb(tries, plan, sessions, plan.seconds, plan.seed + number, say):
+        outcome, found = one.outcome, one.search.found
+        outcome.steps.append(found[1] if found else None)
+        outcome.place = found[0] if found else outcome.place
+        say(f"round {number + 1}: {outcome.name}: {_told(found)}")
 
 
-def _highest(
-    up: Running, seconds: float, seed: int, *, start: int, stride: int, within: int = 1
-) -> tuple[int, Step] | None:
-    lists_per_s, warm_up_s = _WARM_UP
-    up.step(lists_per_s, seconds=warm_up_s, seed=seed)
-    return highest(
-        lambda place: up.step(rate(place), seconds=seconds, seed=seed),
-        start=start,
-        stride=stride,
-        within=within,
-    )
+def _climb(
+    tries: Sequence[_Try], plan: Plan, sessions: Path, seconds: float, seed: int, say: Say
+) -> list[_Try]:
+    """All arms are up, and each takes one step in turn until every search has ended: while a machine is
+    slower for some seconds or minutes, as shared ones are, it is so for all of them. Those that did not
+    fail."""
+    with ExitStack() as stack:
+        up: list[tuple[_Try, Running]] = []
+        for one in tries:
+            with _noted(one.outcome, say):
+                arm = stack.enter_context(
+                    running(
+                        one.outcome.arm,
+                        plan.registry,
+                        sessions,
+                        lists=one.outcome.lists,
+                        workers=one.workers,
+                    )
+                )
+                arm.step(_WARM_UP[0], seconds=_WARM_UP[1], seed=seed)
+                one.outcome.difference = max(one.outcome.difference, arm.difference)
+                up.append((one, arm))
+        searching = up
+        while searching:
+            for one, arm in searching:
+                with _noted(one.outcome, say):
+                    assert one.search.place is not None
+                    one.search.take(arm.step(rate(one.search.place), seconds=seconds, seed=seed))
+            searching = [
+                (one, arm)
+                for one, arm in searching
+                if one.search.place is not None and not one.outcome.failure
+            ]
+    return [one for one in tries if not one.outcome.failure]
 
 
-def _told(step: Step | None) -> str:
-    if step is None:
+@contextmanager
+def _noted(outcome: Outcome, say: Say) -> Iterator[None]:
+    """An arm that fails is said to have, and the others go on."""
+    try:
+        yield
+    except ArmFailed as error:
+        outcome.failure = str(error)
+        say(f"{outcome.name}: {error}")
+
+
+def _told(found: tuple[int, Step] | None) -> str:
+    if found is None:
         return f"no rate with p99 within {GOAL_MS:.0f} ms"
+    step = found[1]
     return f"{step.goodput:,.0f} lists/s, p50 {step.p50_ms:.1f}, p99 {step.p99_ms:.1f} ms"
 
 
@@ -196,19 +258,30 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     for one in outcomes:
         if one.failure:
             report.note(f"{one.name}: not measured: {one.failure}")
-    ratios = _ratios(outcomes)
-    if ratios:
+    found = ratios(outcomes)
+    if found:
         report.table(
             "ours over theirs",
-            ["", "ratio", "goal"],
-            [[name, f"{ratio:.2f}", f"{goal:g}"] for name, (ratio, goal) in ratios.items()],
+            ["", "ratio", "lowest", "highest", "goal", "best of them"],
+            [
+                [
+                    name,
+                    f"{one.ratio:.2f}",
+                    f"{one.lowest:.2f}",
+                    f"{one.highest:.2f}",
+                    f"{one.goal:g}",
+                    one.over,
+                ]
+                for name, one in found.items()
+            ],
         )
     lengths, kept = plan.sessions.shown, plan.sessions.lengths
     report.note(
-        f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds. µs are "
-        "of CPU per list, of the server and of the load; in process the load's hold both. Arms share the "
-        "machine with their load. bf16 is OpenVINO's, f32 ONNX Runtime's. Apart is how far the scores of the "
-        "first requests lie from ONNX Runtime's."
+        f"Lists within {GOAL_MS:.0f} ms per second: median, lowest, highest of {plan.rounds} rounds; ratios "
+        "are of the same round. µs are of CPU per list, of the server and of the load; in process the load's "
+        "hold both. Arms share the machine with their load, and each takes one step in turn. bf16 is "
+        "OpenVINO's, f32 ONNX Runtime's. Apart is how far the scores of the first requests lie from ONNX "
+        "Runtime's."
     )
     report.note(
         f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, as "
@@ -236,7 +309,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
                 "triton": list(TRITON_PACKAGES),
                 **{arm.name: list(arm.requirements) for arm in ARMS if isinstance(arm, Rival)},
             },
-            "ratios": {name: {"ratio": ratio, "goal": goal} for name, (ratio, goal) in ratios.items()},
+            "ratios": {name: asdict(one) for name, one in found.items()},
             "arms": [
                 {
                     "arm": one.arm.name,
@@ -265,10 +338,9 @@ def _row(one: Outcome) -> list[str]:
     kept = [step for step in one.steps if step]
     if not kept:
         return [one.arm.name, "0", *["-"] * 9]
-    goodputs = [step.goodput if step else 0.0 for step in one.steps]
     return [
         one.arm.name,
-        *(f"{value:,.0f}" for value in (one.goodput, min(goodputs), max(goodputs))),
+        *(f"{value:,.0f}" for value in (one.goodput, min(one.goodputs), max(one.goodputs))),
         f"{median(step.p50_ms for step in kept):.1f}",
         f"{median(step.p99_ms for step in kept):.1f}",
         str(one.workers),
@@ -279,12 +351,18 @@ def _row(one: Outcome) -> list[str]:
     ]
 
 
-def _ratios(outcomes: Sequence[Outcome]) -> dict[str, tuple[float, float]]:
-    """Ours over the best of theirs, and the goal for it, wherever both were measured."""
-    found = {(one.arm.name, one.lists): one.goodput for one in outcomes if one.steps}
+def ratios(outcomes: Sequence[Outcome]) -> dict[str, Ratio]:
+    """Ours over the best of theirs, by its median, in the same round; wherever both were measured."""
+    measured = {(one.arm.name, one.lists): one for one in outcomes if one.steps and not one.failure}
     ratios = {}
     for name, (ours, lists, others, goal) in GOALS.items():
-        best = max((found.get((other, lists), 0.0) for other in others), default=0.0)
-        if best and (ours, lists) in found:
-            ratios[name] = (round(found[ours, lists] / best, 3), goal)
+        own = measured.get((ours, lists))
+        theirs = [measured[other, lists] for other in others if (other, lists) in measured]
+        if own and theirs:
+            best = max(theirs, key=lambda one: one.goodput)
+            # Who kept up with no rate is taken for the grid's lowest.
+            found = [
+                mine / max(rate(0), other) for mine, other in zip(own.goodputs, best.goodputs, strict=True)
+            ]
+            ratios[name] = Ratio(median(found), min(found), max(found), goal, best.arm.name)
     return ratios

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -64,33 +64,43 @@ def place_of(lists_per_s: float) -> int:
     return place
 
 
-def highest(
-    offer: Callable[[int], Step], *, start: int, stride: int, within: int = 1
-) -> tuple[int, Step] | None:
-    """The highest place whose step keeps up, or one less than `within` below it, and that step; None where
-    the lowest of all does not.
+class Search:
+    """For the highest place whose step keeps up, or one less than `within` below it.
 
     Strides from `start` until one step keeps up and a higher one does not, then halves the way between.
-    A step that just missed is taken once more: a machine has other things to do, too.
+    A step that just missed is taken once more: a machine has other things to do, too. Who searches offers
+    the rate at `place` and hands over what came of it, until `place` is None; several searches may so take
+    their steps in turn. `found` is the highest place that kept up by then, and its step.
     """
-    low: tuple[int, Step] | None = None
-    high, place = 1 << 30, max(0, start)
-    while True:
-        step = offer(place)
-        if GOAL_MS < step.p99_ms < _NEAR * GOAL_MS:
-            step = min(step, offer(place), key=lambda one: one.p99_ms)
+
+    def __init__(self, *, start: int, stride: int, within: int = 1) -> None:
+        self.place: int | None = max(0, start)
+        self.found: tuple[int, Step] | None = None
+        self._stride = stride
+        self._within = within
+        self._above: int | None = None  # the lowest place that did not keep up
+        self._missed: Step | None = None
+
+    def take(self, step: Step) -> None:
+        """What came of the rate at `place`."""
+        assert self.place is not None
+        if self._missed is None and GOAL_MS < step.p99_ms < _NEAR * GOAL_MS:
+            self._missed = step
+            return
+        if self._missed is not None:
+            step, self._missed = min(step, self._missed, key=lambda one: one.p99_ms), None
         if step.kept_up:
-            low = (place, step)
+            self.found = (self.place, step)
         else:
-            high = place
-        if low is not None and high - low[0] <= within:
-            return low
-        if low is None and high == 0:
-            return None
-        if low is None:
-            place = max(0, high - stride)
-            stride *= 2
-        elif high == 1 << 30:
-            place = low[0] + stride
-        else:
-            place = (low[0] + high) // 2
+            self._above = self.place
+        self.place = self._next()
+
+    def _next(self) -> int | None:
+        if self.found is None:
+            assert self._above is not None
+            place, self._stride = max(0, self._above - self._stride), 2 * self._stride
+            return place if self._above else None
+        low = self.found[0]
+        if self._above is None:
+            return low + self._stride
+        return (low + self._above) // 2 if self._above - low > self._within else None
