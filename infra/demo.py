@@ -27,6 +27,7 @@ from compression.logs.log_reader import LogInvalid, iter_events
 from infra.bench.load import Account, Collecting, Sent, poisson, records, send
 from infra.bench.stream import percentiles
 from infra.clients import partition_of, reader, to_the_end
+from infra.ending import tidy_on_sigterm
 from infra.local.kafka import LocalKafka
 from infra.local.paths import local_dir
 from infra.local.redis import LocalRedis
@@ -61,6 +62,7 @@ console = Console(width=100)
 )
 def demo(log: Path | None, max_minutes: float) -> None:
     """Clicks in, ranked lists out, a model trained and released in between; ends 0 if none was lost."""
+    tidy_on_sigterm()
     started_s = time.monotonic()
     folder = local_dir().parent / "demo"
     shutil.rmtree(folder, ignore_errors=True)

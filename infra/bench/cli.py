@@ -8,6 +8,7 @@ import click
 
 from infra.bench import options as bench_options
 from infra.commands import options
+from infra.ending import tidy_on_sigterm
 from infra.lazy_group import LazyGroup
 
 # name -> (module, one line for --help): benches that hold their own command.
@@ -46,6 +47,7 @@ def bench() -> None:
     tailrace bench kills
     tailrace bench memory
     """
+    tidy_on_sigterm()
 
 
 @bench.command()
