@@ -31,8 +31,9 @@ _STRIDE: Final = 8
 _NEXT_STRIDE: Final = 3
 _NEAR: Final = 2
 _WARM_UP: Final = (100.0, 1.0)  # lists per second, seconds
-# Of a step while workers are chosen; what is reported comes from whole ones.
+# Of a step's time, and of tries, while workers are chosen; what is reported comes from whole ones.
 _TUNING: Final = 0.5
+_TUNING_TRIES: Final = 2
 
 _SLOWER: Final = ("triton", "litserve", "bentoml", "ray-serve")
 _RIVALS: Final = (*_SLOWER, "mosec")
@@ -156,6 +157,7 @@ def _tune(group: Sequence[Outcome], plan: Plan, sessions: Path, say: Say) -> Non
                     start=outcome.place,
                     stride=_NEXT_STRIDE if best.get(outcome.name) else _STRIDE,
                     within=_NEAR,
+                    tries=_TUNING_TRIES,
                 ),
             )
             for outcome in group

@@ -9,7 +9,6 @@ from typing import Final
 GOAL_MS: Final = 50.0
 _FIRST: Final = 20.0  # lists per second
 _RATIO: Final = 1.08
-_NEAR: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,31 +67,32 @@ class Search:
     """For the highest place whose step keeps up, or one less than `within` below it.
 
     Strides from `start` until one step keeps up and a higher one does not, then halves the way between.
-    A step that just missed is taken once more: a machine has other things to do, too. Who searches offers
-    the rate at `place` and hands over what came of it, until `place` is None; several searches may so take
-    their steps in turn. `found` is the highest place that kept up by then, and its step.
+    A step does not keep up if it fails `tries` times: a machine has other things to do, too, and what it
+    does for a tenth of a second is a p99. Who searches offers the rate at `place` and hands over what came
+    of it, until `place` is None; several searches may so take their steps in turn. `found` is the highest
+    place that kept up by then, and its step.
     """
 
-    def __init__(self, *, start: int, stride: int, within: int = 1) -> None:
+    def __init__(self, *, start: int, stride: int, within: int = 1, tries: int = 3) -> None:
         self.place: int | None = max(0, start)
         self.found: tuple[int, Step] | None = None
         self._stride = stride
         self._within = within
+        self._tries = tries
+        self._failed = 0  # at this place
         self._above: int | None = None  # the lowest place that did not keep up
-        self._missed: Step | None = None
 
     def take(self, step: Step) -> None:
         """What came of the rate at `place`."""
         assert self.place is not None
-        if self._missed is None and GOAL_MS < step.p99_ms < _NEAR * GOAL_MS:
-            self._missed = step
-            return
-        if self._missed is not None:
-            step, self._missed = min(step, self._missed, key=lambda one: one.p99_ms), None
         if step.kept_up:
             self.found = (self.place, step)
         else:
+            self._failed += 1
+            if self._failed < self._tries:
+                return
             self._above = self.place
+        self._failed = 0
         self.place = self._next()
 
     def _next(self) -> int | None:
