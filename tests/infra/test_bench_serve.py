@@ -192,6 +192,8 @@ class Stalling:
             for one in held:
                 one(b"answer")
 
+    async def ready(self) -> None: ...
+
     async def reset(self) -> None:
         self.was_reset = True
 
@@ -278,13 +280,13 @@ async def test_http_errors_are_no_answers() -> None:
 
 
 @asynccontextmanager
-async def grpc_server(answer: Callable[[bytes, Any], Any]) -> AsyncIterator[int]:
+async def grpc_server(answer: Callable[[bytes, Any], Any], port: int = 0) -> AsyncIterator[int]:
     handler = grpc.method_handlers_generic_handler(
         "echo", {"Echo": grpc.unary_unary_rpc_method_handler(answer)}
     )
     server = grpc.aio.server()
     server.add_generic_rpc_handlers((handler,))
-    port = server.add_insecure_port(f"{HOST}:0")
+    port = server.add_insecure_port(f"{HOST}:{port}")
     await server.start()
     try:
         yield port
@@ -324,6 +326,21 @@ async def test_a_grpc_call_that_fails_has_no_answer() -> None:
         assert await ask_all(hung.send, 3) == [None] * 3
         sender.close()
         hung.close()
+
+
+async def test_connections_that_ended_between_two_steps_are_opened_anew() -> None:
+    async def echo(message: bytes, _: Any) -> bytes:
+        return message
+
+    async with grpc_server(echo) as port:
+        sender = GrpcSender(HOST, port, "/echo/Echo", [b"message"])
+        await sender.connect()
+        assert await ask_all(sender.send, CONNECTIONS) == [b"message"] * CONNECTIONS
+    async with grpc_server(echo, port):
+        assert await ask_all(sender.send, CONNECTIONS) == [None] * CONNECTIONS
+        await sender.ready()
+        assert await ask_all(sender.send, CONNECTIONS) == [b"message"] * CONNECTIONS
+        sender.close()
 
 
 # Arms --------------------------------------------------------------------------------------------

@@ -36,6 +36,9 @@ class Sender(Protocol):
 
     def send(self, number: int, done: Done) -> None: ...
 
+    async def ready(self) -> None:
+        """Before a step: what ended while nothing was asked begins anew."""
+
     async def reset(self) -> None:
         """Give up what is still unanswered; the next step starts from nothing."""
 
@@ -50,6 +53,7 @@ async def drive(sender: Sender, lists: int) -> None:
         told = json.loads(line)
         due_s = bursty(told["lists_per_s"] / lists, told["seconds"], told["seed"])
         due_s = due_s[told["part"] :: told["parts"]]
+        await sender.ready()
         cpu_s = time.process_time()
         latency_s, behind_s = await Offer(sender, due_s, first).run()
         first += len(behind_s)  # sessions go on where they were

@@ -31,12 +31,19 @@ class GrpcSender:
         self._connections: list[_Connection] = []
 
     async def connect(self) -> None:
+        self._connections = [await self._connected() for _ in range(CONNECTIONS)]
+
+    async def ready(self) -> None:
+        for place, connection in enumerate(self._connections):
+            if connection.closed:
+                self._connections[place] = await self._connected()
+
+    async def _connected(self) -> _Connection:
         loop = asyncio.get_running_loop()
-        for _ in range(CONNECTIONS):
-            _, connection = await loop.create_connection(
-                lambda: _Connection(self._headers), self._host, self._port
-            )
-            self._connections.append(connection)
+        _, connection = await loop.create_connection(
+            lambda: _Connection(self._headers), self._host, self._port
+        )
+        return connection
 
     def send(self, number: int, done: Done) -> None:
         connection = self._connections[number % len(self._connections)]
@@ -60,7 +67,7 @@ class _Connection(asyncio.Protocol):
         self._next_stream = 1
         self._calls: dict[int, Done] = {}
         self._answers: dict[int, list[bytes]] = {}
-        self._closed = False
+        self.closed = False
         # What we may still send: on the connection, on a new stream, and on streams that wait.
         self._window = _WINDOW
         self._stream_window = _WINDOW
@@ -77,7 +84,7 @@ class _Connection(asyncio.Protocol):
         )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closed = True
+        self.closed = True
         calls, self._calls = self._calls, {}
         for done in calls.values():
             done(None)
@@ -86,7 +93,7 @@ class _Connection(asyncio.Protocol):
         self._transport.abort()
 
     def call(self, message: bytes, done: Done) -> None:
-        if self._closed:
+        if self.closed:
             done(None)
             return
         stream, self._next_stream = self._next_stream, self._next_stream + 2

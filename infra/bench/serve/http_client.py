@@ -40,6 +40,9 @@ class HttpSender:
             self._opening.add(task)
             task.add_done_callback(self._opening.discard)
 
+    async def ready(self) -> None:
+        """Connections are opened as they are needed."""
+
     async def reset(self) -> None:
         self.close()
         await asyncio.sleep(0.05)

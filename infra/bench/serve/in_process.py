@@ -105,6 +105,9 @@ class InProcess:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def ready(self) -> None:
+        """Nothing ends by itself."""
+
     async def reset(self) -> None:
         self.close()
         await asyncio.sleep(0.05)
