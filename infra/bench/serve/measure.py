@@ -30,7 +30,8 @@ _START: Final = place_of(2_000)
 _STRIDE: Final = 8
 _NEXT_STRIDE: Final = 3
 _NEAR: Final = 2
-_WARM_UP: Final = (100.0, 1.0)  # lists per second, seconds
+# Lists per second, seconds: everybody who is active has come once, as in a service that has run for a while.
+_WARM_UP: Final = (500.0, ACTIVE / 500.0)
 # Of a step's time, and of tries, while workers are chosen; what is reported comes from whole ones.
 _TUNING: Final = 0.5
 _TUNING_TRIES: Final = 2
@@ -287,7 +288,7 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     )
     report.note(
         f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, as "
-        f"many leaving as coming; histories of {kept.mean():.0f} events on average, {_full(kept):.0%} of "
+        f"many leaving as coming, each of whom has come once before arms are measured; histories of {kept.mean():.0f} events on average, {_full(kept):.0%} of "
         f"{HISTORY}, of which {lengths.mean():.0f} are shown. {MAY_USE}"
     )
     report.write(
