@@ -288,8 +288,9 @@ def show(outcomes: Sequence[Outcome], plan: Plan, *, model: str, json_path: Path
     )
     report.note(
         f"{len(lengths):,} lists of {plan.log}: {ACTIVE:,} users active together, {CLICKS} clicks each, as "
-        f"many leaving as coming, each of whom has come once before arms are measured; histories of {kept.mean():.0f} events on average, {_full(kept):.0%} of "
-        f"{HISTORY}, of which {lengths.mean():.0f} are shown. {MAY_USE}"
+        "many leaving as coming, each of whom has come once before arms are measured; histories of "
+        f"{kept.mean():.0f} events on average, {_full(kept):.0%} of {HISTORY}, of which "
+        f"{lengths.mean():.0f} are shown. {MAY_USE}"
     )
     report.write(
         json_path,
