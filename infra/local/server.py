@@ -14,6 +14,8 @@ from typing import Self
 
 import psutil
 
+from infra.ending import uninterrupted
+
 HOST = "127.0.0.1"
 _FIRST_PORT = 10_000
 
@@ -98,15 +100,19 @@ class LocalServer(ABC):
         """Return once it answers its protocol. Does nothing where it already runs."""
         if self._process():
             return self
-        child = self.launch()
-        deadline_s = time.monotonic() + timeout_s
-        while not self._answers():
-            if child.poll() is not None:
-                raise ServerFailed(f"{self.name} ended with {child.returncode}{self._log_tail()}")
-            if time.monotonic() > deadline_s:
-                self.kill()
-                raise ServerFailed(f"{self.name} did not answer in {timeout_s:.0f} s{self._log_tail()}")
-            time.sleep(0.05)
+        try:
+            child = self.launch()
+            deadline_s = time.monotonic() + timeout_s
+            while not self._answers():
+                if child.poll() is not None:
+                    raise ServerFailed(f"{self.name} ended with {child.returncode}{self._log_tail()}")
+                if time.monotonic() > deadline_s:
+                    raise ServerFailed(f"{self.name} did not answer in {timeout_s:.0f} s{self._log_tail()}")
+                time.sleep(0.05)
+        except BaseException:
+            # Nobody stops what was not started; a Ctrl-C comes here, too.
+            self.kill()
+            raise
         return self
 
     def launch(self) -> subprocess.Popen[bytes]:
@@ -116,14 +122,14 @@ class LocalServer(ABC):
             raise ServerFailed(f"port {self.port} for {self.name} is taken by another program")
         self.data_dir.mkdir(parents=True, exist_ok=True)
         argv = self._command()
-        with self.log_path.open("ab") as log:
-            self._child = subprocess.Popen(
+        with uninterrupted(), self.log_path.open("ab") as log:
+            child = self._child = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
-        process = psutil.Process(self._child.pid)
-        record = {"pid": process.pid, "created_s": process.create_time(), "port": self.port}
-        self._run_file.write_text(json.dumps(record))
-        return self._child
+            process = psutil.Process(child.pid)
+            record = {"pid": process.pid, "created_s": process.create_time(), "port": self.port}
+            self._run_file.write_text(json.dumps(record))
+        return child
 
     def stop(self, *, timeout_s: float = 30.0) -> None:
         """SIGTERM and wait; SIGKILL past the timeout. The data stay. Does nothing where none runs."""

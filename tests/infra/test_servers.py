@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,38 @@ def test_a_server_that_cannot_start_says_why_from_its_log(tmp_path: Path) -> Non
     (tmp_path / "appendonlydir").touch()
     with pytest.raises(ServerFailed, match=r"redis ended with 1\n(.*\n)*.*append"):
         LocalRedis(tmp_path).start()
+
+
+class _Interrupted(LocalRedis):
+    """Somebody presses Ctrl-C while it starts: before it is waited for, or then."""
+
+    waits = False
+
+    def _answers(self) -> bool:
+        assert self.waits
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_server_whose_start_is_interrupted_does_not_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    server = _Interrupted(tmp_path / "redis")
+    server.waits = waits
+    popen, started = subprocess.Popen, []
+
+    def interrupted(*told: Any, **also: Any) -> Any:
+        started.append(popen(*told, **also))
+        if not waits:
+            signal.raise_signal(signal.SIGINT)  # before anybody knows of the process
+        return started[0]
+
+    monkeypatch.setattr("infra.local.server.subprocess.Popen", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        server.start()
+    started[0].wait(10)  # is over
+    assert server.pid is None
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_missing_program_is_named_with_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
