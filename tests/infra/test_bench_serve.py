@@ -43,6 +43,7 @@ from infra.bench.serve.sessions import Events, Sessions
 from infra.bench.serve.shape import CANDIDATES, HISTORY, ROW, row_ints
 from infra.bench.serve.venvs import CannotInstall, ensure
 from infra.local.server import HOST, free_port, free_ports
+from tests.support import eventually
 
 # Arrivals ----------------------------------------------------------------------------------------
 
@@ -132,15 +133,23 @@ class Wavering:
 
     def __init__(self) -> None:
         self.stepped: list[str] = []
+        self.up: set[str] = set()
 
     @contextmanager
     def running(self, arm: Arm, *_: Any, workers: int, **__: Any) -> Iterator[Any]:
         capacity = 2_000.0 * workers * (2.0 if arm.name == "tailrace" else 1.0)
         if arm.name == "litserve" and len(self.stepped) > 40:
             raise ArmFailed("ended with 1")
-        yield SimpleNamespace(difference=0.0, step=partial(self.step, arm.name, capacity))
+        step = partial(self.step, arm.name, capacity)
+        yield SimpleNamespace(
+            difference=0.0,
+            step=step,
+            pause=partial(self.up.discard, arm.name),
+            resume=partial(self.up.add, arm.name),
+        )
 
     def step(self, name: str, capacity: float, lists_per_s: float, **_: Any) -> Step:
+        assert self.up <= {name}, "the others are paused"
         self.stepped.append(name)
         speed = 0.6 + 0.4 * np.sin(len(self.stepped) / 40)
         kept_up = lists_per_s <= capacity * speed
@@ -485,9 +494,19 @@ class Scripted(Arm):
 
 def test_a_server_is_measured_with_its_cpu(registry: Path, sessions_file: Path) -> None:
     with running(Scripted("scripted", "raw"), registry, sessions_file, lists=2, workers=1) as up:
+        (server,) = [
+            child
+            for child in psutil.Process().children()
+            if child.status() != "zombie" and "-c" in child.cmdline()
+        ]
+        up.pause()
+        eventually(lambda: server.status() == psutil.STATUS_STOPPED)
+        up.resume()
         found = up.step(100, seconds=1.0, seed=1)
+        up.pause()  # and so it ends
     assert found.failed == 0
     assert found.server_cpu_us > 0
+    assert not server.is_running()
     assert up.difference < 1e-4
 
 

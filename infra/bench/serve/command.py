@@ -56,9 +56,9 @@ def serve(
     what is known of a user may be kept, and a click costs one appended event; the same without that is a row
     of its own. So it is over gRPC, where the network scores by a user vector.
     Load is open loop and comes in bursts; rates rise until the p99, counted from when a request was due,
-    passes 50 ms three times. All arms are up, and each takes one step in turn: what slows the machine for
-    a while slows all of them. Rivals are installed under .tailrace/rivals the first time, which takes
-    minutes; all arms and two rounds then take about 20.
+    passes 50 ms three times. All arms are up, and each takes one step in turn, the others paused: what
+    slows the machine for a while slows all of them. Rivals are installed under .tailrace/rivals the first
+    time, which takes minutes; all arms and two rounds then take half an hour.
 
     \b
     tailrace bench serve --quick

@@ -186,8 +186,8 @@ def _climb(
     tries: Sequence[_Try], plan: Plan, sessions: Path, seconds: float, seed: int, say: Say
 ) -> list[_Try]:
     """All arms are up, and each takes one step in turn until every search has ended: while a machine is
-    slower for some seconds or minutes, as shared ones are, it is so for all of them. Those that did not
-    fail."""
+    slower for some seconds or minutes, as shared ones are, it is so for all of them. Whose turn it is not is
+    paused. Those that did not fail."""
     with ExitStack() as stack:
         up: list[tuple[_Try, Running]] = []
         for one in tries:
@@ -202,6 +202,7 @@ def _climb(
                     )
                 )
                 arm.step(_WARM_UP[0], seconds=_WARM_UP[1], seed=seed)
+                arm.pause()
                 one.outcome.difference = max(one.outcome.difference, arm.difference)
                 up.append((one, arm))
         searching = up
@@ -209,7 +210,9 @@ def _climb(
             for one, arm in searching:
                 with _noted(one.outcome, say):
                     assert one.search.place is not None
+                    arm.resume()
                     one.search.take(arm.step(rate(one.search.place), seconds=seconds, seed=seed))
+                    arm.pause()
             searching = [
                 (one, arm)
                 for one, arm in searching

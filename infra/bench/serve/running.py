@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +27,7 @@ from infra.local.server import HOST, ServerFailed, free_port
 from infra.local.worker import spawn
 
 START_S: Final = 90.0
+_SETTLES_S: Final = 0.2
 
 
 class ArmFailed(RuntimeError):
@@ -47,6 +49,15 @@ class Running:
         self._loads = loads
         self._server = server
         self._lists = lists
+
+    def pause(self) -> None:
+        """Take nothing of the machine for a while: some servers do although nobody asks them anything."""
+        _tell(self._server, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """What was due meanwhile happens before a step begins."""
+        _tell(self._server, signal.SIGCONT)
+        time.sleep(_SETTLES_S)
 
     def step(self, lists_per_s: float, *, seconds: float, seed: int) -> Step:
         """Offer a rate for some seconds and say what came of it."""
@@ -112,6 +123,8 @@ def running(arm: Arm, registry: Path, sessions: Path, *, lists: int, workers: in
             raise ArmFailed(f"answers with other scores than the model's: {found:.2g} apart")
         yield Running(loads, psutil.Process(server.pid) if server else None, lists, found)
     finally:
+        if server is not None and server.poll() is None:
+            _tell(psutil.Process(server.pid), signal.SIGCONT)  # a process that is paused does not end
         for load in loads:
             _stop(load)
         if server is not None:
@@ -159,6 +172,13 @@ def _tree(process: psutil.Process) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def _tell(server: psutil.Process | None, number: signal.Signals) -> None:
+    """A server, if there is one, and its children."""
+    for process in _tree(server) if server else ():
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
 
 
 def _cpu_s(process: psutil.Process) -> float:
