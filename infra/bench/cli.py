@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from compression.errors import ArtefactInvalid
+from inference.errors import ModelUnavailable
 from infra.bench import options as bench_options
 from infra.commands import options
 from infra.ending import tidy_on_sigterm
@@ -35,7 +38,18 @@ BENCHES = {
 }
 
 
-@click.group(cls=LazyGroup, lazy=BENCHES)
+class _Bench(LazyGroup):
+    """The measurements."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ArtefactInvalid, ModelUnavailable) as error:
+            # No version is there, or none that this machine can run: a sentence, not a traceback.
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=_Bench, lazy=BENCHES)
 def bench() -> None:
     """Measure on real parts; each prints a table, --json FILE keeps it with machine and versions.
 

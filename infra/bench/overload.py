@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
+from compression.releases.registry import Registry
 from features.memory_store import MemoryStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
@@ -328,6 +329,7 @@ def overload(
     tailrace bench overload
     tailrace bench overload --seconds 10 --json overload.json
     """
+    Registry(registry).open()  # without a version a worker's lists are of what is popular
     events, name = bench_options.events(log, clicks, seed)
     started_s = time.perf_counter()
     results, most = run_on_uvloop(

@@ -54,3 +54,10 @@ def test_bench_cache_has_a_row_for_every_workload_and_batch(registry: Path, tmp_
     ratios = {(cost["workload"], cost["batch"]): cost["ratio"] for cost in kept["costs"]}
     assert set(ratios) == {(name, batch) for name in WORKLOADS for batch in (1, 32)}
     assert min(ratios.values()) > 0
+
+
+@pytest.mark.parametrize("name", ["overload", "swap", "engine-faults", "cache", "cost-model", "batching"])
+def test_a_bench_without_a_version_says_how_to_get_one(tmp_path: Path, name: str) -> None:
+    asked = CliRunner().invoke(bench, [name, "--registry", str(tmp_path)])
+    assert asked.exit_code == 1
+    assert "`tailrace retrain --log FILE` publishes one" in asked.output
