@@ -13,7 +13,7 @@ from typing import Any, Final
 import click
 import numpy as np
 
-from compression.releases.registry import Artefact, ArtefactInvalid, Registry
+from compression.releases.registry import Artefact, Registry
 from features.encoding import encode_histories
 from features.sequence import unpack
 from inference.buckets import HISTORIES
@@ -238,10 +238,7 @@ def engines(
     tailrace bench engines
     tailrace bench engines --engine onnx --engine openvino --json figures.json
     """
-    try:
-        artefact = Registry(registry).open()
-    except ArtefactInvalid as error:
-        raise click.ClickException(str(error)) from error
+    artefact = Registry(registry).open()
     given, name = batches(artefact, log, seed)
     found, absent = arms(threads)
     if only:

@@ -56,7 +56,9 @@ def test_bench_cache_has_a_row_for_every_workload_and_batch(registry: Path, tmp_
     assert min(ratios.values()) > 0
 
 
-@pytest.mark.parametrize("name", ["overload", "swap", "engine-faults", "cache", "cost-model", "batching"])
+@pytest.mark.parametrize(
+    "name", ["overload", "swap", "engine-faults", "cache", "cost-model", "batching", "engines", "serve"]
+)
 def test_a_bench_without_a_version_says_how_to_get_one(tmp_path: Path, name: str) -> None:
     asked = CliRunner().invoke(bench, [name, "--registry", str(tmp_path)])
     assert asked.exit_code == 1

@@ -66,7 +66,7 @@ def serve(
     tailrace bench serve --full
     """
     from compression.logs.log_reader import LogInvalid
-    from compression.releases.registry import ArtefactInvalid, Registry
+    from compression.releases.registry import Registry
     from inference.settings import InferenceSettings
     from infra.bench.serve import measure
     from infra.bench.serve.arms import ARMS
@@ -82,7 +82,7 @@ def serve(
         events = Events.drawn(vocabulary, seed, full=full) if log is None else Events.read(log)
         hop = InferenceSettings().hop_of(artefact.manifest, HISTORY)
         sessions = Sessions.drawn(events, vocabulary, seed=seed, hop=hop, full=full)
-    except (ArtefactInvalid, LogInvalid) as error:
+    except LogInvalid as error:
         raise click.ClickException(str(error)) from None
     if quick:
         rounds, seconds = 1, min(seconds, 1.0)

@@ -123,8 +123,6 @@ def running(arm: Arm, registry: Path, sessions: Path, *, lists: int, workers: in
             raise ArmFailed(f"answers with other scores than the model's: {found:.2g} apart")
         yield Running(loads, psutil.Process(server.pid) if server else None, lists, found)
     finally:
-        if server is not None and server.poll() is None:
-            _tell(psutil.Process(server.pid), signal.SIGCONT)  # a process that is paused does not end
         for load in loads:
             _stop(load)
         if server is not None:
@@ -198,6 +196,7 @@ def _stop(process: subprocess.Popen[bytes] | subprocess.Popen[str]) -> None:
     if process.poll() is None:
         family = _tree(psutil.Process(process.pid))
         process.terminate()
+        _tell(family[0] if family else None, signal.SIGCONT)  # who is paused does not end
     _, left = psutil.wait_procs(family, timeout=10)
     for one in left:
         try:
