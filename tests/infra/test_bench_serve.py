@@ -497,7 +497,7 @@ def test_a_server_is_measured_with_its_cpu(registry: Path, sessions_file: Path) 
         (server,) = [
             child
             for child in psutil.Process().children()
-            if child.status() != "zombie" and "-c" in child.cmdline()
+            if child.status() != psutil.STATUS_ZOMBIE and any("run_app" in part for part in child.cmdline())
         ]
         up.pause()
         eventually(lambda: server.status() == psutil.STATUS_STOPPED)
