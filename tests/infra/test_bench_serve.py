@@ -373,11 +373,17 @@ def sessions_file(sessions: Sessions, tmp_path_factory: pytest.TempPathFactory) 
     return path
 
 
+def over_again(sessions: Sessions) -> np.ndarray:
+    """Whose the lists are, asked for twice."""
+    return np.concatenate([sessions.users, sessions.users + sessions.again])
+
+
 def test_a_click_adds_one_event_to_its_users_history(sessions: Sessions) -> None:
     assert len(sessions) == 200 * 5
-    histories = list(sessions.sequences())
-    for user in np.unique(sessions.users):
-        clicks = np.flatnonzero(sessions.users == user)
+    histories = list(sessions.sequences()) * 2
+    users = over_again(sessions)
+    for user in np.unique(users):
+        clicks = np.flatnonzero(users == user)
         assert len(clicks) == 1 or (np.diff(clicks) > 1).any()  # others come between
         for before, after in pairwise(clicks):
             old, new = (unpack([histories[at]]).items.tolist() for at in (before, after))
@@ -387,8 +393,8 @@ def test_a_click_adds_one_event_to_its_users_history(sessions: Sessions) -> None
 
 def test_somebody_new_comes_at_every_turn(sessions: Sessions) -> None:
     known: set[int] = set()
-    for turn in range(5):
-        users = set(sessions.users[200 * turn : 200 * (turn + 1)].tolist())
+    for turn in range(10):
+        users = set(over_again(sessions)[200 * turn : 200 * (turn + 1)].tolist())
         assert len(users) == 200
         if turn:
             assert len(users - known) == 200 // 5

@@ -42,7 +42,7 @@ LISTED: Final = StreamSettings().k
 class InProcess:
     """What is due in one turn of the loop in one group, as the stream submits what it polled.
 
-    Asked for over again, they are those of other users: whom a cache does not know."""
+    Asked for over again, they are those of other users, whom a cache does not know."""
 
     def __init__(self, plane: Plane, version: Version, sessions: Sessions, lists: int) -> None:
         self._plane = plane
@@ -51,7 +51,7 @@ class InProcess:
         self._users = sessions.users.tolist()
         self._sequences = list(sessions.sequences())
         self._candidates = [tuple(asked) for asked in sessions.candidates.tolist()]
-        self._sessions = 1 + max(self._users)
+        self._again = sessions.again
         self._due: list[tuple[int, Done]] = []
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -59,7 +59,7 @@ class InProcess:
         turn, place = divmod(number, len(self._users) // self._lists)
         return [
             RankRequest(
-                self._users[at] + turn * self._sessions,
+                self._users[at] + turn * self._again,
                 self._sequences[at],
                 k,
                 self._candidates[at],

@@ -3,14 +3,15 @@
 Sessions begin at clicks drawn from a log, so a history is as long as that of somebody who clicks is, and
 go on for a few clicks: each adds one event. Equally many are active at any time, in a new order at each
 turn, so that about as many others come between two clicks of one user; and at each turn equally many leave
-and somebody new comes, as sessions of different people do not begin together. So many follow one another
-that a cache has forgotten the first when the lists are asked for over again.
+and somebody new comes, as sessions of different people do not begin together: also where the lists are asked
+for over again, whose first sessions go on where the last ones were. So many follow one another that a cache
+has forgotten the first by then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +35,7 @@ _USERS: Final = 1_000
 _EVENTS: Final = 100
 _EVENTS_OF_LONG: Final = 250
 _CATEGORIES: Final = 100
+_COLUMNS: Final = ("users", "lengths", "events", "candidates", "rows")
 
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -89,7 +91,8 @@ class Sessions:
 
     users [n] are numbers of sessions, lengths [n] events in a history; events [n, HISTORY, 4] the columns
     item, category, behaviour and timestamp, oldest first; candidates [n, CANDIDATES] item ids, each once;
-    rows [n, ROW] what a network is shown of them, as rows of the model's tables.
+    rows [n, ROW] what a network is shown of them, as rows of the model's tables. By `again` the numbers are
+    higher where the lists are asked for over again by others.
     """
 
     users: Int64
@@ -97,6 +100,7 @@ class Sessions:
     events: Int64
     candidates: Int64
     rows: Int32
+    again: int
 
     def __len__(self) -> int:
         return len(self.users)
@@ -109,7 +113,7 @@ class Sessions:
     def of(self, part: int, parts: int) -> Sessions:
         """The lists of some of the users."""
         some = self.users % parts == part
-        return Sessions(*(getattr(self, name)[some] for name in self.__slots__))
+        return replace(self, **{name: getattr(self, name)[some] for name in _COLUMNS})
 
     def requests(self, lists: int) -> list[Int32]:
         """As servers get them: [lists, ROW] each."""
@@ -127,7 +131,7 @@ class Sessions:
     @classmethod
     def load(cls, path: Path) -> Sessions:
         with np.load(path, allow_pickle=False) as arrays:
-            return cls(*(arrays[name] for name in cls.__slots__))
+            return cls(**{name: arrays[name] for name in _COLUMNS}, again=int(arrays["again"]))
 
     @classmethod
     def drawn(
@@ -156,7 +160,8 @@ class Sessions:
         able = np.flatnonzero(wanted)
         if not len(able):
             raise LogInvalid(f"nobody has {HISTORY} events and then {clicks} clicks in {log.name}")
-        first = np.stack([rng.choice(able, active, replace=len(able) < active) for _ in range(times + 1)])
+        first = np.stack([rng.choice(able, active, replace=len(able) < active) for _ in range(times)])
+        first = np.concatenate([first, first[:1]])
         session, click = [], []
         for turn in range(times * clicks):
             time, since = np.divmod(turn + np.arange(active) % clicks, clicks)
@@ -172,7 +177,7 @@ class Sessions:
         events = np.where((back <= 0)[..., None], np.stack([column[at] for column in columns], axis=2), 0)
         candidates = _candidates(log.items, len(last), rng)
         rows = _rows(events, lengths, candidates, vocabulary, hop)
-        return cls(np.concatenate(session), lengths, events, candidates, rows)
+        return cls(np.concatenate(session), lengths, events, candidates, rows, times * active)
 
 
 def _candidates(items: Int64, lists: int, rng: np.random.Generator) -> Int64:
