@@ -119,22 +119,14 @@ def is_sequence(value: bytes) -> bool:
     return length >= 0 and length % WIDTH[value[0]] == 0
 
 
-def newest_events(value: bytes | None, last: int = MAX_EVENTS) -> bytes:
-    """The format and the `last` newest events of a packed value: what `unpack` reads, and nothing else.
+def newest_events(value: bytes, events: int) -> bytes:
+    """The format and so many newest events of a packed value that has them: what `unpack` reads, and nothing
+    else.
 
     Two values with equal ones are the same history, and one that is a prefix of another has grown into
     it. Empty where there are no events.
     """
-    if not value or not is_sequence(value):
-        return b""
-    start = HEADER_BYTES + FENCE_BYTES * value[1]
-    start = max(start, len(value) - last * WIDTH[value[0]])
-    return value[:1] + value[start:] if start < len(value) else b""
-
-
-def count_events(newest: bytes) -> int:
-    """How many events `newest_events` found."""
-    return (len(newest) - 1) // WIDTH[newest[0]] if newest else 0
+    return value[:1] + value[-events * WIDTH[value[0]] :] if events else b""
 
 
 def unpack(values: Sequence[bytes | None], *, last: int = MAX_EVENTS) -> SequenceBatch:

@@ -100,7 +100,7 @@ class Encoder:
             yield encoded.cuts
             return
         encoded.pending[users] = False
-        with self._find(self._cache, encoded, users.tolist()) as found:
+        with self._find(self._cache, encoded, users) as found:
             lost = [row for row, whole in enumerate(found.same) if not whole]
             known = np.arange(len(users)) if not lost else np.flatnonzero(found.same)
             lent = _known(self._cache, buckets, encoded, found, known, "score", users, lend=True)
@@ -128,6 +128,7 @@ class Encoder:
         self._cache.keep(
             [named[user] for user in users],
             [encoded.keys[user] for user in users],
+            encoded.histories.lengths[wanted].tolist(),
             computed,
             encoded.derived,
             users,
@@ -143,7 +144,7 @@ class Encoder:
         keys: list[bytes],
     ) -> Encoded:
         users = len(keys)
-        with cache.find(histories.users(), keys, engine.precision) as found:
+        with cache.find(histories.users(), keys, histories.lengths.tolist(), engine.precision) as found:
             if users and all(found.same):
                 metrics.cache_users("hit").inc(users)
                 return Encoded(
@@ -173,11 +174,12 @@ class Encoder:
         return encoded
 
     @staticmethod
-    def _find(cache: UserCache, encoded: Encoded, users: list[int]) -> Found:
-        named = encoded.histories.users()
+    def _find(cache: UserCache, encoded: Encoded, users: Int64) -> Found:
+        named, at = encoded.histories.users(), users.tolist()
         return cache.find(
-            [named[user] for user in users],
-            [encoded.keys[user] for user in users],
+            [named[user] for user in at],
+            [encoded.keys[user] for user in at],
+            encoded.histories.lengths[users].tolist(),
             encoded.precision,
         )
 

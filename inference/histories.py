@@ -21,8 +21,6 @@ Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 
 COLUMNS: Final = ("items", "categories", "behaviors", "gaps")
-EVENT_BYTES: Final = 4 * len(COLUMNS)
-"""Of an event in a key of `Sent`."""
 # By so many of its first events a history that names no user is found again.
 _NAMING_EVENTS: Final = 8
 
@@ -68,7 +66,7 @@ class Packed:
 
     def keys(self) -> list[bytes]:
         return [
-            newest_events(request.sequence, length) if length else b""
+            newest_events(request.sequence or b"", length)
             for request, length in zip(self._requests, self.lengths.tolist(), strict=True)
         ]
 

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from compression.releases.registry import ModelShape
-from features.sequence import MAX_EVENTS, count_events
+from features.sequence import MAX_EVENTS
 from inference import memory
 from inference.derived import Derived
 from inference.types import Tensors
@@ -65,6 +65,7 @@ class Found:
 class _Entry:
     slot: int
     history: bytes
+    events: int
     precision: str
 
 
@@ -82,11 +83,16 @@ class _Slots:
         else:
             self.free.append(slot)
 
-    def unpin(self, slot: int) -> None:
-        self.pins[slot] -= 1
-        if not self.pins[slot] and slot in self.left:
-            self.left.remove(slot)
-            self.free.append(slot)
+    def unpin(self, slots: Sequence[int]) -> None:
+        """None is of a slot that is none."""
+        pins, left = self.pins, self.left
+        for slot in slots:
+            if slot < 0:
+                continue
+            pins[slot] -= 1
+            if left and not pins[slot] and slot in left:
+                left.remove(slot)
+                self.free.append(slot)
 
 
 class Computed(NamedTuple):
@@ -116,12 +122,9 @@ class UserCache:
         *,
         retrieved: int,
         listed: int,
-        events_in: Callable[[bytes], int] = count_events,
     ) -> None:
-        """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept.
-        `events_in`: how many events a history has."""
+        """`retrieved`: how many items are retrieved for a user. `listed`: how many scores are kept."""
         self._names = model.state_names
-        self._events_in = events_in
         # Of the cache that was freed last, where it was as large: no number in a slot is ever infinite.
         self._states = memory.lasting((slots, len(self._names), model.max_history, model.dim), np.float32)
         self._derived = Derived.nothing(slots, model.dim, retrieved, listed)
@@ -137,13 +140,12 @@ class UserCache:
         *,
         retrieved: int,
         listed: int,
-        events_in: Callable[[bytes], int] = count_events,
     ) -> UserCache | None:
         """As many users as fit into so many MiB; None where that is not one."""
         slots = int(budget_mb * 2**20 / cls.user_bytes(model, retrieved=retrieved, listed=listed))
         if not slots:
             return None
-        return cls(model, slots, retrieved=retrieved, listed=listed, events_in=events_in)
+        return cls(model, slots, retrieved=retrieved, listed=listed)
 
     @staticmethod
     def user_bytes(model: ModelShape, *, retrieved: int, listed: int) -> int:
@@ -172,34 +174,35 @@ class UserCache:
         """How many scores are kept of a user."""
         return self._derived.listed
 
-    def find(self, users: Sequence[Hashable], histories: Sequence[bytes], precision: str) -> Found:
-        """What is kept of these histories (`inference.histories`), to be used in a `with`. States computed in
-        another precision are not found."""
+    def find(
+        self, users: Sequence[Hashable], histories: Sequence[bytes], events: Sequence[int], precision: str
+    ) -> Found:
+        """What is kept of these histories (`inference.histories`), each of so many events, to be used in a
+        `with`. States computed in another precision are not found."""
         slots, known, same = [-1] * len(users), [0] * len(users), [False] * len(users)
+        get, move_to_end, pins = self._entries.get, self._entries.move_to_end, self._slots.pins
         with self._lock:
             for row, (user, history) in enumerate(zip(users, histories, strict=True)):
-                entry = self._entries.get(user)
+                entry = get(user)
                 if entry is None or entry.precision != precision or not history:
                     continue
                 if entry.history == history:
-                    known[row], same[row] = self._events_in(history), True
+                    known[row], same[row] = entry.events, True
                 elif history.startswith(entry.history):
-                    known[row] = self._events_in(entry.history)
+                    known[row] = entry.events
                 elif entry.history.startswith(history):
                     # Asked late. Only the vector after its last event is gone.
-                    known[row] = self._events_in(history) - 1
+                    known[row] = events[row] - 1
                 if not known[row]:
                     continue
                 slots[row] = entry.slot
-                self._slots.pins[entry.slot] += 1
-                self._entries.move_to_end(user)
+                pins[entry.slot] += 1
+                move_to_end(user)
         return Found(slots, known, same, self._unpin)
 
     def _unpin(self, slots: Sequence[int]) -> None:
         with self._lock:
-            for slot in slots:
-                if slot >= 0:
-                    self._slots.unpin(slot)
+            self._slots.unpin(slots)
 
     def states(self, slots: Sequence[int], batch: int, history: int, *, lend: bool = False) -> Tensors:
         """A copy of the states by name, padded to a shape; only the known events of a row mean anything.
@@ -226,6 +229,7 @@ class UserCache:
         self,
         users: Sequence[Hashable],
         histories: Sequence[bytes],
+        events: Sequence[int],
         computed: Sequence[Computed],
         derived: Derived,
         places: Sequence[int],
@@ -237,7 +241,7 @@ class UserCache:
         for number, one in enumerate(computed):
             part[one.users], row[one.users] = number, one.rows
         without = (part < 0) & bool(self._names)
-        writes = self._reserve(users, histories, precision, without.tolist())
+        writes = self._reserve(users, histories, events, precision, without.tolist())
         if not writes:
             return
         try:
@@ -264,7 +268,7 @@ class UserCache:
     ) -> None:
         """What was computed of each [writes]: in which part, -1 for nothing, and in which row."""
         known = np.array([write.known for write in writes])
-        end = np.array([self._events_in(write.entry.history) for write in writes])
+        end = np.array([write.entry.events for write in writes])
         # Most have one new event: all of these in one go.
         single = end - known == 1
         for number, (_, _, states) in enumerate(computed):
@@ -281,6 +285,7 @@ class UserCache:
         self,
         users: Sequence[Hashable],
         histories: Sequence[bytes],
+        events: Sequence[int],
         precision: str,
         without: Sequence[bool],
     ) -> list[_Write]:
@@ -300,18 +305,18 @@ class UserCache:
                     if len(entry.history) > len(history) and entry.history.startswith(history):
                         continue
                     if history.startswith(entry.history) and not self._slots.pins[entry.slot]:
-                        known = self._events_in(entry.history)
-                if without[place] and known < self._events_in(history):
+                        known = entry.events
+                if without[place] and known < events[place]:
                     continue
                 if known and entry is not None:
                     del self._entries[user]
-                    slot = entry.slot
+                    entry.history, entry.events = history, events[place]
                 else:
                     free = self._free_slot()
                     if free is None:
                         break
-                    slot = free
-                writes.append(_Write(place, user, _Entry(slot, history, precision), known))
+                    entry = _Entry(free, history, events[place], precision)
+                writes.append(_Write(place, user, entry, known))
         return writes
 
     def _free_slot(self) -> int | None:
@@ -325,11 +330,11 @@ class UserCache:
         return self._slots.free.pop()
 
     def _publish(self, write: _Write) -> None:
-        other = self._entries.get(write.user)
+        other = self._entries.pop(write.user, None)
         if other is not None:
             if other.precision == write.entry.precision and other.history.startswith(write.entry.history):
                 self._slots.give_back(write.entry.slot)
+                self._entries[write.user] = other
                 return
             self._slots.give_back(other.slot)
         self._entries[write.user] = write.entry
-        self._entries.move_to_end(write.user)

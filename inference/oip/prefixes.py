@@ -13,7 +13,7 @@ from compression.releases.registry import Artefact, ModelShape
 from inference.buckets import Buckets, pad_rows
 from inference.encoder import Encoder, scores_of
 from inference.engines.base import Engine
-from inference.histories import EVENT_BYTES, Sent
+from inference.histories import Sent
 from inference.types import Tensors
 from inference.user_cache import UserCache
 
@@ -33,9 +33,7 @@ class Prefixes:
         model = artefact.manifest.model
         if "append" not in artefact.manifest.graphs or not model.scores_by_vector:
             return None
-        cache = UserCache.within(
-            budget_mb, model, retrieved=0, listed=0, events_in=lambda key: len(key) // EVENT_BYTES
-        )
+        cache = UserCache.within(budget_mb, model, retrieved=0, listed=0)
         if cache is None:
             return None
         for _ in cache.make_room(cache.slots):  # so that no request waits for the system's pages

@@ -16,7 +16,6 @@ from features.sequence import (
     NARROW,
     NARROW_EVENT,
     WIDE,
-    count_events,
     newest_events,
     pack_event,
     pack_fence,
@@ -30,7 +29,7 @@ from inference.errors import EngineFailed
 from inference.ranker import Ranker, Warmed
 from inference.settings import InferenceSettings
 from inference.types import Graph, RankedList, RankRequest, Tensors
-from inference.user_cache import Computed, UserCache
+from inference.user_cache import Computed, Found, UserCache
 from tests.inference.conftest import ITEMS, MAX_HISTORY, NOW_S
 from topics.messages import BEHAVIORS
 
@@ -418,7 +417,15 @@ SIGNS = dict(zip(SHAPE.state_names, (1, -1, 2, -2), strict=True))
 
 def history(*items: int) -> bytes:
     body = b"".join(pack_event(item, 1, 0, NOW_S) for item in items)
-    return newest_events(bytes((NARROW, 0)) + body, 8)
+    return newest_events(bytes((NARROW, 0)) + body, len(items))
+
+
+def lengths(histories: Sequence[bytes]) -> list[int]:
+    return [len(one) // NARROW_EVENT.itemsize for one in histories]
+
+
+def find(cache: UserCache, users: Sequence[int], histories: Sequence[bytes], precision: str = "f32") -> Found:
+    return cache.find(users, histories, lengths(histories), precision)
 
 
 def keep(cache: UserCache, users: Sequence[int], histories: Sequence[bytes], value: float = 1.0) -> None:
@@ -431,12 +438,12 @@ def keep(cache: UserCache, users: Sequence[int], histories: Sequence[bytes], val
     derived.vectors[:] = np.array([[len(one)] * 4 for one in histories])
     rows = range(len(users))
     states = {name: sign * state for name, sign in SIGNS.items()}
-    cache.keep(users, histories, [Computed(rows, rows, states)], derived, rows, "f32")
+    cache.keep(users, histories, lengths(histories), [Computed(rows, rows, states)], derived, rows, "f32")
 
 
 def kept(cache: UserCache, users: Sequence[int], histories: Sequence[bytes]) -> list[int]:
     """How many events are known of each history; their states are looked at."""
-    with cache.find(users, histories, "f32") as found:
+    with find(cache, users, histories) as found:
         states = cache.states([max(slot, 0) for slot in found.slots], len(users), 8)
         vectors = cache.derived.vectors[found.slots]
     for row, (one, known) in enumerate(zip(histories, found.known, strict=True)):
@@ -480,7 +487,7 @@ def test_a_shorter_history_that_comes_late_does_not_replace_the_longer_one() -> 
 def test_what_is_being_read_is_not_overwritten() -> None:
     cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1, 2], [history(1), history(2)])
-    with cache.find([1, 2], [history(1), history(2)], "f32") as found:
+    with find(cache, [1, 2], [history(1), history(2)]) as found:
         keep(cache, [3, 1], [history(3), history(1, 5)])
         states = cache.states(found.slots, 2, 8)
         assert (states["key_0"][:, 0, 0] == [2, 3]).all()
@@ -491,7 +498,7 @@ def test_what_is_being_read_is_not_overwritten() -> None:
 def test_one_user_s_states_are_lent_where_they_fill_the_batch_and_copied_elsewhere() -> None:
     cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1, 2], [history(1), history(2)])
-    with cache.find([1, 2], [history(1), history(2)], "f32") as found:
+    with find(cache, [1, 2], [history(1), history(2)]) as found:
         for events in (8, 4):
             lent = cache.states(found.slots[:1], 1, events, lend=True)
             for name, copied in cache.states(found.slots[:1], 1, events).items():
@@ -511,16 +518,17 @@ def test_without_states_only_what_follows_from_a_known_history_is_kept() -> None
     derived.has_retrieved[:] = True
     # Of the second user another history is known than was lent, of the third nothing any more.
     keep(cache, [2], [history(5)])
-    cache.keep([1, 2, 3], [history(1, 2), history(5, 6), history(7)], [], derived, [0, 1, 2], "f32")
-    assert kept(cache, [1, 2, 3], [history(1, 2), history(5, 6), history(7)]) == [2, 1, 0]
-    with cache.find([1, 2], [history(1, 2), history(5)], "f32") as found:
+    asked = [history(1, 2), history(5, 6), history(7)]
+    cache.keep([1, 2, 3], asked, lengths(asked), [], derived, [0, 1, 2], "f32")
+    assert kept(cache, [1, 2, 3], asked) == [2, 1, 0]
+    with find(cache, [1, 2], [history(1, 2), history(5)]) as found:
         assert cache.derived.has_retrieved[found.slots].tolist() == [True, False]
 
 
 def test_states_of_another_precision_are_not_found() -> None:
     cache = UserCache(SHAPE, 2, retrieved=3, listed=5)
     keep(cache, [1], [history(1)])
-    with cache.find([1], [history(1)], "bf16") as found:
+    with find(cache, [1], [history(1)], "bf16") as found:
         assert found.slots == [-1]
 
 
@@ -551,15 +559,12 @@ def test_threads_never_see_a_slot_half_written() -> None:
 def test_a_history_is_told_from_another_by_its_events_and_their_format() -> None:
     wide = pack_event(2**40, 1, 0, NOW_S)
     narrow = np.frombuffer(wide, NARROW_EVENT).tobytes()
-    as_wide = newest_events(bytes((WIDE, 0)) + wide)
-    as_narrow = newest_events(bytes((NARROW, 1)) + pack_fence(1, 2, 3.0) + narrow)
-    assert (count_events(as_wide), count_events(as_narrow)) == (1, 2)
+    as_wide = newest_events(bytes((WIDE, 0)) + wide, 1)
+    as_narrow = newest_events(bytes((NARROW, 1)) + pack_fence(1, 2, 3.0) + narrow, 2)
     assert not as_narrow.startswith(as_wide)
-    assert newest_events(bytes((NARROW, 0)) + narrow) == as_narrow
-    for nothing in (None, b"", b"\x01", bytes((NARROW, 0)), b"what is this"):
-        assert newest_events(nothing) == b""
-        assert count_events(b"") == 0
+    assert newest_events(bytes((NARROW, 0)) + narrow, 2) == as_narrow
     assert newest_events(bytes((NARROW, 0)) + narrow, 1) == bytes((NARROW,)) + narrow[-12:]
+    assert newest_events(bytes((NARROW, 1)) + pack_fence(1, 2, 3.0), 0) == b""
 
 
 class Spy:
