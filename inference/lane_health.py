@@ -10,14 +10,15 @@ from typing import Final
 
 from inference import metrics
 from inference.dispatcher import SLOW, Lane
+from inference.profile import SLOWED
 
 logger = logging.getLogger(__name__)
 
 # A lane that has become slow, and is not asked for it, is probed this often.
 _PROBE_EVERY_S: Final = 1.0
-# A lane has become slow where the others have not: after two batches in a row that took three times what was
-# expected. A new engine for that reason comes no more often: what is slow may be the lane's processor.
-_ILL: Final = 2.5
+# A lane has become slow where the others have not, and was for so long: two short batches that were kept off
+# the processor are no reason. A new engine for that comes no more often: what is slow may be the processor.
+_ILL_FOR_S: Final = 0.1
 _REPLACED_EVERY_S: Final = 60.0
 
 
@@ -79,10 +80,10 @@ class LaneHealth:
                 self._ask(lane)
 
     def _is_ill(self, lane: Lane, now_s: float) -> bool:
-        if lane.out or lane.profile.scale < _ILL or now_s - lane.replaced_s < _REPLACED_EVERY_S:
+        if lane.out or lane.profile.slow_s < _ILL_FOR_S or now_s - lane.replaced_s < _REPLACED_EVERY_S:
             return False
         others = [other.profile.scale for other in self._lanes if other is not lane and not other.out]
-        return bool(others) and lane.profile.scale >= _ILL * max(1.0, *others)
+        return bool(others) and lane.profile.scale >= SLOWED * max(1.0, *others)
 
     def _pause(self, lane: Lane) -> None:
         """Leave a lane alone for a while, then ask it whether it is well."""

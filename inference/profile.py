@@ -10,6 +10,8 @@ _SCALE_SHARE: Final = 0.3
 _SIZE_SHARE: Final = 0.05
 # One slow batch is a hiccup: it counts as no more than so many times what was expected.
 _MOST_RATIO: Final = 3.0
+# A batch that takes so many times what it costs is a slow one.
+SLOWED: Final = 2.5
 _FIRST_GUESS_S: Final = 1e-3
 _LEAST_S: Final = 1e-7
 
@@ -25,6 +27,8 @@ class LatencyProfile:
         """`prior`: seconds by batch size, from warming up or from the cost model."""
         self._cost_s = {_place(size): max(_LEAST_S, cost_s) for size, cost_s in (prior or {}).items()}
         self.scale = 1.0
+        self.slow_s = 0.0
+        """How long the last batches in a row took that were slow ones."""
 
     def predict(self, items: int) -> float:
         """Seconds that a batch of so many items is expected to take now."""
@@ -35,14 +39,16 @@ class LatencyProfile:
         if place not in self._cost_s:
             self._cost_s[place] = max(_LEAST_S, took_s / self.scale)
             return
-        expected_s = self.scale * self._cost_s[place]
+        cost_s = self._cost_s[place]
+        self.slow_s = self.slow_s + took_s if took_s >= SLOWED * cost_s else 0.0
+        expected_s = self.scale * cost_s
         ratio = min(max(took_s, _LEAST_S) / expected_s, _MOST_RATIO)
         self.scale *= 1.0 + _SCALE_SHARE * (ratio - 1.0)
         self._cost_s[place] *= 1.0 + _SIZE_SHARE * (ratio - 1.0)
 
     def restart(self) -> None:
         """Forget how slow the lane was: it has a new engine."""
-        self.scale = 1.0
+        self.scale, self.slow_s = 1.0, 0.0
 
     def _cost(self, place: int) -> float:
         """Of a size, in full speed; between and beyond the known ones in proportion."""

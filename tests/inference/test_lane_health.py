@@ -143,3 +143,32 @@ def test_a_lane_that_became_slow_alone_has_a_new_engine_where_there_is_one(
         assert given[0] == 0 or not replaced
 
     on_clock(story)
+
+
+def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> None:
+    async def story() -> None:
+        world, given = World(runners=2), [0]
+
+        def replace(lane: Lane) -> bool:
+            given[0] += 1
+            return True
+
+        health = LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace)
+        slow = world.lanes[0]
+        for lane in world.lanes:
+            lane.finished(4, 0.004)
+
+        def batches(number: int, took_s: float) -> None:
+            for _ in range(number):
+                slow.finished(4, took_s)
+                health.refresh_slow()
+
+        batches(3, 0.03)
+        assert slow.profile.scale > 2.5 and not given[0]
+        batches(30, 0.004)
+        batches(3, 0.03)
+        assert not given[0], "in between it was well"
+        batches(1, 0.03)
+        assert given[0] == 1
+
+    on_clock(story)

@@ -110,7 +110,7 @@ async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versi
     (spares,) = version.spares.values()
     (spare,) = spares
     for _ in range(3):
-        slow.profile.observe(4, 10 * slow.profile.predict(4))
+        slow.profile.observe(4, 0.1 + 10 * slow.profile.predict(4))
     plane.batcher._health.refresh_slow()
     assert version.warmed == {slow.name: spare, other.name: before[other.name]} and not spares
     assert slow.profile.scale == 1.0 and not slow.out
