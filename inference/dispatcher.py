@@ -49,14 +49,15 @@ class Lane:
     """One engine's way to answers. Kept by the event loop; `run` and `probe` are called in `executor`.
 
     run(key, items) returns one answer per item. `serves` tells whether the lane has an engine for a
-    key (a released version). `probe` runs a known batch of one and raises where the lane is not well;
-    without one, a live batch is the probe. `hop_s` is what the network adds.
+    key (a released version). `probe` runs a known batch of one, raises where the lane is not well and says
+    how many times what it took when it was warmed; without one, a live batch is the probe. `hop_s` is what
+    the network adds.
     """
 
     name: str
     run: Callable[[Any, list[Any]], Sequence[Any]]
     serves: Callable[[Any], bool] = _everything
-    probe: Callable[[], None] | None = None
+    probe: Callable[[], float] | None = None
     hop_s: float = 0.0
     region: str = "local"
     profile: LatencyProfile = field(default_factory=LatencyProfile)

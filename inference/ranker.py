@@ -420,9 +420,12 @@ class Ranker:
         for history in warmed.buckets.histories:
             self._check_history(warmed, history)
 
-    def probe(self, warmed: Warmed) -> None:
-        """The same on the shortest history: cheap enough to ask an engine whether it is well."""
-        self._check_history(warmed, warmed.buckets.histories[0])
+    def probe(self, warmed: Warmed) -> float:
+        """The same on the shortest history: cheap enough to ask an engine whether it is well. Seconds that it
+        took when the engine was warmed."""
+        buckets = warmed.buckets
+        self._check_history(warmed, buckets.histories[0])
+        return buckets.cost(buckets.batches[0], buckets.histories[0])
 
     def _check_history(self, warmed: Warmed, history: int) -> None:
         engine, buckets = warmed.engine, warmed.buckets

@@ -41,9 +41,10 @@ def test_an_engine_that_hangs_loses_its_batch_to_another_and_comes_back_after_it
         world = World(runners=2, hang_ms=300)
         well = False
 
-        def probe() -> None:
+        def probe() -> float:
             if not well:
                 raise RuntimeError("still ill")
+            return 1.0
 
         world.lanes[0].probe = probe
         stuck = world.ask(Question(1))
@@ -127,6 +128,7 @@ def test_a_lane_that_became_slow_alone_has_a_new_engine_where_there_is_one(
 
         def batch(slow_s: float) -> None:
             for lane, took_s in zip(world.lanes, (slow_s, others_s), strict=True):
+                lane.started(64, world.loop.time())
                 lane.finished(64, took_s)
             health.refresh_slow()
 
@@ -160,6 +162,7 @@ def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> 
 
         def batches(number: int, took_s: float) -> None:
             for _ in range(number):
+                slow.started(4, world.loop.time())
                 slow.finished(4, took_s)
                 health.refresh_slow()
 
@@ -170,5 +173,46 @@ def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> 
         assert not given[0], "in between it was well"
         batches(1, 0.03)
         assert given[0] == 1
+
+    on_clock(story)
+
+
+def test_lanes_that_became_slow_together_keep_their_engines() -> None:
+    async def story() -> None:
+        world = World(runners=2)
+
+        def replace(lane: Lane) -> bool:
+            raise AssertionError("it is the machine")
+
+        health = LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace)
+        for took_s, others_s in (*[(0.2, 0.2)] * 2, *[(0.8, 0.06)] * 3):
+            for lane, seconds in zip(world.lanes, (took_s, others_s), strict=True):
+                lane.started(64, world.loop.time())
+                lane.finished(64, seconds)
+            health.refresh_slow()
+        slow, other = (lane.profile.scale for lane in world.lanes)
+        assert slow > 2.5 * other > 5.0
+
+    on_clock(story)
+
+
+@pytest.mark.parametrize(("probe", "back"), [(1.5, True), (None, True), (10.0, False)])
+def test_a_lane_that_was_slow_for_a_moment_has_work_again_after_one_good_probe(
+    probe: float | None, back: bool
+) -> None:
+    async def story() -> None:
+        world = World(runners=2, max_batch=1)
+        slow = world.lanes[0]
+        slow.probe = None if probe is None else lambda: probe
+        slow.profile.scale = 14.0
+        for used in (False, back):
+            world.ran_on.clear()
+            world.lanes[1].profile.restart()
+            asked = [world.ask(Question(number)) for number in range(2)]
+            await world.settle()
+            assert [await one for one in asked] == [[0], [10]]
+            assert (0 in world.ran_on) == used
+            await world.advance(1.01)
+        assert (slow.profile.scale < 2.0) == back
 
     on_clock(story)
