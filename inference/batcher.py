@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from inference import metrics
 from inference.attempts import answers_of
@@ -36,6 +36,10 @@ from inference.waiting import Gather, Queue, Waiting
 _HOLD_STEP_S: Final = 0.001
 # While a lane is kept for others, what has none of its own goes in batches of so many.
 _BELOW_MOST: Final = 8
+# Of the time that an answer may take so much is left for its way, but no more than that: a busy event loop
+# looks at a deadline some milliseconds late, and what is to be said then is still to be written.
+_WAY: Final = 0.05
+_LONGEST_WAY_S: Final = 0.01
 # Of those without a lane of their own, whoever might not be ranked in time is told so at once: told at his
 # deadline, he has waited for nothing, and one hiccup makes the answer late.
 _CAUTION: Final = 1.25
@@ -175,12 +179,12 @@ class Batcher(Generic[T, R]):
             return
         earliest: float | None = None
         for position in positions:
-            item = items[position]
-            level = level_of(item)
+            level = level_of(items[position])
             self._queues.add(level, (group, position))
             self._precedence.came(level, group.entered_s)
-            if item.deadline_s is not None and (earliest is None or item.deadline_s < earliest):
-                earliest = item.deadline_s
+            due_s = _due_s((group, position))
+            if due_s is not None and (earliest is None or due_s < earliest):
+                earliest = due_s
         self._tell_queued()
         if earliest is not None:
             self._alarm.set(earliest)
@@ -193,15 +197,15 @@ class Batcher(Generic[T, R]):
         waits_s: dict[int, float] = {}
         kept = []
         for position in positions:
-            item = group.items[position]
-            if item.deadline_s is None:
+            due_s = _due_s((group, position))
+            if due_s is None:
                 kept.append(position)
                 continue
-            level = level_of(item)
+            level = level_of(group.items[position])
             if level not in waits_s:
                 waits_s[level] = self._wait_s(group.key, level, group.entered_s)
             done_s = group.entered_s + waits_s[level]
-            if done_s <= item.deadline_s:
+            if done_s <= due_s:
                 kept.append(position)
             elif group.answer(position, DeadlineExceeded("the queue is too long for the deadline")):
                 self._refused(1)
@@ -457,20 +461,19 @@ class Batcher(Generic[T, R]):
         Returns the next deadline there is."""
         next_s: float | None = None
         for entry in self._unanswered():
-            group, position = entry
-            deadline_s = group.items[position].deadline_s
-            if deadline_s is None or not group.wants(position) or self._expire_late(entry, now_s):
+            due_s = _due_s(entry)
+            if due_s is None or not wants(entry) or self._expire_late(entry, now_s):
                 continue
-            if next_s is None or deadline_s < next_s:
-                next_s = deadline_s
+            if next_s is None or due_s < next_s:
+                next_s = due_s
         self._sweep()
         return next_s
 
     def _expire_late(self, entry: Entry[T, R], now_s: float) -> bool:
-        """Whether the deadline has passed; the item has been told so then."""
+        """Whether the time for an answer has passed; the item has been told so then."""
         group, position = entry
-        deadline_s = group.items[position].deadline_s
-        if deadline_s is None or deadline_s > now_s:
+        due_s = _due_s(entry)
+        if due_s is None or due_s > now_s:
             return False
         if group.answer(position, DeadlineExceeded("the deadline passed before an engine answered")):
             self.counts.expired += 1
@@ -502,3 +505,12 @@ class Batcher(Generic[T, R]):
 
     def _tell_queued(self) -> None:
         metrics.QUEUE_ITEMS.set(len(self._queues))
+
+
+def _due_s(entry: Entry[Any, Any]) -> float | None:
+    """When there has to be an answer, so that it is where it is wanted by its deadline; None without one."""
+    group, position = entry
+    deadline_s: float | None = group.items[position].deadline_s
+    if deadline_s is None:
+        return None
+    return deadline_s - min(_WAY * max(0.0, deadline_s - group.entered_s), _LONGEST_WAY_S)

@@ -44,6 +44,25 @@ def test_a_deadline_that_has_passed_already_never_reaches_the_engine() -> None:
     on_clock(story)
 
 
+def test_who_is_late_is_told_so_before_the_deadline() -> None:
+    """A busy event loop is late itself, and an answer has a way to go."""
+
+    async def story() -> None:
+        world = World()
+        short, long = world.ask(Question(1, deadline_s=100.1)), world.ask(Question(2, deadline_s=101.0))
+        await world.turn()
+        await world.advance(0.094)
+        assert not short.done()
+        await world.advance(0.004)
+        assert isinstance((await short)[0], DeadlineExceeded)
+        await world.advance(0.89)
+        assert not long.done()
+        await world.advance(0.007)
+        assert isinstance((await long)[0], DeadlineExceeded)
+
+    on_clock(story)
+
+
 def test_a_hung_engine_delays_nobody_past_the_deadline() -> None:
     async def story() -> None:
         world = World()
