@@ -107,6 +107,7 @@ async def measure(
     rounds: int,
     spares: int,
     seed: int,
+    say: Callable[[str], None],
 ) -> tuple[list[Result], float]:
     """Each fault on one of two lanes, so many times, in another order each round; `share` is of what both
     lanes manage together.
@@ -133,6 +134,7 @@ async def measure(
             due_s = poisson(int(most * share * lasts_s), most * share, seed + turn * len(FAULTS) + number)
             drive_it = partial(drive, ask, requests, due_s, first=turn * len(requests) // rounds)
             found[FAULTS[number]].append(await _one(plane, version, drive_it, FAULTS[number], fault_s))
+        say(f"{turn + 1} of {rounds} rounds")
     results = [_result(fault, outcomes, fault_s) for fault, outcomes in found.items()]
     await plane.close()
     return results, most
@@ -226,6 +228,7 @@ def engine_faults(
             rounds=rounds,
             spares=spares,
             seed=seed,
+            say=partial(click.echo, err=True),
         )
     )
     report.table(

@@ -187,6 +187,7 @@ async def measure(
     load: float,
     steady_s: float,
     seed: int,
+    say: Callable[[str], None],
 ) -> tuple[Result, list[Swap]]:
     """Swap from version to version while requests come at `load` times the capacity. Nothing of the version
     before is kept, so every swap verifies, loads, warms, checks, switches, drains and frees. Before every
@@ -231,6 +232,9 @@ async def measure(
                     prepared_mb=round(_size_mb(cache), 1),
                 )
             )
+            if (number + 1) % max(1, swaps // 20) == 0:
+                last = found[-1]
+                say(f"{number + 1} of {swaps} swaps; p99 {last.p99_ms} ms in it, {last.steady_p99_ms} before")
         await model.close()
     return _result(found, kept, most, rate), found
 
@@ -465,6 +469,7 @@ def swap(
             load=load,
             steady_s=steady_s,
             seed=seed,
+            say=partial(click.echo, err=True),
         )
     )
     took_s = time.monotonic() - began_s
