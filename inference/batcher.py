@@ -180,9 +180,10 @@ class Batcher(Generic[T, R]):
         earliest: float | None = None
         for position in positions:
             level = level_of(items[position])
-            self._queues.add(level, (group, position))
+            entry = group, position
+            self._queues.add(level, entry)
             self._precedence.came(level, group.entered_s)
-            due_s = _due_s((group, position))
+            due_s = _due_s(entry)
             if due_s is not None and (earliest is None or due_s < earliest):
                 earliest = due_s
         self._tell_queued()
