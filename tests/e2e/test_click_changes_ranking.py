@@ -250,4 +250,11 @@ def test_several_processes_of_one_command_serve_together_and_a_killed_one_comes_
 
 
 def _workers(supervisor: psutil.Process) -> list[psutil.Process]:
-    return [child for child in supervisor.children() if child.status() != psutil.STATUS_ZOMBIE]
+    return [child for child in supervisor.children() if _lives(child)]
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

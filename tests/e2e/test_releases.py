@@ -130,7 +130,7 @@ def test_a_canary_is_promoted_and_rolled_back_under_load(parts, start_worker, tw
         command("rollback")
         asked_s = time.monotonic()
         until({first})
-        assert time.monotonic() - asked_s < 5
+        assert time.monotonic() - asked_s < 15
         command("promote", second, told=[])
         until({second})
         assert worker.metric("tailrace_releases_refused_total") == 0

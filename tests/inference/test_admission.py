@@ -295,7 +295,7 @@ async def test_a_redis_that_hangs_costs_the_timeout_now_and_then_and_is_used_aga
     try:
         started_s = time.monotonic()
         assert [await rate.take(tier, 1) for _ in range(50)] == [1] * 50
-        assert time.monotonic() - started_s < 0.8
+        assert time.monotonic() - started_s < 2.5
         assert not rate.is_shared
     finally:
         redis_server.resume()

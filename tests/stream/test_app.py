@@ -44,8 +44,8 @@ async def test_units_reach_the_agent_while_the_releases_consumer_is_stopped(app)
     reading = asyncio.ensure_future(anext(agent))
     await eventually_async(lambda: app.agents["clicks"].channel.subscriber_count)
     unit = a_unit()
-    await asyncio.wait_for(app.resources.hand_over["clicks"](unit), 1.0)
-    assert await asyncio.wait_for(reading, 1.0) is unit
+    await asyncio.wait_for(app.resources.hand_over["clicks"](unit), 10.0)
+    assert await asyncio.wait_for(reading, 10.0) is unit
     await agent.aclose()
     await stream.stop()
 

@@ -155,8 +155,8 @@ async def test_draining_ends_though_the_broker_never_answers(monkeypatch):
         (unit,) = await tap.handed(1)
         unit.release()
         tap.consumer.broker.clear()
-        assert await asyncio.wait_for(tap.feeder.drain(), 2.0)
-        await asyncio.wait_for(tap.feeder.stop(), 2.0)
+        assert await asyncio.wait_for(tap.feeder.drain(), 10.0)
+        await asyncio.wait_for(tap.feeder.stop(), 10.0)
         tap.consumer.broker.set()
 
 
@@ -185,7 +185,7 @@ async def test_records_polled_after_the_drain_began_are_left_for_the_next_owner(
         await tap.feeder.drain()
         tap.consumer.give(ONE, 0)
         tap.consumer.records.set()
-        await asyncio.wait_for(tap.running, 1.0)
+        await asyncio.wait_for(tap.running, 10.0)
         assert tap.units == []
         assert tap.feeder.in_flight == 0
 
@@ -204,7 +204,7 @@ async def test_an_error_that_stays_ends_the_worker(monkeypatch):
     async with Tap() as tap:
         tap.consumer.given.extend(KafkaError("not authorized") for _ in range(100_000))
         with pytest.raises(KafkaError):
-            await asyncio.wait_for(tap.running, 5.0)
+            await asyncio.wait_for(tap.running, 10.0)
 
 
 async def test_an_error_that_may_have_taken_records_with_it_ends_the_worker():
@@ -212,7 +212,7 @@ async def test_an_error_that_may_have_taken_records_with_it_ends_the_worker():
         tap.consumer.given.append(CorruptRecordException("crc"))
         tap.consumer.give(ONE, 0)
         with pytest.raises(CorruptRecordException):
-            await asyncio.wait_for(tap.running, 1.0)
+            await asyncio.wait_for(tap.running, 10.0)
 
 
 async def test_a_topic_made_anew_ends_the_worker_because_its_epoch_is_another():
@@ -224,7 +224,7 @@ async def test_a_topic_made_anew_ends_the_worker_because_its_epoch_is_another():
         await tap.rebalance()
         tap.consumer.give(ONE, 0)
         with pytest.raises(OffsetsWentBack, match="clicks/0 is at 0 again after 9"):
-            await asyncio.wait_for(tap.running, 1.0)
+            await asyncio.wait_for(tap.running, 10.0)
 
 
 async def test_a_unit_that_is_stuck_shows_though_others_are_answered():

