@@ -463,23 +463,28 @@ class Batcher(Generic[T, R]):
         next_s: float | None = None
         for entry in self._unanswered():
             due_s = _due_s(entry)
-            if due_s is None or not wants(entry) or self._expire_late(entry, now_s):
+            if due_s is None or not wants(entry):
                 continue
-            if next_s is None or due_s < next_s:
+            if due_s <= now_s:
+                self._expire(entry)
+            elif next_s is None or due_s < next_s:
                 next_s = due_s
         self._sweep()
         return next_s
 
     def _expire_late(self, entry: Entry[T, R], now_s: float) -> bool:
         """Whether the time for an answer has passed; the item has been told so then."""
-        group, position = entry
         due_s = _due_s(entry)
         if due_s is None or due_s > now_s:
             return False
+        self._expire(entry)
+        return True
+
+    def _expire(self, entry: Entry[T, R]) -> None:
+        group, position = entry
         if group.answer(position, DeadlineExceeded("the deadline passed before an engine answered")):
             self.counts.expired += 1
             metrics.EXPIRED.inc()
-        return True
 
     def _unanswered(self) -> Iterator[Entry[T, R]]:
         """What is queued, what runs, and what is to be run again."""

@@ -20,7 +20,8 @@ logger = logging.getLogger(__name__)
 _PROBE_EVERY_S: Final = 1.0
 _STILL_SLOW: Final = 4.0
 # A lane has become slow where the others have not, and was for so long: two short batches that were kept off
-# the processor are no reason. A new engine for that comes no more often: what is slow may be the processor.
+# the processor are no reason. Its probe has to say so, too: of a version that has just begun to serve, all
+# histories are still to be encoded. A new engine for that comes no more often: it may be the processor.
 _ILL_FOR_S: Final = 0.1
 _REPLACED_EVERY_S: Final = 60.0
 
@@ -69,21 +70,27 @@ class LaneHealth:
         self._pause(lane)
 
     def refresh_slow(self) -> None:
-        """Give a lane that became slow alone a new engine, if there is one; ask those that nobody asks any
-        more whether they still are slow."""
+        """Ask a lane that became slow alone, and those that are not used any more because they were slow,
+        whether they still are."""
         now_s = asyncio.get_running_loop().time()
         for lane in self._lanes:
-            if self._is_ill(lane, now_s) and self._replace is not None and self._replace(lane):
-                logger.warning("Lane %s is %.1f times as slow as it was", lane.name, lane.profile.scale)
-                lane.replaced_s = now_s
-                lane.profile.restart()
-            if lane.busy or lane.out or lane.profile.scale < SLOW or self._closing:
+            ill = self._is_ill(lane, now_s)
+            if ill and lane.probe is None:
+                self._renew(lane)
+            if lane.out or lane.profile.scale < SLOW or self._closing or (lane.busy and not ill):
                 continue
             if lane.probe is None:
                 if now_s - lane.free_at_s >= _PROBE_EVERY_S:
                     lane.profile.restart()  # the next live batch tells
             elif now_s - lane.probed_s >= _PROBE_EVERY_S:
                 self._ask(lane)
+
+    def _renew(self, lane: Lane) -> None:
+        """Give a lane that is slow a new engine, if there is one."""
+        if self._replace is not None and self._replace(lane):
+            logger.warning("Lane %s is %.1f times as slow as it was", lane.name, lane.profile.scale)
+            lane.replaced_s = asyncio.get_running_loop().time()
+            lane.profile.restart()
 
     def _is_ill(self, lane: Lane, now_s: float) -> bool:
         if lane.out or lane.profile.slow_s < _ILL_FOR_S or now_s - lane.replaced_s < _REPLACED_EVERY_S:
@@ -134,6 +141,8 @@ class LaneHealth:
                 metrics.LANE_UP.labels(lane.name).set(1)
             if lane.out or future.result() < _STILL_SLOW:
                 lane.profile.restart()
+            elif self._is_ill(lane, loop.time()):
+                self._renew(lane)
             lane.succeeded()
             self._changed()
 

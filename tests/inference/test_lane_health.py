@@ -177,6 +177,35 @@ def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> 
     on_clock(story)
 
 
+@pytest.mark.parametrize(("probe", "replaced"), [(1.5, False), (10.0, True)])
+def test_a_lane_whose_work_has_become_more_keeps_its_engine(probe: float, replaced: bool) -> None:
+    async def story() -> None:
+        world, given = World(runners=2), [0]
+
+        def replace(lane: Lane) -> bool:
+            given[0] += 1
+            return True
+
+        health = LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace)
+        lane = world.lanes[0]
+        lane.probe = lambda: probe
+        await world.advance(1.01)
+        for each in world.lanes:
+            each.finished(4, 0.004)
+        for _ in range(5):
+            lane.started(4, world.loop.time())
+            lane.finished(4, 0.05)
+            health.refresh_slow()
+        assert not given[0], "it has not been asked yet"
+        lane.started(4, world.loop.time())
+        await world.settle()
+        assert given[0] == replaced
+        assert lane.profile.scale == 1.0
+        assert not health.is_asking
+
+    on_clock(story)
+
+
 def test_lanes_that_became_slow_together_keep_their_engines() -> None:
     async def story() -> None:
         world = World(runners=2)

@@ -101,7 +101,7 @@ async def test_who_frees_a_version_rests_between_its_engines(plane, versions):
     assert left == [2, 1, 0]
 
 
-async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versions):
+async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versions, monkeypatch):
     root, first, _ = versions
     version = await plane.open(root, first)
     await plane.settled()
@@ -109,10 +109,14 @@ async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versi
     before = {lane.name: version.warmed[lane.name] for lane in (slow, other)}
     (spares,) = version.spares.values()
     (spare,) = spares
+    engine = before[slow.name].engine
+    run = engine.run
+    monkeypatch.setattr(engine, "run", lambda *told: (time.sleep(0.2), run(*told))[1])
     for _ in range(3):
         slow.profile.observe(4, 0.1 + 10 * slow.profile.predict(4))
     plane.batcher._health.refresh_slow()
-    assert version.warmed == {slow.name: spare, other.name: before[other.name]} and not spares
+    await eventually_async(lambda: version.warmed[slow.name] is spare)
+    assert version.warmed[other.name] is before[other.name] and not spares
     assert slow.profile.scale == 1.0 and not slow.out
     await plane.settled()
     assert len(spares) == 1 and spares[0].engine not in [warmed.engine for warmed in version.warmed.values()]
