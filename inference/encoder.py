@@ -7,7 +7,7 @@ by user vectors alone, these go through the engine in as few cuts as hold them, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -47,6 +47,15 @@ class Encoded:
     pending: Bool
     news: Bool
     keys: list[bytes]
+
+    def named(self, users: list[int]) -> tuple[list[Hashable], list[bytes], list[int]]:
+        """How the cache is told of some: by what they are found, their histories, and how many events."""
+        names, lengths = self.histories.users(), self.histories.lengths.tolist()
+        return (
+            [names[user] for user in users],
+            [self.keys[user] for user in users],
+            [lengths[user] for user in users],
+        )
 
 
 class Encoder:
@@ -100,7 +109,7 @@ class Encoder:
             yield encoded.cuts
             return
         encoded.pending[users] = False
-        with self._find(self._cache, encoded, users) as found:
+        with self._cache.find(*encoded.named(users.tolist()), encoded.precision) as found:
             lost = [row for row, whole in enumerate(found.same) if not whole]
             known = np.arange(len(users)) if not lost else np.flatnonzero(found.same)
             lent = _known(self._cache, buckets, encoded, found, known, "score", users, lend=True)
@@ -119,21 +128,13 @@ class Encoder:
         wanted = encoded.news & sound
         if self._cache is None or not encoded.keys or not wanted.any():
             return
-        named, users, place = encoded.histories.users(), wanted.nonzero()[0].tolist(), wanted.cumsum() - 1
+        users, place = wanted.nonzero()[0].tolist(), wanted.cumsum() - 1
         computed: list[Computed] = []
         for cut, states in encoded.cuts:
             if states.keys() >= set(self._model.state_names):  # and not lent by the cache
                 rows = wanted[cut.users].nonzero()[0]
                 computed.append(Computed(place[cut.users[rows]].tolist(), rows.tolist(), states))
-        self._cache.keep(
-            [named[user] for user in users],
-            [encoded.keys[user] for user in users],
-            encoded.histories.lengths[wanted].tolist(),
-            computed,
-            encoded.derived,
-            users,
-            encoded.precision,
-        )
+        self._cache.keep(*encoded.named(users), computed, encoded.derived, users, encoded.precision)
 
     def _find_or_encode(
         self,
@@ -172,16 +173,6 @@ class Encoder:
             if count:
                 metrics.cache_users(outcome).inc(count)
         return encoded
-
-    @staticmethod
-    def _find(cache: UserCache, encoded: Encoded, users: Int64) -> Found:
-        named, at = encoded.histories.users(), users.tolist()
-        return cache.find(
-            [named[user] for user in at],
-            [encoded.keys[user] for user in at],
-            encoded.histories.lengths[users].tolist(),
-            encoded.precision,
-        )
 
     def _append(
         self, engine: Engine, encoded: Encoded, known_events: Int64, cuts: list[tuple[Cut, Tensors]]
