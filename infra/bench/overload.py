@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from compression.releases.registry import Registry
 from features.memory_store import MemoryStore
 from features.settings import FeatureSettings
 from features.statistics import ItemStatistics
@@ -151,7 +150,8 @@ class Worker:
     async def open(self, statistics: ItemStatistics) -> None:
         self.plane = Plane(InferenceSettings(engine="onnx"), FeatureSettings(), statistics)
         self.model = ServingModel(self.plane, self.stream.releases, self.metrics.releases)
-        await self.model.load()
+        if not await self.model.load():  # without a version a worker's lists are of what is popular
+            raise click.ClickException("; ".join(self.model.describe()["refused"].values()))
         self.path = self._path(statistics, self.admission, self.store)
         # What is shed takes no engine, and who goes before others makes batches smaller: capacity is what
         # there is where nobody is shed and all are alike.
@@ -184,6 +184,7 @@ async def measure(
     seconds: float,
     deadline_ms: int,
     seed: int,
+    say: Callable[[str], None],
 ) -> tuple[list[Result], float]:
     requests, statistics = await prepare(events)
     rng = np.random.default_rng(seed)
@@ -197,6 +198,7 @@ async def measure(
     most = float(np.median([await _capacity(worker, users.tolist()) for _ in range(CAPACITY_ROUNDS)]))
     results = []
     for load in loads:
+        say(f"{load:.0%} of {most:,.0f} asks/s for {seconds:g} s")
         asking = rng.choice(users, int(most * load * seconds)).tolist()
         results.append(await _one(worker, asking, tiers, load, most * load, deadline_ms, seconds, seed))
     await worker.close()
@@ -329,12 +331,17 @@ def overload(
     tailrace bench overload
     tailrace bench overload --seconds 10 --json overload.json
     """
-    Registry(registry).open()  # without a version a worker's lists are of what is popular
     events, name = bench_options.events(log, clicks, seed)
     started_s = time.perf_counter()
     results, most = run_on_uvloop(
         measure(
-            events, registry=registry, loads=(0.5, 1.5), seconds=seconds, deadline_ms=deadline_ms, seed=seed
+            events,
+            registry=registry,
+            loads=(0.5, 1.5),
+            seconds=seconds,
+            deadline_ms=deadline_ms,
+            seed=seed,
+            say=partial(click.echo, err=True),
         )
     )
     report.table(
