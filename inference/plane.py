@@ -38,9 +38,11 @@ log = logging.getLogger(__name__)
 
 DRAIN_S: Final = 10.0
 # Opening a version leaves the processor to what serves. After each piece of work comes a rest so many
-# times as long. A low priority is only for long work without the interpreter's lock: a thread that holds
-# the lock and is not let on a processor keeps all others waiting (68 ms were seen at 350 lists/s).
-_REST: Final = 6.0
+# times as long, a short one where nobody was served meanwhile. A low priority is only for long work without
+# the interpreter's lock: a thread that holds the lock and is not let on a processor keeps all others waiting
+# (68 ms were seen at 350 lists/s).
+_REST: Final = 14.0
+_REST_ALONE: Final = 2.0
 _LONGEST_REST_S: Final = 0.5
 # The first requests of a version that was switched to find cold caches; freeing the one before, which holds
 # everybody up for some milliseconds, comes when they have been answered.
@@ -338,7 +340,8 @@ class Plane:
         if self._versions:
             # By what it had of the processor: waiting for others was a rest already.
             worked_s = time.thread_time() - self._began_s
-            self._closing.wait(min(_REST * worked_s, _LONGEST_REST_S))
+            rest = _REST if self._is_asked() else _REST_ALONE
+            self._closing.wait(min(rest * worked_s, _LONGEST_REST_S))
         self._began_s = time.thread_time()
         return self._closing.is_set()
 

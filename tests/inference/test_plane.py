@@ -215,6 +215,21 @@ async def test_only_opening_beside_a_version_that_serves_rests_in_between(plane,
     assert all(0 <= rest_s <= 0.5 for rest_s in rests)
 
 
+async def test_who_opens_a_version_rests_longer_where_somebody_is_served(plane, versions, monkeypatch):
+    root, first, _ = versions
+    version = await plane.open(root, first)
+    await plane.settled()
+    rests = []
+    monkeypatch.setattr(plane._closing, "wait", rests.append)
+    for served in (False, True, False):
+        if served:
+            await plane.rank(REQUESTS, version)
+        plane._began_s = time.thread_time() - 0.01
+        plane._rest()
+    alone, beside, again = rests
+    assert beside > 4 * max(alone, again)
+
+
 async def test_closing_in_the_middle_of_opening_does_not_wait_for_it(statistics, versions, monkeypatch):
     root, first, second = versions
     plane = Plane(SETTINGS, FeatureSettings(), statistics)
