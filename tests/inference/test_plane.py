@@ -111,7 +111,7 @@ async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versi
     (spare,) = spares
     engine = before[slow.name].engine
     run = engine.run
-    monkeypatch.setattr(engine, "run", lambda *told: (time.sleep(0.2), run(*told))[1])
+    monkeypatch.setattr(engine, "run", lambda *told: (time.sleep(0.05), run(*told))[1])
     for _ in range(3):
         slow.profile.observe(4, 0.1 + 10 * slow.profile.predict(4))
     plane.batcher._health.refresh_slow()
@@ -120,6 +120,22 @@ async def test_a_lane_that_became_slow_alone_continues_on_the_spare(plane, versi
     assert slow.profile.scale == 1.0 and not slow.out
     await plane.settled()
     assert len(spares) == 1 and spares[0].engine not in [warmed.engine for warmed in version.warmed.values()]
+
+
+async def test_a_probe_that_had_to_wait_once_says_that_the_lane_is_well(plane, versions, monkeypatch):
+    root, first, _ = versions
+    version = await plane.open(root, first)
+    engine, waits_s = version.warmed["onnx-0"].engine, [0.3]
+    run = engine.run
+
+    def waiting(*told):
+        time.sleep(waits_s.pop() if waits_s else 0.0)
+        return run(*told)
+
+    monkeypatch.setattr(engine, "run", waiting)
+    once = plane._probe("onnx-0")
+    waits_s += [0.3] * 20
+    assert plane._probe("onnx-0") > 2 * once
 
 
 async def test_engines_like_one_that_was_timed_run_each_shape_once(plane, versions, monkeypatch):
