@@ -12,9 +12,11 @@ from inference.releases.comparison import Comparison, Sample
 from inference.releases.held import Held, Versions
 from inference.releases.shadow import unhurried
 
-# So many at a time, with a pause for those who wait.
+# So many at a time, with a pause for those who wait: as long as this, and longer on a slow machine.
 BATCH: Final = 8
 PAUSE_S: Final = 0.08
+PAUSE: Final = 10.0
+LONGEST_PAUSE_S: Final = 0.5
 
 
 async def rehearse(versions: Versions, held: Held, samples: Sequence[Sample]) -> Comparison:
@@ -25,8 +27,9 @@ async def rehearse(versions: Versions, held: Held, samples: Sequence[Sample]) ->
         asked = unhurried((sample.request for sample in part), None)
         asked_s = time.perf_counter()
         answers = await versions.rehearse(asked, held.opened)
-        comparison.add(part, answers, time.perf_counter() - asked_s)
-        await asyncio.sleep(PAUSE_S)
+        took_s = time.perf_counter() - asked_s
+        comparison.add(part, answers, took_s)
+        await asyncio.sleep(min(max(PAUSE_S, PAUSE * took_s), LONGEST_PAUSE_S))
     return comparison
 
 
