@@ -77,8 +77,8 @@ class Lane:
         self.executor = self.new_thread(self.name)
 
     def renew_thread(self) -> None:
-        """Leave a thread that hangs to itself."""
-        self.executor.shutdown(wait=False)
+        """Leave a thread that hangs to itself; what waits for it is cancelled."""
+        self.executor.shutdown(wait=False, cancel_futures=True)
         self.executor = self.new_thread(self.name)
 
     def seconds(self, items: int) -> float:

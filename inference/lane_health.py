@@ -115,10 +115,20 @@ class LaneHealth:
         self._pauses.add(handle)
 
     def _ask(self, lane: Lane) -> None:
-        loop = asyncio.get_running_loop()
+        loop, probe = asyncio.get_running_loop(), lane.probe
+        assert probe is not None
         lane.probed_s = loop.time()
-        asking = loop.run_in_executor(lane.executor, lane.probe or (lambda: 1.0))
-        self._probes.add(asking)
+        watch: asyncio.TimerHandle | None = None
+
+        def ask() -> float:
+            # The time that a probe waits for a batch is the batch's.
+            loop.call_soon_threadsafe(begun)
+            return probe()
+
+        def begun() -> None:
+            nonlocal watch
+            if asking in self._probes:
+                watch = loop.call_later(self._hang_s, hung)
 
         def hung() -> None:
             self._probes.discard(asking)
@@ -129,7 +139,8 @@ class LaneHealth:
             if future not in self._probes:
                 return
             self._probes.discard(future)
-            watch.cancel()
+            if watch is not None:
+                watch.cancel()
             if self._closing or future.cancelled():
                 return
             error = future.exception()
@@ -146,5 +157,6 @@ class LaneHealth:
             lane.succeeded()
             self._changed()
 
-        watch = loop.call_later(self._hang_s, hung)
+        asking = loop.run_in_executor(lane.executor, ask)
+        self._probes.add(asking)
         asking.add_done_callback(told)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -71,6 +72,18 @@ def test_a_lane_that_is_out_or_has_no_engine_for_the_version_is_never_chosen() -
     assert dispatcher.choose("a", [1], 0.0) is None
     assert dispatcher.able("a") == []
     assert dispatcher.wait_s("a", 0, 32, 0.0) == float("inf")
+
+
+def test_what_waits_for_a_thread_that_hangs_is_cancelled_and_not_done_later() -> None:
+    begun, hangs, ill = threading.Event(), threading.Event(), lane("lane", 0.01)
+    stuck = ill.executor.submit(lambda: (begun.set(), hangs.wait(10)))
+    waits = ill.executor.submit(lambda: None)
+    assert begun.wait(10)
+    ill.renew_thread()
+    assert waits.cancelled()
+    assert ill.executor.submit(lambda: 1).result(10) == 1
+    hangs.set()
+    stuck.result(10)
 
 
 def test_the_wait_behind_a_queue_is_shared_by_the_lanes() -> None:

@@ -206,6 +206,32 @@ def test_a_lane_whose_work_has_become_more_keeps_its_engine(probe: float, replac
     on_clock(story)
 
 
+def test_a_probe_that_waits_for_a_long_batch_does_not_hang() -> None:
+    async def story() -> None:
+        world = World(runners=2, hang_ms=300)
+        lane = world.lanes[0]
+        lane.profile.scale = 20.0  # so that its batch may take long
+        lane.probe = lambda: 1.0
+        health = LaneHealth(world.lanes, hang_s=0.3, changed=lambda: None)
+        world.lanes[1].out = True
+        await world.advance(1.01)
+        asked = world.ask(Question(1))
+        await world.turn()
+        health._ask(lane)
+        await world.advance(1.0)
+        assert not lane.out
+        await world.finish()
+        assert await asked == [10]
+        world.executor.held.clear()  # this one has begun, and hangs
+        health._ask(lane)
+        _, probe, _ = world.executor.held.pop()
+        probe()
+        await world.advance(0.31)
+        assert lane.out
+
+    on_clock(story)
+
+
 def test_lanes_that_became_slow_together_keep_their_engines() -> None:
     async def story() -> None:
         world = World(runners=2)
