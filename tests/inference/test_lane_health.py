@@ -147,15 +147,21 @@ def test_a_lane_that_became_slow_alone_has_a_new_engine_where_there_is_one(
     on_clock(story)
 
 
+def renewing(world: World) -> tuple[LaneHealth, list[Lane]]:
+    """With a new engine for every lane that is to have one, and the lanes that had one."""
+    renewed: list[Lane] = []
+
+    def replace(lane: Lane) -> bool:
+        renewed.append(lane)
+        return True
+
+    return LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace), renewed
+
+
 def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> None:
     async def story() -> None:
-        world, given = World(runners=2), [0]
-
-        def replace(lane: Lane) -> bool:
-            given[0] += 1
-            return True
-
-        health = LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace)
+        world = World(runners=2)
+        health, renewed = renewing(world)
         slow = world.lanes[0]
         for lane in world.lanes:
             lane.finished(4, 0.004)
@@ -167,12 +173,12 @@ def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> 
                 health.refresh_slow()
 
         batches(3, 0.03)
-        assert slow.profile.scale > 2.5 and not given[0]
+        assert slow.profile.scale > 2.5 and not renewed
         batches(30, 0.004)
         batches(3, 0.03)
-        assert not given[0], "in between it was well"
+        assert not renewed, "in between it was well"
         batches(1, 0.03)
-        assert given[0] == 1
+        assert renewed == [slow]
 
     on_clock(story)
 
@@ -180,13 +186,8 @@ def test_a_few_short_batches_that_took_long_are_no_reason_for_a_new_engine() -> 
 @pytest.mark.parametrize(("probe", "replaced"), [(1.5, False), (10.0, True)])
 def test_a_lane_whose_work_has_become_more_keeps_its_engine(probe: float, replaced: bool) -> None:
     async def story() -> None:
-        world, given = World(runners=2), [0]
-
-        def replace(lane: Lane) -> bool:
-            given[0] += 1
-            return True
-
-        health = LaneHealth(world.lanes, hang_s=1.0, changed=lambda: None, replace=replace)
+        world = World(runners=2)
+        health, renewed = renewing(world)
         lane = world.lanes[0]
         lane.probe = lambda: probe
         await world.advance(1.01)
@@ -196,10 +197,10 @@ def test_a_lane_whose_work_has_become_more_keeps_its_engine(probe: float, replac
             lane.started(4, world.loop.time())
             lane.finished(4, 0.05)
             health.refresh_slow()
-        assert not given[0], "it has not been asked yet"
+        assert not renewed, "it has not been asked yet"
         lane.started(4, world.loop.time())
         await world.settle()
-        assert given[0] == replaced
+        assert renewed == [lane] * replaced
         assert lane.profile.scale == 1.0
         assert not health.is_asking
 
