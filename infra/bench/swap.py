@@ -44,8 +44,11 @@ SETTLE_S: Final = 0.2
 # Memory is flat where all swaps together add no more than this share of it, at 95 % confidence.
 FLAT: Final = 0.02
 _Z: Final = 1.96
-# No swap takes longer than this.
-MOST_S: Final = 40.0
+# No swap takes longer than this; the first of a process imports libraries beside all others.
+MOST_S: Final = 120.0
+# Steady load before the first swap, where it is to last as long as the swap before.
+FIRST_STEADY_S: Final = 4.0
+CAPACITY_S: Final = 4.0
 LOOK_S: Final = 0.002
 
 
@@ -57,8 +60,10 @@ class Swap:
     seen_before: bool
     p50_ms: float
     p99_ms: float
+    steady_s: float
     steady_p50_ms: float
     steady_p99_ms: float
+    capacity_lists_per_s: float
     machine_ms: float
     rss_mb: float
     prepared_mb: float
@@ -105,7 +110,7 @@ class Ends:
 @dataclass(frozen=True, slots=True)
 class Result:
     """All swaps of a run. `ratio` compares p99 of the requests due in swap windows with that of those due
-    just before.
+    just before. `capacity_lists_per_s`, `rate`, `swap_s` and `steady_s`: medians over swaps.
     Slopes are those of the second half: by then every version has been served, and caches are full.
     `machine_ms` is what a fixed piece of work took before each swap's load; `p50_by_machine_percent_per_swap`
     what a swap adds to p50 as it would be on a machine that is always as fast."""
@@ -117,6 +122,7 @@ class Result:
     capacity_lists_per_s: float
     rate: float
     swap_s: float
+    steady_s: float
     steady_ms: dict[str, float]
     window_ms: dict[str, float]
     window_by_kind_ms: dict[str, dict[str, float]]
@@ -185,13 +191,16 @@ async def measure(
     swaps: int,
     versions: int,
     load: float,
-    steady_s: float,
+    steady_s: float | None,
     seed: int,
     say: Callable[[str], None],
 ) -> tuple[Result, list[Swap]]:
     """Swap from version to version while requests come at `load` times the capacity. Nothing of the version
     before is kept, so every swap verifies, loads, warms, checks, switches, drains and frees. Before every
-    other round what was prepared of the versions is deleted: this machine has never seen them."""
+    other round what was prepared of the versions is deleted: this machine has never seen them. Capacity is
+    measured again where such a pair of rounds begins, so that the load follows the machine's speed; without
+    `steady_s` what is steady lasts as long as the swap before, so that a hiccup of the machine is as likely
+    to be met in the one as in the other."""
     requests, statistics = await prepare(events)
     process = psutil.Process()
     with tempfile.TemporaryDirectory(prefix="tailrace-swap-") as name, _cache(Path(name)) as cache:
@@ -203,8 +212,6 @@ async def measure(
         await plane.settled()
         yardstick = Yardstick()
         tune()
-        most = await capacity(model.rank, requests, seconds=4.0)
-        rate = load * most
         found: list[Swap] = []
         kept: list[Kept] = []
         asked = 0
@@ -212,11 +219,17 @@ async def measure(
             seen = number // versions % 2 == 1
             if not seen and number % versions == 0:
                 await asyncio.to_thread(shutil.rmtree, cache, ignore_errors=True)
-            machine_ms = await asyncio.to_thread(yardstick.read_ms)
-            due_s = poisson(int(rate * (SETTLE_S + steady_s + MOST_S)), rate, seed + number)
             # On from where the last one ended: histories grow along a log, and their cost with them.
+            if number % (2 * versions) == 0:
+                turned = requests[asked % len(requests) :] + requests[: asked % len(requests)]
+                most = await capacity(model.rank, turned, seconds=CAPACITY_S)
+                asked += int(most * CAPACITY_S)
+            rate = load * most
+            machine_ms = await asyncio.to_thread(yardstick.read_ms)
+            before_s = steady_s or (found[-1].seconds if found else FIRST_STEADY_S)
+            due_s = poisson(int(rate * (SETTLE_S + before_s + MOST_S)), rate, seed + number)
             ask = partial(drive, model.rank, requests, due_s, first=asked)
-            part = await _one(model, plane, ask, steady_s, root, names[(number + 1) % versions])
+            part = await _one(model, plane, ask, before_s, root, names[(number + 1) % versions])
             asked += len(part.outcomes.due_s)
             kept.append(Kept.of(part, Path(name) / f"swap-{number}"))
             found.append(
@@ -225,8 +238,10 @@ async def measure(
                     seen_before=seen,
                     p50_ms=round(part.outcomes.p_ms(50, part.inside), 3),
                     p99_ms=round(part.outcomes.p_ms(99, part.inside), 2),
+                    steady_s=round(before_s, 3),
                     steady_p50_ms=round(part.outcomes.p_ms(50, part.before), 3),
                     steady_p99_ms=round(part.outcomes.p_ms(99, part.before), 2),
+                    capacity_lists_per_s=round(most, 1),
                     machine_ms=round(machine_ms, 3),
                     rss_mb=round(process.memory_info().rss / 2**20, 1),
                     prepared_mb=round(_size_mb(cache), 1),
@@ -236,7 +251,7 @@ async def measure(
                 last = found[-1]
                 say(f"{number + 1} of {swaps} swaps; p99 {last.p99_ms} ms in it, {last.steady_p99_ms} before")
         await model.close()
-    return _result(found, kept, most, rate), found
+    return _result(found, kept, load), found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -356,7 +371,7 @@ def _cache(folder: Path) -> Iterator[Path]:
             os.environ["XDG_CACHE_HOME"] = before
 
 
-def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: float) -> Result:
+def _result(found: Sequence[Swap], kept: Sequence[Kept], load: float) -> Result:
     before_s, inside_s = [one.before_s for one in kept], [one.inside_s for one in kept]
     steady_ms = _percentiles(before_s)
     window_ms = _percentiles(inside_s)
@@ -374,14 +389,16 @@ def _result(found: Sequence[Swap], kept: Sequence[Kept], most: float, rate: floa
     machine_ms = float(np.median([swap.machine_ms for swap in later]))
     p50_ms = float(np.median([swap.steady_p50_ms for swap in later]))
     alike = [swap.steady_p50_ms / swap.machine_ms * machine_ms / p50_ms for swap in later]
+    most = float(np.median([swap.capacity_lists_per_s for swap in found]))
     return Result(
         swaps=len(found),
         lists=sum(one.lists for one in kept),
         failed=sum(one.failed for one in kept),
         unanswered=sum(one.unanswered for one in kept),
         capacity_lists_per_s=round(most, 1),
-        rate=round(rate, 1),
+        rate=round(load * most, 1),
         swap_s=round(float(np.median([swap.seconds for swap in found])), 3),
+        steady_s=round(float(np.median([swap.steady_s for swap in found])), 3),
         steady_ms=steady_ms,
         window_ms=window_ms,
         window_by_kind_ms=by_kind,
@@ -424,13 +441,12 @@ def _size_mb(folder: Path) -> float:
     type=click.FloatRange(0.01, 0.95),
     default=0.35,
     show_default=True,
-    help="Share of the lists per second that are ranked, caches warm, when requests always wait.",
+    help="Share of the lists per second that are ranked when requests always wait; measured now and then.",
 )
 @click.option(
     "--steady-s",
     type=click.FloatRange(0.1),
-    default=0.6,
-    show_default=True,
+    show_default="as long as the swap before took",
     help="Under load before each swap, to compare with, once the load has settled.",
 )
 @click.option("--versions", type=click.IntRange(2, 8), default=4, show_default=True, help="To swap among.")
@@ -439,7 +455,7 @@ def swap(
     *,
     swaps: int,
     load: float,
-    steady_s: float,
+    steady_s: float | None,
     versions: int,
     clicks: int,
     log: Path | None,
@@ -479,7 +495,7 @@ def swap(
         [
             [label, *(f"{value:.2f}" for value in figures.values())]
             for label, figures in (
-                ("before swaps", result.steady_ms),
+                (f"before swaps ({result.steady_s:.1f} s each)", result.steady_ms),
                 (f"in swaps ({result.swap_s:.1f} s each)", result.window_ms),
                 *((f"  to a version {kind}", ms) for kind, ms in result.window_by_kind_ms.items()),
                 ("event loop late, before", result.loop_lag_steady_ms),
