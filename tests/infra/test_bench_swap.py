@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from infra.bench import options, swap
 from infra.bench.swap import Ends, Slope
 
 RNG = np.random.default_rng(3)
@@ -40,3 +44,35 @@ def test_a_slope_needs_two_swaps():
 def test_ends_are_tenths():
     assert Ends.of([*[1.0] * 10, *[5.0] * 80, *[2.0] * 10]) == Ends(1.0, 2.0)
     assert Ends.of([4.0, 3.0]) == Ends(4.0, 3.0)
+
+
+def test_load_follows_the_machine_and_what_is_steady_lasts_as_long_as_the_swap_before(
+    registry: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capacities = iter([300.0, 200.0])
+
+    async def capacity(*_: object, seconds: float) -> float:
+        return next(capacities)
+
+    monkeypatch.setattr(swap, "capacity", capacity)
+    monkeypatch.setattr(swap, "tune", lambda: None)
+    monkeypatch.setattr(swap, "FIRST_STEADY_S", 0.5)
+    events, _ = options.events(None, 2_000, 1)
+    result, found = asyncio.run(
+        swap.measure(
+            events,
+            registry=registry,
+            swaps=5,
+            versions=2,
+            load=0.5,
+            steady_s=None,
+            seed=1,
+            say=lambda line: None,
+        )
+    )
+    assert [one.capacity_lists_per_s for one in found] == [300.0] * 4 + [200.0]
+    assert [one.steady_s for one in found] == [0.5, *(one.seconds for one in found[:-1])]
+    assert [one.seen_before for one in found] == [False, False, True, True, False]
+    assert result.failed == result.unanswered == 0
+    lasted_s = sum(one.seconds + one.steady_s for one in found[:4])
+    assert result.lists > 100 * lasted_s
