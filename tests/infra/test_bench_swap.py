@@ -46,6 +46,7 @@ def test_ends_are_tenths():
     assert Ends.of([4.0, 3.0]) == Ends(4.0, 3.0)
 
 
+@pytest.mark.timeout(600)  # the first swap imports libraries at a tenth of a processor
 def test_load_follows_the_machine_and_what_is_steady_lasts_as_long_as_the_swap_before(
     registry: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
