@@ -146,21 +146,22 @@ async def drive(
     return Outcomes(due_s[:number].copy(), took_s[:number].copy(), errors[:number].copy())
 
 
-async def capacity(ask: Ask, requests: Sequence[RankRequest], *, seconds: float, at_once: int = 128) -> float:
-    """Lists a second when as many as `at_once` requests are always waiting."""
+async def capacity(
+    ask: Ask, requests: Sequence[RankRequest], *, seconds: float, at_once: int = 128, first: int = 0
+) -> float:
+    """Lists a second when as many as `at_once` requests are always waiting; taken in turn from `first` on."""
     ends_s = time.perf_counter() + seconds
     done = 0
 
-    async def keep_asking(first: int) -> None:
+    async def keep_asking(number: int) -> None:
         nonlocal done
-        number = first
         while time.perf_counter() < ends_s:
             answers = await ask([requests[number % len(requests)]])
             done += not isinstance(answers[0], InferenceError)
             number += at_once
 
     began_s = time.perf_counter()
-    await asyncio.gather(*(keep_asking(number) for number in range(at_once)))
+    await asyncio.gather(*(keep_asking(number) for number in range(first, first + at_once)))
     return done / (time.perf_counter() - began_s)
 
 

@@ -221,8 +221,7 @@ async def measure(
                 await asyncio.to_thread(shutil.rmtree, cache, ignore_errors=True)
             # On from where the last one ended: histories grow along a log, and their cost with them.
             if number % (2 * versions) == 0:
-                turned = requests[asked % len(requests) :] + requests[: asked % len(requests)]
-                most = await capacity(model.rank, turned, seconds=CAPACITY_S)
+                most = await capacity(model.rank, requests, seconds=CAPACITY_S, first=asked)
                 asked += int(most * CAPACITY_S)
             rate = load * most
             machine_ms = await asyncio.to_thread(yardstick.read_ms)

@@ -52,7 +52,7 @@ def test_load_follows_the_machine_and_what_is_steady_lasts_as_long_as_the_swap_b
 ) -> None:
     capacities = iter([300.0, 200.0])
 
-    async def capacity(*_: object, seconds: float) -> float:
+    async def capacity(*_: object, **__: object) -> float:
         return next(capacities)
 
     monkeypatch.setattr(swap, "capacity", capacity)
