@@ -6,7 +6,8 @@ import asyncio
 import hashlib
 import math
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -25,6 +26,8 @@ from features.store import Append, Appended, Neighbours, StoreUnavailable, User
 CLUSTER_SCHEME: Final = "redis+cluster://"
 # Lua's unpack() is bounded by its stack; this is far below.
 _MEMBERS_PER_SCRIPT: Final = 512
+# Of the loop, for what came before the timer was run. An answer of many kilobytes takes several.
+_LAST_TURNS: Final = 4
 _MEMBER: Final = struct.Struct("<q")
 _NOTHING: Final = Neighbours(np.empty(0, np.int64), np.empty(0, np.float64))
 
@@ -44,7 +47,7 @@ _INCREMENT: Final = _Script("increment.lua")
 class RedisStore:
     """Sequences and statistics in Redis or, with `redis+cluster://HOST:PORT`, in a Redis Cluster.
 
-    A call is one round trip (one per node in a cluster) and takes at most `store_timeout_ms`. Any
+    A call is one round trip (one per node in a cluster) and waits `store_timeout_ms` at most. Any
     error is `StoreUnavailable`; after a streak of them calls fail at once until a probe succeeds.
     """
 
@@ -154,7 +157,7 @@ class RedisStore:
         if not self.breaker.allow():
             raise StoreUnavailable("Redis did not answer lately; the breaker is open")
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with _at_most(self._timeout_s):
                 try:
                     replies = await self._client.round_trip(commands)
                 except NoScriptError:
@@ -169,6 +172,31 @@ class RedisStore:
             raise StoreUnavailable(f"Redis: {error}") from error
         self.breaker.succeeded()
         return replies
+
+
+@asynccontextmanager
+async def _at_most(timeout_s: float) -> AsyncIterator[None]:
+    """`asyncio.timeout`, after a few turns of the loop in which to read what has come.
+
+    A loop that was held up finds the answer and the timer due in the same turn, and would run the timer
+    before the task that reads: Redis would be away because we were late.
+    """
+    async with asyncio.timeout(None) as limit:
+        timer = asyncio.get_running_loop().call_later(timeout_s, _expire, limit, _LAST_TURNS)
+        try:
+            yield
+        finally:
+            timer.cancel()
+
+
+def _expire(limit: asyncio.Timeout, turns: int) -> None:
+    loop = asyncio.get_running_loop()
+    if turns:
+        loop.call_soon(_expire, limit, turns - 1)
+    else:
+        # Refused where the answer was read in those turns and the limit is over.
+        with suppress(RuntimeError):
+            limit.reschedule(loop.time())
 
 
 _NOT_APPLIED: Final = Appended(False, b"")

@@ -39,8 +39,8 @@ class FeatureSettings(BaseSettings):
     transition_limit: int = Field(default=32, ge=1)
     category_limit: int = Field(default=48, ge=1)
     popular_limit: int = Field(default=120, ge=1)
-    flush_keys: int = Field(default=512, ge=1)
-    """Statistics written in one round trip; more make several, so none holds the loop for long."""
+    flush_increments: int = Field(default=512, ge=1)
+    """Increments written in one round trip; more make several, so none holds the loop, or Redis, for long."""
     pending_max: int = Field(default=200_000, ge=1)
     """Increments kept while the store is away; past that new ones are dropped and counted."""
 

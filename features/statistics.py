@@ -12,6 +12,7 @@ ones, and a flush that timed out may count twice. Nothing that must be exact is 
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
 from collections import OrderedDict
@@ -169,15 +170,16 @@ class ItemStatistics:
                 pending.add_to(pending.transitions, previous, item, weight + timestamp * per_transition)
 
     async def flush(self) -> None:
-        """Write what was counted. After `StoreUnavailable` it waits for the next flush."""
-        counted, self._pending = self._pending, _Increments()
-        parts = counted.parts(self._settings.flush_keys)
-        for done, part in enumerate(parts):
+        """Write what was counted, `flush_increments` to a round trip. After `StoreUnavailable` what is
+        not written waits for the next flush."""
+        most = self._settings.flush_increments
+        # Not what is counted meanwhile: that would never end where clicks come as fast as this writes.
+        for _ in range(0, self._pending.count, most):
+            part = self._pending.take(most)
             try:
                 await self._store.increment(part)
-            except ConnectionError:
-                for kept in parts[done:]:
-                    self._pending.merge(kept)
+            except (ConnectionError, asyncio.CancelledError):
+                self._pending.merge(part)
                 raise
 
     async def refresh(self) -> None:
@@ -279,13 +281,22 @@ class _Increments:
         else:
             self.add(kept, item, log2)
 
-    def parts(self, most: int) -> list[dict[str, dict[int, float]]]:
-        """Named increments, `most` statistics to a part."""
-        named = [(keys.transitions(id_), kept) for id_, kept in self.transitions.items()]
-        named += [(keys.category(id_), kept) for id_, kept in self.categories.items()]
-        if self.popular:
-            named.append((keys.POPULAR, self.popular))
-        return [dict(named[at : at + most]) for at in range(0, len(named), most)]
+    def take(self, most: int) -> dict[str, dict[int, float]]:
+        """Take `most` increments out, or all there are, by the names of their statistics."""
+        part: dict[str, dict[int, float]] = {}
+        room = most
+        for name_of, of in ((keys.transitions, self.transitions), (keys.category, self.categories)):
+            while of and room:
+                id_, kept = of.popitem()
+                taken = part[name_of(id_)] = _take(kept, room)
+                room -= len(taken)
+                if kept:
+                    of[id_] = kept
+        if self.popular and room:
+            taken = part[keys.POPULAR] = _take(self.popular, room)
+            room -= len(taken)
+        self.count -= most - room
+        return part
 
     def merge(self, part: dict[str, dict[int, float]]) -> None:
         for name, kept in part.items():
@@ -295,6 +306,11 @@ class _Increments:
                 else:
                     of = self.transitions if name[0] == "t" else self.categories
                     self.add_to(of, int(name[3:-1]), item, log2)
+
+
+def _take(kept: dict[int, float], most: int) -> dict[int, float]:
+    """Take `most` entries out, or all."""
+    return dict(kept.popitem() for _ in range(min(most, len(kept))))
 
 
 def _shares(

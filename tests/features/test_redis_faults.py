@@ -70,6 +70,21 @@ async def test_a_hung_server_costs_the_timeout_once_per_failure_and_then_nothing
     await store.close()
 
 
+async def test_an_answer_that_came_while_the_loop_was_held_up_is_read_not_given_up(redis_url: str) -> None:
+    users = range(300)
+    patient = RedisStore(redis_url, settings=PATIENT)
+    await patient.append([event(60 * user + at, user) for user in users for at in range(60)])
+    await patient.close()
+    store = RedisStore(redis_url, settings=QUICK)
+    await store.ping()
+    reading = asyncio.create_task(store.read(users))
+    await asyncio.sleep(0)
+    # By now it is sent. What holds the loop is ours; Redis answers meanwhile.
+    time.sleep(5 * QUICK.store_timeout_ms / 1000)  # noqa: ASYNC251
+    assert [len(items(user.sequence)) for user in await reading] == [60] * 300
+    await store.close()
+
+
 async def test_a_hung_server_does_not_hold_the_loop(redis_server: Any, redis_url: str) -> None:
     store = RedisStore(redis_url, settings=FeatureSettings(store_timeout_ms=1_000))
     await store.ping()

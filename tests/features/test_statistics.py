@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Mapping, Sequence
 
@@ -229,6 +230,71 @@ async def test_increments_wait_while_the_store_is_away_and_arrive_after() -> Non
     assert read.log2_weights[0] == pytest.approx(START_S / HALF_LIFE_S + 1, abs=1e-6)
 
 
+class CountingStore(MemoryStore):
+    """Takes the first `takes` round trips and keeps how many increments each had."""
+
+    def __init__(self, takes: int = 1_000) -> None:
+        super().__init__()
+        self.takes = takes
+        self.round_trips: list[int] = []
+
+    async def increment(self, increments: Mapping[str, Mapping[int, float]]) -> None:
+        if len(self.round_trips) == self.takes:
+            raise StoreUnavailable("away")
+        await super().increment(increments)
+        self.round_trips.append(sum(map(len, increments.values())))
+
+
+async def test_no_round_trip_writes_more_increments_than_set_however_few_the_statistics() -> None:
+    store = CountingStore()
+    world = World(store, flush_increments=16)
+    # One category and the popular items of all have every item; one item has 50 that follow it.
+    await world.take(world.clicks(*((user, item) for user in range(50) for item in (1000, user))))
+    waiting = world.statistics.pending
+    assert waiting == 50 + 2 * 51
+    await world.statistics.flush()
+    assert store.round_trips == [16] * 9 + [8]
+    assert world.statistics.pending == 0
+    everything = await store.neighbours([keys.transitions(1000), keys.category(7), keys.POPULAR], 100)
+    assert [len(read.items) for read in everything] == [50, 51, 51]
+
+
+async def test_what_was_written_before_the_store_went_away_is_not_written_again() -> None:
+    store, whole = CountingStore(takes=3), World()
+    world = World(store, flush_increments=16)
+    for one in (world, whole):
+        await one.take(one.clicks(*((user, item) for user in range(50) for item in (1000, user))))
+    with pytest.raises(StoreUnavailable):
+        await world.statistics.flush()
+    assert world.statistics.pending == 50 + 2 * 51 - 3 * 16
+    store.takes = 1_000
+    await world.statistics.flush()
+    await whole.statistics.flush()
+    names = [keys.transitions(1000), keys.category(7), keys.POPULAR]
+    for read, expected in zip(
+        await store.neighbours(names, 100), await whole.store.neighbours(names, 100), strict=True
+    ):
+        assert read.items.tolist() == expected.items.tolist()
+        assert read.log2_weights.tolist() == pytest.approx(expected.log2_weights.tolist())
+
+
+async def test_a_flush_that_is_stopped_keeps_what_it_has_not_written() -> None:
+    class HungStore(MemoryStore):
+        async def increment(self, increments: Mapping[str, Mapping[int, float]]) -> None:
+            await asyncio.Event().wait()
+
+    world = World(HungStore(), flush_increments=16)
+    await world.take(world.clicks(*((user, item) for user in range(50) for item in (1000, user))))
+    waiting = world.statistics.pending
+    flushing = asyncio.create_task(world.statistics.flush())
+    await asyncio.sleep(0)
+    assert world.statistics.pending == waiting - 16
+    flushing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await flushing
+    assert world.statistics.pending == waiting
+
+
 async def test_waiting_increments_are_bounded_and_what_is_dropped_is_counted() -> None:
     store = AwayStore()
     world = World(store, pending_max=50)
@@ -239,7 +305,7 @@ async def test_waiting_increments_are_bounded_and_what_is_dropped_is_counted() -
 
 
 async def test_real_redis_gives_what_the_twin_gives(redis_url: str) -> None:
-    worlds = [World(), World(RedisStore(redis_url, settings=SETTINGS), flush_keys=3)]
+    worlds = [World(), World(RedisStore(redis_url, settings=SETTINGS), flush_increments=3)]
     answers = []
     for world in worlds:
         for turn in range(40):
