@@ -2,8 +2,8 @@
 
 Stock Faust costs 105–125 µs a message before any work is done; a record batch handed over whole costs
 that once per batch. The feeder polls, gives each topic's records to its channel as one `Unit`, and
-commits what the ack sequencers release. It runs inside a Faust service (`stream.app`) and knows
-nothing of Faust itself.
+commits what the ack sequencers release. A busy machine gets fewer and larger units (`gather_units`).
+It runs inside a Faust service (`stream.app`) and knows nothing of Faust itself.
 
 Delivery is at least once: offsets are committed after results are in Kafka, in order per partition,
 before partitions are given up, and never automatically.
@@ -16,6 +16,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -95,8 +96,10 @@ class Feeder:
         self._in_flight = 0
         self._room = asyncio.Event()
         self._idle = asyncio.Event()
+        self._spare = asyncio.Event()
         self._room.set()
         self._idle.set()
+        self._spare.set()
         self._polling = True
         self._progress_s = 0.0
         self._unassigned_s: float | None = None
@@ -117,6 +120,7 @@ class Feeder:
         failing_since_s: float | None = None
         while self._polling:
             await self._room.wait()
+            await self._gather()
             try:
                 batches = await self._consumer.getmany(
                     timeout_ms=POLL_TIMEOUT_MS, max_records=self._settings.poll_max_records
@@ -184,6 +188,13 @@ class Feeder:
 
     # Feeding -----------------------------------------------------------------------------------
 
+    async def _gather(self) -> None:
+        """Let records come while every processor has a unit to work on, for `gather_ms` at most."""
+        if not self._spare.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.gather_ms / 1000):
+                    await self._spare.wait()
+
     async def _feed(self, batches: dict[TopicPartition, list[Any]]) -> None:
         by_topic: dict[str, tuple[list[Any], list[tuple[AckSequencer, Slot]]]] = {}
         for partition, records in batches.items():
@@ -201,6 +212,8 @@ class Feeder:
         for topic, (unit_records, slots) in by_topic.items():
             count, number, now_s = len(unit_records), next(self._numbers), _now()
             self._progress_s = self._received_s[number] = now_s
+            if len(self._received_s) >= self._settings.gather_units:
+                self._spare.clear()
             self._in_flight += count
             self._idle.clear()
             if self._in_flight >= self._settings.max_in_flight:
@@ -219,6 +232,8 @@ class Feeder:
         for sequencer, slot in slots:
             sequencer.finish(slot)
         del self._received_s[number]
+        if len(self._received_s) < self._settings.gather_units:
+            self._spare.set()
         self._progress_s = _now()
         self._in_flight -= count
         self._metrics.in_flight.set(self._in_flight)

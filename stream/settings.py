@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from inference.admission.load import processors
 from inference.releases.settings import ReleaseRules
 from topics.catalog import suffixed
 
@@ -55,6 +56,11 @@ class StreamSettings(BaseSettings):
     poll_max_records: int = Field(default=256, ge=1)
     max_in_flight: int = Field(default=1024, ge=1)
     """Records in hand and not yet answered; polling stops there and lag grows instead of memory."""
+    gather_units: int = Field(default_factory=processors, ge=1)
+    """With so many units in hand a poll waits until one is answered: more at once would only share the
+    processors, and what comes meanwhile makes one unit. Unset: as many as processors."""
+    gather_ms: int = Field(default=25, ge=0)
+    """The most that a poll waits for that; units that hang hold up the next by no more."""
 
     click_deadline_ms: int = Field(default=2000, ge=1)
     """A click not ranked this long after it was read gets a degraded list at once."""

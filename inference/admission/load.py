@@ -15,6 +15,11 @@ INTERVAL_S: Final = 0.05
 CPU_INTERVAL_S: Final = 0.5
 
 
+def processors() -> int:
+    """How many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class LoadGauges(Protocol):
     """Where what was measured is shown."""
 
@@ -31,9 +36,7 @@ class LoadProbe:
         self._admission = admission
         self._metrics = metrics
         self._process = psutil.Process()
-        self._cores = (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
+        self._cores = processors()
         self._cpu = 0.0
         self._cpu_read_s = 0.0
 

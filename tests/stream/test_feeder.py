@@ -294,6 +294,26 @@ async def test_polling_stops_at_the_bound_of_records_in_hand():
         await tap.handed(3)
 
 
+async def test_with_a_unit_for_every_processor_the_next_is_polled_when_one_is_answered():
+    async with Tap(gather_units=2, gather_ms=60_000) as tap:
+        for offset in range(3):
+            tap.consumer.give(ONE, offset)
+        first, _ = await tap.handed(2)
+        polls = tap.consumer.polls
+        for _ in range(50):
+            await asyncio.sleep(0)
+        assert (tap.consumer.polls, len(tap.units)) == (polls, 2)
+        first.release()
+        assert len(await tap.handed(3)) == 3
+
+
+async def test_units_that_hang_do_not_keep_the_next_from_being_polled():
+    async with Tap(gather_units=1, gather_ms=1) as tap:
+        for offset in range(5):
+            tap.consumer.give(ONE, offset)
+        assert len(await tap.handed(5)) == 5
+
+
 async def test_partitions_that_come_and_go_raise_the_question_of_a_second_worker_of_that_name(caplog):
     async with Tap() as tap:
         for _ in range(3):
