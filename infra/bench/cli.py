@@ -97,6 +97,7 @@ def stream(
     """
     from infra.bench import stream as measure
 
+    bench_options.note_unreleased(registry)
     events, name = bench_options.events(log, clicks, seed)
     results = [
         measure.run(events, registry=registry, rate=rate, seed=seed + number, options=["--engine", engine])
@@ -144,6 +145,7 @@ def kills(
     from infra.bench import faults
     from infra.bench.rig import rig
 
+    bench_options.note_unreleased(registry)
     events, name = bench_options.events(log, clicks, seed)
     with rig(registry) as parts:
         outcomes = [faults.kills(parts, events, duration_s=duration_s, kills=kills, seed=seed)]
@@ -176,6 +178,7 @@ def outages(
     from infra.bench import faults
     from infra.bench.rig import rig
 
+    bench_options.note_unreleased(registry)
     events, name = bench_options.events(log, clicks, seed)
     outcomes = []
     for what in ("kafka", "redis"):
@@ -202,6 +205,7 @@ def malformed(
     from infra.bench import faults
     from infra.bench.rig import rig
 
+    bench_options.note_unreleased(registry)
     events, name = bench_options.events(log, good, seed)
     with rig(registry) as parts:
         outcome = faults.malformed(parts, events, bad=bad, rate=rate, seed=seed)

@@ -46,6 +46,18 @@ def ranking(clicks: int) -> Callable[[Command], Command]:
     return with_options
 
 
+def note_unreleased(registry: Path) -> None:
+    """Say what answers where no version is released: the worker runs, and no network is measured."""
+    from compression.releases.registry import Registry
+    from infra.bench import report
+
+    if Registry(registry).state() is None:
+        report.note(
+            f"No version is released in {registry}: lists come from popularity, no network ranks. "
+            "`tailrace retrain --log FILE` releases one, --registry names another folder."
+        )
+
+
 def events(log: Path | None, limit: int, seed: int) -> tuple[list[Any], str]:
     """Events to send, and what to call them."""
     from compression.logs.log_reader import iter_events

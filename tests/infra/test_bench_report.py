@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from infra.bench import report
+from infra.bench import options, report
 
 
 def test_what_was_not_measured_is_null_and_other_figures_stay(tmp_path):
@@ -17,3 +17,11 @@ def test_what_was_not_measured_is_null_and_other_figures_stay(tmp_path):
     said = json.loads(kept.read_text(), parse_constant=refuse)
     assert said["bench"] == "engines" and said["machine"]["cores"] and said["git_revision"]
     assert said["rows"] == [{"p50_ms": {"1": 0.5}, "error": None, "n": 3}]
+
+
+def test_a_measurement_says_beforehand_that_nothing_ranks(tmp_path, registry, capsys):
+    options.note_unreleased(tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No version is released" in said and "tailrace retrain" in said
+    options.note_unreleased(registry)
+    assert capsys.readouterr().out == ""
