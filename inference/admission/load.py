@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+from contextlib import suppress
+from pathlib import Path
 from typing import Final, Protocol
 
 import psutil
@@ -13,11 +16,18 @@ from inference.admission.control import Admission
 
 INTERVAL_S: Final = 0.05
 CPU_INTERVAL_S: Final = 0.5
+_QUOTA: Final = Path("/sys/fs/cgroup/cpu.max")
 
 
-def processors() -> int:
-    """How many processors this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def processors(quota: Path = _QUOTA) -> int:
+    """How many processors this process may use: those it may run on, or its container's limit (cgroup v2)
+    where that is less, begun ones counted whole."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # No such file: no limit. The word `max`, which is no number: none either.
+    with suppress(OSError, ValueError):
+        most_us, period_us = quota.read_text().split()
+        count = min(count, max(1, math.ceil(int(most_us) / int(period_us))))
+    return count
 
 
 class LoadGauges(Protocol):

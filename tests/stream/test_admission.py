@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from inference.admission.load import LoadProbe
+from inference.admission.load import LoadProbe, processors
 from inference.admission.settings import AdmissionSettings, Tier
 from inference.errors import DeadlineExceeded, Overloaded
 from stream.resources import admission_of
@@ -200,6 +200,17 @@ async def test_the_ceiling_is_all_that_a_worker_may_read_ahead_and_the_target_fo
     told = settings(ceiling=7, queue_target_ms=15.0)
     limits = admission_of(stream, told).limit._limits
     assert (limits.ceiling, limits.queue_target_ms) == (7, 15)
+
+
+@pytest.mark.parametrize(
+    ("quota", "most"),
+    [("50000 100000", 1), ("100000 100000", 1), ("max 100000", 10_000), ("6400000 100000", 64), ("", 10_000)],
+)
+def test_a_container_has_no_more_processors_than_its_limit(tmp_path, monkeypatch, quota, most):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(10_000), raising=False)
+    (tmp_path / "cpu.max").write_text(quota)
+    assert processors(tmp_path / "cpu.max") == most
+    assert processors(tmp_path / "none") == 10_000
 
 
 async def test_a_blocked_loop_is_measured_and_told():
