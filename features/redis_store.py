@@ -26,8 +26,9 @@ from features.store import Append, Appended, Neighbours, StoreUnavailable, User
 CLUSTER_SCHEME: Final = "redis+cluster://"
 # Lua's unpack() is bounded by its stack; this is far below.
 _MEMBERS_PER_SCRIPT: Final = 512
-# Of the loop, for what came before the timer was run. An answer of many kilobytes takes several.
-_LAST_TURNS: Final = 4
+# Of the loop, for what came before the timer was run. An answer of many kilobytes takes several, one of
+# several nodes some more.
+_LAST_TURNS: Final = 10
 _MEMBER: Final = struct.Struct("<q")
 _NOTHING: Final = Neighbours(np.empty(0, np.int64), np.empty(0, np.float64))
 
@@ -61,9 +62,7 @@ class RedisStore:
         settings = settings or FeatureSettings()
         self._timeout_s = settings.store_timeout_ms / 1000
         self.breaker = breaker or Breaker(settings.breaker_failures, settings.breaker_open_ms / 1000)
-        self._client: _Client = (
-            _Cluster(url, self._timeout_s) if url.startswith(CLUSTER_SCHEME) else _Server(url)
-        )
+        self._client: _Client = _Cluster(url) if url.startswith(CLUSTER_SCHEME) else _Server(url)
         self._max_age_s = settings.sequence_max_age_s
         self._sequence_options = (
             b"%d" % settings.sequence_events,
@@ -283,13 +282,14 @@ class _Server:
 
 
 class _Cluster:
-    """A Redis Cluster. Commands of one key keep their order: they go to the same node."""
+    """A Redis Cluster. Commands of one key keep their order: they go to the same node. Its calls are
+    bounded by `RedisStore._call` alone, as those of one server are."""
 
-    def __init__(self, url: str, timeout_s: float) -> None:
+    def __init__(self, url: str) -> None:
         self._cluster: Any = RedisCluster.from_url(
             "redis://" + url.removeprefix(CLUSTER_SCHEME),
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
+            socket_timeout=None,
+            socket_connect_timeout=None,
             retry=Retry(NoBackoff(), 0),
             protocol=2,
             decode_responses=False,

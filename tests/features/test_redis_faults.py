@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -70,19 +70,40 @@ async def test_a_hung_server_costs_the_timeout_once_per_failure_and_then_nothing
     await store.close()
 
 
-async def test_an_answer_that_came_while_the_loop_was_held_up_is_read_not_given_up(redis_url: str) -> None:
-    users = range(300)
-    patient = RedisStore(redis_url, settings=PATIENT)
-    await patient.append([event(60 * user + at, user) for user in users for at in range(60)])
+async def test_an_answer_that_came_while_the_loop_was_held_up_is_read_not_given_up(
+    redis_server: Any, redis_url: str
+) -> None:
+    await reads_what_came_while_the_loop_was_held_up(redis_url, [redis_server])
+
+
+async def reads_what_came_while_the_loop_was_held_up(url: str, servers: Sequence[Any]) -> None:
+    users = range(1_000, 1_300)
+    patient = RedisStore(url, settings=PATIENT)
+    await patient.append([event(at, user) for user in users for at in range(60)])
     await patient.close()
-    store = RedisStore(redis_url, settings=QUICK)
-    await store.ping()
+    settings = FeatureSettings(store_timeout_ms=400)
+    store = RedisStore(url, settings=settings)
+    await eventually_async(lambda: answers(store))
+    for server in servers:
+        server.pause()
     reading = asyncio.create_task(store.read(users))
-    await asyncio.sleep(0)
+    for _ in range(50):
+        await asyncio.sleep(0)
     # By now it is sent. What holds the loop is ours; Redis answers meanwhile.
-    time.sleep(5 * QUICK.store_timeout_ms / 1000)  # noqa: ASYNC251
+    for server in servers:
+        server.resume()
+    time.sleep(2 * settings.store_timeout_ms / 1000)  # noqa: ASYNC251
     assert [len(items(user.sequence)) for user in await reading] == [60] * 300
     await store.close()
+
+
+async def answers(store: RedisStore) -> bool:
+    try:
+        # Of many users: every node of a cluster is connected then.
+        await store.read(range(1_000, 1_300))
+    except StoreUnavailable:
+        return False
+    return True
 
 
 async def test_a_hung_server_does_not_hold_the_loop(redis_server: Any, redis_url: str) -> None:
@@ -247,4 +268,31 @@ async def test_a_cluster_answers_like_one_server(cluster: list[ClusterNode]) -> 
             held.append(client.dbsize())
     assert sum(held) == 33
     assert min(held) > 0
+    await store.close()
+
+
+async def test_a_cluster_s_answer_that_came_while_the_loop_was_held_up_is_read(
+    cluster: list[ClusterNode],
+) -> None:
+    await reads_what_came_while_the_loop_was_held_up(CLUSTER_SCHEME + cluster[0].address, cluster)
+
+
+async def test_a_node_that_hangs_costs_its_timeout_and_the_cluster_answers_after(
+    cluster: list[ClusterNode],
+) -> None:
+    store = RedisStore(CLUSTER_SCHEME + cluster[0].address, settings=FeatureSettings(store_timeout_ms=400))
+    await eventually_async(lambda: answers(store))
+    users = range(2_000, 2_030)
+    await store.append([event(2000, user) for user in users])
+    cluster[1].pause()
+    try:
+        started_s = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="did not answer within"):
+            await store.read(users)
+        assert 0.35 < time.monotonic() - started_s < 2.0
+    finally:
+        cluster[1].resume()
+
+    await eventually_async(lambda: answers(store))
+    assert [items(user.sequence) for user in await store.read(users)] == [[3000]] * len(users)
     await store.close()
