@@ -55,14 +55,7 @@ async def test_a_hung_server_costs_the_timeout_once_per_failure_and_then_nothing
     finally:
         redis_server.resume()
 
-    async def answers() -> bool:
-        try:
-            await store.ping()
-        except StoreUnavailable:
-            return False
-        return True
-
-    await eventually_async(answers)
+    await eventually_async(lambda: answers(store))
     # The batch that timed out was in the server's buffer: it counts once, whoever was first.
     repeated, _ = await store.append([event(20), event(21), event(22)])
     assert repeated[2].applied

@@ -203,33 +203,6 @@ async def test_what_is_kept_does_not_keep_the_batch_it_came_with() -> None:
         assert kept.weights.base is None
 
 
-class AwayStore(MemoryStore):
-    away = True
-
-    async def increment(self, increments: Mapping[str, Mapping[int, float]]) -> None:
-        if self.away:
-            raise StoreUnavailable("away")
-        await super().increment(increments)
-
-
-async def test_increments_wait_while_the_store_is_away_and_arrive_after() -> None:
-    store = AwayStore()
-    world = World(store)
-    await world.take(world.clicks((1, 10), (1, 20)))
-    waiting = world.statistics.pending
-    assert waiting > 0
-    for _ in range(3):
-        with pytest.raises(StoreUnavailable):
-            await world.statistics.flush()
-    assert world.statistics.pending == waiting
-    await world.take(world.clicks((2, 10), (2, 20)))
-    store.away = False
-    await world.settle()
-    assert world.statistics.pending == 0
-    (read,) = await store.neighbours([keys.transitions(10)], 5)
-    assert read.log2_weights[0] == pytest.approx(START_S / HALF_LIFE_S + 1, abs=1e-6)
-
-
 class CountingStore(MemoryStore):
     """Takes the first `takes` round trips and keeps how many increments each had."""
 
@@ -245,11 +218,33 @@ class CountingStore(MemoryStore):
         self.round_trips.append(sum(map(len, increments.values())))
 
 
+async def test_increments_wait_while_the_store_is_away_and_arrive_after() -> None:
+    store = CountingStore(takes=0)
+    world = World(store)
+    await world.take(world.clicks((1, 10), (1, 20)))
+    waiting = world.statistics.pending
+    assert waiting > 0
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable):
+            await world.statistics.flush()
+    assert world.statistics.pending == waiting
+    await world.take(world.clicks((2, 10), (2, 20)))
+    store.takes = 1_000
+    await world.settle()
+    assert world.statistics.pending == 0
+    (read,) = await store.neighbours([keys.transitions(10)], 5)
+    assert read.log2_weights[0] == pytest.approx(START_S / HALF_LIFE_S + 1, abs=1e-6)
+
+
+def crowd(world: World) -> list[Append]:
+    """50 users who go from one item to one each: 50 transitions, 51 items in the one category and of all."""
+    return world.clicks(*((user, item) for user in range(50) for item in (1000, user)))
+
+
 async def test_no_round_trip_writes_more_increments_than_set_however_few_the_statistics() -> None:
     store = CountingStore()
     world = World(store, flush_increments=16)
-    # One category and the popular items of all have every item; one item has 50 that follow it.
-    await world.take(world.clicks(*((user, item) for user in range(50) for item in (1000, user))))
+    await world.take(crowd(world))
     waiting = world.statistics.pending
     assert waiting == 50 + 2 * 51
     await world.statistics.flush()
@@ -263,7 +258,7 @@ async def test_what_was_written_before_the_store_went_away_is_not_written_again(
     store, whole = CountingStore(takes=3), World()
     world = World(store, flush_increments=16)
     for one in (world, whole):
-        await one.take(one.clicks(*((user, item) for user in range(50) for item in (1000, user))))
+        await one.take(crowd(one))
     with pytest.raises(StoreUnavailable):
         await world.statistics.flush()
     assert world.statistics.pending == 50 + 2 * 51 - 3 * 16
@@ -284,7 +279,7 @@ async def test_a_flush_that_is_stopped_keeps_what_it_has_not_written() -> None:
             await asyncio.Event().wait()
 
     world = World(HungStore(), flush_increments=16)
-    await world.take(world.clicks(*((user, item) for user in range(50) for item in (1000, user))))
+    await world.take(crowd(world))
     waiting = world.statistics.pending
     flushing = asyncio.create_task(world.statistics.flush())
     await asyncio.sleep(0)
@@ -296,7 +291,7 @@ async def test_a_flush_that_is_stopped_keeps_what_it_has_not_written() -> None:
 
 
 async def test_waiting_increments_are_bounded_and_what_is_dropped_is_counted() -> None:
-    store = AwayStore()
+    store = CountingStore(takes=0)
     world = World(store, pending_max=50)
     for item in range(100):
         await world.take(world.clicks((item, item)))
