@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from compression.releases.registry import Artefact
+from inference.admission.load import processors
 from inference.engines.base import EngineOptions, Precision
 from infra.bench.serve.payload import Padding
 from infra.bench.serve.shape import CANDIDATES, MAX_LISTS
@@ -173,7 +174,7 @@ class OurServer(Arm):
         ports += ["--admin-port", str(admin_port)]
         workers = ["--workers", str(served.workers)]
         told = {
-            "INFERENCE_LANES": our_lanes(max(1, (os.cpu_count() or 1) // served.workers)),
+            "INFERENCE_LANES": our_lanes(max(1, processors() // served.workers)),
             "INFERENCE_SPARES": "0",
             # One version is open, as in the others.
             "SERVE_KEEP_PREVIOUS": "0",

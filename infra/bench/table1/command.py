@@ -99,6 +99,7 @@ def table1(
     tailrace bench table1 --shape quick --accuracy quick --epochs 1 --seconds 0.05
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from inference.admission.load import processors
     from infra.bench.table1 import measure
     from infra.bench.table1 import report as of_table
     from infra.bench.table1.shapes import SHAPES
@@ -125,7 +126,7 @@ def table1(
             made = trained
     if made is None:
         made = Steps(shape, _folder(shape, "random", None, seed), 0.0, seed, say).all()
-    workers = max(1, (os.cpu_count() or 1) // threads)
+    workers = max(1, processors() // threads)
     with tempfile.TemporaryDirectory(prefix="tailrace-table1-") as work:
         found = measure.arms(made, shape, Path(work), threads=threads, workers=workers, seed=seed)
         rows, scores = measure.run(found, rounds=rounds, seconds=seconds)
