@@ -10,6 +10,7 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.errors import KafkaError
 from kafka.partitioner.default import murmur2
 
+from topics.admin import check_listens
 from topics.codec import record_key
 
 REQUEST_TIMEOUT_MS = 15_000
@@ -21,10 +22,13 @@ class BrokerUnavailable(ConnectionError):
 
 
 def producer(bootstrap: str, **options: Any) -> KafkaProducer:
-    """An idempotent producer that waits for all replicas."""
+    """An idempotent producer that waits for all replicas. A `ConnectionError` where no broker answers."""
+    # kafka-python asks a port that refuses again until its timeout.
+    check_listens(bootstrap)
     try:
         return KafkaProducer(
             bootstrap_servers=bootstrap,
+            bootstrap_timeout_ms=REQUEST_TIMEOUT_MS,
             request_timeout_ms=REQUEST_TIMEOUT_MS,
             # For a topic's whereabouts; a minute otherwise.
             max_block_ms=REQUEST_TIMEOUT_MS,
@@ -72,9 +76,16 @@ class Outgoing:
 
 
 def reader(bootstrap: str, topic: str, **options: Any) -> KafkaConsumer:
-    """A consumer outside any group, assigned to all partitions of a topic."""
+    """A consumer outside any group, assigned to all partitions of a topic. A `ConnectionError` where no
+    broker answers or the topic is not there."""
+    check_listens(bootstrap)
     try:
-        consumer = KafkaConsumer(bootstrap_servers=bootstrap, group_id=None, **options)
+        consumer = KafkaConsumer(
+            bootstrap_servers=bootstrap,
+            bootstrap_timeout_ms=REQUEST_TIMEOUT_MS,
+            group_id=None,
+            **options,
+        )
         known = consumer.partitions_for_topic(topic)
     except KafkaError as error:
         raise _unavailable(bootstrap, error) from error
@@ -83,6 +94,23 @@ def reader(bootstrap: str, topic: str, **options: Any) -> KafkaConsumer:
         raise BrokerUnavailable(f"no topic {topic!r} at {bootstrap}; `tailrace up` creates the topics")
     consumer.assign([TopicPartition(topic, number) for number in sorted(known)])
     return consumer
+
+
+def lag(bootstrap: str, topic: str, group: str) -> int:
+    """How many records of a topic a group has not committed. It is asked about, not joined."""
+    check_listens(bootstrap)
+    try:
+        consumer = KafkaConsumer(bootstrap_servers=bootstrap, group_id=group, enable_auto_commit=False)
+        try:
+            partitions = [
+                TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()
+            ]
+            ends = consumer.end_offsets(partitions)
+            return sum(ends[one] - (consumer.committed(one) or 0) for one in partitions)
+        finally:
+            consumer.close()
+    except KafkaError as error:
+        raise _unavailable(bootstrap, error) from error
 
 
 def partition_of(consumer: KafkaConsumer, topic: str, user_id: int) -> int:

@@ -72,6 +72,9 @@ if [ ! -x .venv/bin/pip ]; then
     "$python" -m venv .venv
 fi
 echo "installing Python packages (with torch a few minutes the first time)"
-# Without compiling all of torch in advance: half a minute of two cores that nobody waits for later.
+# Compiled once, by all processors, which pip does with one: where PYTHONDONTWRITEBYTECODE is set, as in many containers,
+# every process would compile what it imports anew, torch alone for over a second. Some packages carry templates
+# that are no Python; they are passed over.
 .venv/bin/pip install -q --no-compile -c constraints.txt -e '.[train,onnx,openvino,serve,dev]'
+.venv/bin/python -m compileall -qq -j 0 .venv/lib || true
 .venv/bin/python -c 'from infra.local.kafka import ensure_jars; print("kafka jars in", ensure_jars())'
