@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from infra.clients import lag
 from infra.local.kafka import LocalKafka
 from infra.local.redis import LocalRedis
 from infra.local.worker import LocalWorker
@@ -49,6 +50,15 @@ class Rig:
     def topics(self) -> TopicNames:
         return TopicNames.with_suffix(self.topic_suffix)
 
+    @property
+    def _group(self) -> str:
+        return f"tailrace{self.topic_suffix}"
+
+    def is_through(self) -> bool:
+        """Whether the workers have committed every click there is: their lists came before, and none comes
+        after."""
+        return lag(self.kafka.bootstrap, self.topics.clicks, self._group) == 0
+
     def worker(
         self,
         name: str = "worker-0",
@@ -63,7 +73,7 @@ class Rig:
             redis_url=self.redis.url,
             registry=self.registry,
             instance_id=name,
-            group=f"tailrace{self.topic_suffix}",
+            group=self._group,
             topic_suffix=self.topic_suffix,
             options=options,
             environment=environment,
