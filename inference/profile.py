@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-# A batch counts this much towards how fast the lane is now, and towards what its size costs.
+# A batch counts this much towards how fast the lane is now, and the root of it towards what its size costs.
 _SCALE_SHARE: Final = 0.3
-_SIZE_SHARE: Final = 0.05
+_SIZE_POWER: Final = 1 / 6
 # One slow batch is a hiccup: it counts as no more than so many times what was expected.
 _MOST_RATIO: Final = 3.0
 # A batch that takes so many times what it costs is a slow one.
@@ -20,7 +20,9 @@ class LatencyProfile:
     """Seconds per batch, by its number of items, as an exponentially weighted mean.
 
     What a size costs and how fast the lane is at the moment are kept apart: an engine that slows down
-    slows down at every size, so one slow batch of 32 says something about the next single item.
+    slows down at every size, so one slow batch of 32 says something about the next single item. A cost moves
+    by a root of what the scale moves by, so that they go together and come back together: with steps of their
+    own the spread alone carries costs up and the scale down, without end.
     """
 
     def __init__(self, prior: Mapping[int, float] | None = None) -> None:
@@ -43,12 +45,14 @@ class LatencyProfile:
         self.slow_s = self.slow_s + took_s if took_s >= SLOWED * cost_s else 0.0
         expected_s = self.scale * cost_s
         ratio = min(max(took_s, _LEAST_S) / expected_s, _MOST_RATIO)
-        self.scale *= 1.0 + _SCALE_SHARE * (ratio - 1.0)
-        self._cost_s[place] *= 1.0 + _SIZE_SHARE * (ratio - 1.0)
+        step = 1.0 + _SCALE_SHARE * (ratio - 1.0)
+        self.scale *= step
+        self._cost_s[place] *= step**_SIZE_POWER
 
     def restart(self) -> None:
-        """Forget how slow the lane was: it has a new engine."""
-        self.scale, self.slow_s = 1.0, 0.0
+        """Forget how slow the lane was: it has a new engine. What was faster than it costs stays so, or a
+        lane would be asked no more for being slower than it ever was."""
+        self.scale, self.slow_s = min(self.scale, 1.0), 0.0
 
     def _cost(self, place: int) -> float:
         """Of a size, in full speed; between and beyond the known ones in proportion."""

@@ -263,7 +263,7 @@ def test_a_lane_that_was_slow_for_a_moment_has_work_again_after_one_good_probe(
         slow.profile.scale = 14.0
         for used in (False, back):
             world.ran_on.clear()
-            world.lanes[1].profile.restart()
+            world.lanes[1].profile.scale = 1.0
             asked = [world.ask(Question(number)) for number in range(2)]
             await world.settle()
             assert [await one for one in asked] == [[0], [10]]
