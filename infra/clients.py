@@ -76,15 +76,14 @@ class Outgoing:
 
 
 def reader(bootstrap: str, topic: str, **options: Any) -> KafkaConsumer:
-    """A consumer outside any group, assigned to all partitions of a topic. A `ConnectionError` where no
+    """A consumer that joins no group, assigned to all partitions of a topic. A `ConnectionError` where no
     broker answers or the topic is not there."""
     check_listens(bootstrap)
     try:
         consumer = KafkaConsumer(
             bootstrap_servers=bootstrap,
             bootstrap_timeout_ms=REQUEST_TIMEOUT_MS,
-            group_id=None,
-            **options,
+            **{"group_id": None, **options},
         )
         known = consumer.partitions_for_topic(topic)
     except KafkaError as error:
@@ -98,19 +97,12 @@ def reader(bootstrap: str, topic: str, **options: Any) -> KafkaConsumer:
 
 def lag(bootstrap: str, topic: str, group: str) -> int:
     """How many records of a topic a group has not committed. It is asked about, not joined."""
-    check_listens(bootstrap)
+    consumer = reader(bootstrap, topic, group_id=group, enable_auto_commit=False)
     try:
-        consumer = KafkaConsumer(bootstrap_servers=bootstrap, group_id=group, enable_auto_commit=False)
-        try:
-            partitions = [
-                TopicPartition(topic, number) for number in consumer.partitions_for_topic(topic) or ()
-            ]
-            ends = consumer.end_offsets(partitions)
-            return sum(ends[one] - (consumer.committed(one) or 0) for one in partitions)
-        finally:
-            consumer.close()
-    except KafkaError as error:
-        raise _unavailable(bootstrap, error) from error
+        ends = consumer.end_offsets(list(consumer.assignment()))
+        return sum(end - (consumer.committed(partition) or 0) for partition, end in ends.items())
+    finally:
+        consumer.close()
 
 
 def partition_of(consumer: KafkaConsumer, topic: str, user_id: int) -> int:

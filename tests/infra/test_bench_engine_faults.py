@@ -56,7 +56,7 @@ def test_a_fault_that_nobody_has_met_is_not_noted(engine):
     told_s = time.perf_counter()
     engine.run("score", {})
     met_s = engine.met_s
-    assert told_s <= met_s < told_s + Well.took_s
+    assert told_s <= met_s <= time.perf_counter() - Well.took_s
     engine.run("score", {})
     assert engine.met_s == met_s
 
